@@ -1,0 +1,1 @@
+"""cabochon.model: the policy, its weights in and out, and upcycling."""

@@ -1,0 +1,112 @@
+"""Host carriers: the nouns that cross doors on the CPU side. numpy only, no jax, so a bare worker can import them.
+
+Shapes: T tokens of one completion (prompt excluded), L MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+
+
+class Message(TypedDict, total=False):
+    """One chat message, in the form chat templates expect."""
+
+    role: str
+    content: str
+    tool_calls: list[dict[str, Any]]
+    name: str
+
+
+Prompt = str | Sequence[Message]
+
+Status = Literal["ok", "wrong", "no_answer", "timeout", "crash", "oom", "malformed", "infra_error"]
+"""What a verdict says happened. `infra_error` is the machine's doing and carries no score; the rest is the model's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One thing to solve.
+
+    Example: `Task(id="gsm8k/test/3", prompt="Natalia sold ...", verifier="math", payload={"answer": "72"})`.
+    """
+
+    id: str
+    prompt: Prompt
+    verifier: str
+    """Which verifier judges it; composition by task reads this."""
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    """What that verifier needs: gold answer, tests, constraints. The policy never sees it."""
+    domain: str = "default"
+    """Statistics and baselines are kept per domain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a verifier says of one completion.
+
+    `score` is in [0, 1], or None where there is nothing to score (`infra_error`, or a reward function that abstains).
+    """
+
+    score: float | None
+    status: Status
+    detail: str = ""
+    """One line a person can read."""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    """Plain data behind the verdict: extracted answer, gold, failing test, stderr tail, parts of a composition."""
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.status == "infra_error" and self.score is not None:
+            raise ValueError(f"an infra_error carries no score, got {self.score}")
+        if self.score is not None and not 0.0 <= self.score <= 1.0:
+            raise ValueError(f"Verdict.score must lie in [0, 1], got {self.score}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to draw completions. `max_tokens` counts new tokens; `top_k=0`, `top_p=1`, `min_p=0` switch a filter off."""
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    n: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Completion:
+    """Tokens that followed a prompt, with what the learner needs to know of how they were drawn.
+
+    Tool output and forced tokens are in `tokens` with `mask` 0: context, never trained on.
+    """
+
+    tokens: np.ndarray
+    """[T] int32"""
+    logprobs: np.ndarray
+    """[T] f32, of the distribution really sampled from (nats); 0 where `mask` is 0"""
+    mask: np.ndarray
+    """[T] bool, True where the policy itself sampled the token"""
+    text: str
+    finish: Literal["stop", "length", "abort"]
+    policy_version: np.ndarray
+    """[T] int32: the learner step whose weights drew the token"""
+    routes: np.ndarray | None = None
+    """[T, L, K] expert ids, -1 where none was recorded"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rollout:
+    """A task, one completion of it, and the verdict: frozen, so later stages make a new one with `replace`."""
+
+    task: Task
+    completion: Completion
+    group: int
+    """Rollouts of one prompt share a group."""
+    verdict: Verdict | None = None

@@ -1,0 +1,16 @@
+"""Set before JAX is imported anywhere: several devices on one CPU, and a compile cache that outlives the run."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = " ".join(
+    [*(f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f),
+     "--xla_force_host_platform_device_count=8"]
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
