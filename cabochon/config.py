@@ -33,7 +33,7 @@ class UpcycleConfig(Frozen):
     top_k: int = Field(2, ge=1)
     """experts per token"""
     noise: float = Field(0.0, ge=0)
-    """standard deviation of noise on the experts, relative to each weight's own; breaks their symmetry, and exactness"""
+    """standard deviation of noise on the experts, relative to each weight's own; 0 is exact, more breaks the symmetry"""
     seed: int = Field(0, ge=0)
     """of the router's initial weights and of the noise"""
 
@@ -149,12 +149,12 @@ class MeshConfig(Frozen):
         given = math.prod(n for n in sizes.values() if n != -1)
         text = " x ".join(f"{axis}={n}" for axis, n in sizes.items())
         if devices % given or (-1 not in sizes.values() and devices != given):
-            raise UserError(f"mesh {text} does not use exactly the {devices} devices of this machine; set one axis to -1")
+            raise UserError(f"mesh {text} does not use exactly this machine's {devices} devices; set one axis to -1")
         return {axis: devices // given if n == -1 else n for axis, n in sizes.items()}
 
 
 class PrecisionConfig(Frozen):
-    """Number formats. Parameters and optimiser state are always float32 masters; the router always computes in float32."""
+    """Number formats. Parameters and optimiser state are float32 masters; the router always computes in float32."""
 
     compute: Literal["float32", "bfloat16"] = "float32"
     """of matrix products and activations"""
