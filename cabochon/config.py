@@ -33,7 +33,7 @@ class UpcycleConfig(Frozen):
     top_k: int = Field(2, ge=1)
     """experts per token"""
     noise: float = Field(0.0, ge=0)
-    """standard deviation of noise on the experts, relative to each weight's own; 0 is exact, more breaks the symmetry"""
+    """standard deviation of noise on the experts, relative to each weight's own; 0 keeps the step exact"""
     seed: int = Field(0, ge=0)
     """of the router's initial weights and of the noise"""
 
