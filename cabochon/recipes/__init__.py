@@ -1,0 +1,1 @@
+"""Recipes: YAML files that `cabochon` commands take by name. Read with `cabochon.overrides.load`."""
