@@ -125,6 +125,19 @@ def load(schema: type[Config], recipes: Sequence[str], settings: Sequence[str] =
     return config
 
 
+def split(parts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments of a command -> (recipes, settings): a setting is what has `=` after a dotted name."""
+    settings = [part for part in parts if re.match(r"[\w.]+=", part)]
+    return [part for part in parts if part not in settings], settings
+
+
+def summary(name: str) -> str:
+    """What a recipe is for: the comment on its first line."""
+    with find_recipe(name).open(encoding="utf-8") as file:
+        first = file.readline()
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
 def dump(config: BaseModel) -> str:
     """The whole config as YAML, defaults included, in a form `load` reads back to an equal config."""
     data = config.model_dump(mode="json")
@@ -191,7 +204,7 @@ def _explain(schema: type[BaseModel], layers: Layers, errors: list[ErrorDetails]
     if first["type"] == "missing":
         raise UserError(f"{where}: key {key} is missing and has no default{more}")
     said = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
-    said = said.replace("expected greater", "expected a number greater").replace("expected less", "expected a number less")
+    said = re.sub("expected (greater|less)", r"expected a number \1", said)
     if first["type"] in ("model_type", "tuple_type"):
         said = "expected a section of keys" if first["type"] == "model_type" else "expected a list, as in [a, b]"
     if first["type"] == "value_error":

@@ -1,0 +1,100 @@
+"""The `cabochon` command. Each command imports what it needs when it runs, so that `--help` is there at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cabochon.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+app = typer.Typer(
+    name="cabochon",
+    help="RL post-training for sparse Mixture-of-Experts language models, in JAX.",
+    epilog="An error of use is one line and exit code 2; `cabochon COMMAND --help` has examples.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+MACHINE = "This machine"
+CONFIGS = "Configs"
+
+RecipeAndSettings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE]... [KEY=VALUE]...", help="recipe names or files, then settings (optim.b1=0.9)"),
+]
+
+
+@app.command(rich_help_panel=MACHINE)
+def doctor(json: Annotated[bool, typer.Option("--json", help="one JSON object instead of lines")] = False) -> None:
+    """Check that this machine can run the main job; exit code 1 where it cannot."""
+    from cabochon import doctor as checks
+
+    report = checks.run_checks()
+    print(checks.as_json(report) if json else checks.as_lines(report, color=sys.stdout.isatty()))
+    raise typer.Exit(0 if checks.healthy(report) else 1)
+
+
+@app.command(rich_help_panel=CONFIGS)
+def config(parts: RecipeAndSettings = None) -> None:
+    """Print the resolved config as YAML that can be run again, or list the recipes when none is given.
+
+    Example: cabochon config tiny-moe optim.learning_rate=3e-4 > mine.yaml
+    """
+    from cabochon import overrides
+    from cabochon.config import TrainConfig
+
+    if not parts:
+        for name in overrides.recipe_names():
+            print(f"{name:20} {overrides.summary(name)}")
+        return
+    print(overrides.dump(overrides.load(TrainConfig, *overrides.split(parts))), end="")
+
+
+def main() -> None:
+    """Entry point: an error of the user's is one line on stderr and exit code 2; a bug keeps its traceback."""
+    try:
+        try:
+            app()
+        except ValueError as error:
+            line = _line_of(error)
+            if line is None:
+                raise
+            print(f"cabochon: {line}", file=sys.stderr)
+            sys.exit(2)
+    except KeyboardInterrupt:
+        print("cabochon: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _line_of(error: ValueError) -> str | None:
+    """What to tell the user, on one line; None for a bug."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    pydantic = sys.modules.get("pydantic")
+    if pydantic is not None and isinstance(error, pydantic.ValidationError):
+        return _first_problem(error)
+    return None
+
+
+def _first_problem(error: ValidationError) -> str:
+    """A pydantic error that no file or setting can be blamed for, such as a shape that a checkpoint asks for."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join([error.title, *(str(part) for part in first["loc"])])
+    said = re.sub(r"^(Value error, )?(Input should be)?", lambda m: "expected" if m[2] else "", first["msg"])
+    return f"{where}: {said}, got {' '.join(repr(first['input']).split())[:60]}"
+
+
+if __name__ == "__main__":
+    main()
