@@ -196,7 +196,7 @@ def ray() -> Check:
     code, text = _child([sys.executable, "-c", RAY_CHILD])
     if code:
         if address := os.environ.get("RAY_ADDRESS"):
-            return _fail("ray", f"no task runs on the cluster at {address}: {text}", "check RAY_ADDRESS with `ray status`")
+            return _fail("ray", f"no task runs on {address}: {text}", "check RAY_ADDRESS with `ray status`")
         return _fail("ray", f"no task runs on a local instance: {text}", f"check `df /dev/shm`; {INSTALL}")
     return _ok("ray", text)
 
