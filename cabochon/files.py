@@ -1,0 +1,53 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cabochon.errors import UserError
+
+
+@contextmanager
+def replaced_directory(directory: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory beside `directory` that takes its name at the end, or vanishes on an error.
+
+    Raises UserError if something is there already and `overwrite` is off. A kill leaves at most the temporary one,
+    whose name begins with a dot.
+    """
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())) and not overwrite:
+        raise UserError(f"{directory}: exists and is not empty; choose another place or allow overwriting")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for inner in (*temporary.rglob("*"), temporary):
+            sync(inner)
+        if directory.exists():
+            old = temporary.with_suffix(".old")
+            directory.rename(old)
+            temporary.rename(directory)
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        else:
+            temporary.rename(directory)
+        sync(directory.parent)
+    except OSError as error:
+        raise UserError(
+            f"{directory}: could not be written: {error.strerror or error}; nothing was left there"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Make a file or a directory entry durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
