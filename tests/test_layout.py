@@ -1,0 +1,169 @@
+"""The house rules that a machine can check: links, guards, import direction, light imports, sizes."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("sft", "reward", "rl", "verifiers", "rollouts")
+FILE_LINES = 400
+FUNCTION_LINES = 80
+HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "ray", "torch", "transformers", "trl"}
+LOOP_LINES = 150
+"""the one training loop of a stage: `main` in `<room>/train.py`"""
+
+
+def sources() -> list[Path]:
+    """Every Python file of the package, by its real path (the links inside cabochon/ would give each room twice)."""
+    floor = ROOT / "cabochon"
+    files = [path for path in floor.rglob("*.py") if path.relative_to(floor).parts[0] not in ROOMS]
+    for room in ROOMS:
+        files += (ROOT / room).rglob("*.py")
+    return sorted(files)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def module_of(path: Path) -> str:
+    """`rl/losses.py` -> `cabochon.rl.losses`."""
+    return "cabochon." + name_of(path)[:-3].replace("/", ".").removeprefix("cabochon.").removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_each_room_is_a_real_folder_linked_into_the_package(room):
+    link = ROOT / "cabochon" / room
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{room}"
+    assert (ROOT / room).is_dir()
+    assert not (ROOT / room).is_symlink()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imported_by_its_bare_name_is_refused(room):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {room}"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"ImportError: import cabochon.{room}, not {room}" in done.stderr
+
+
+def test_the_package_init_is_empty_but_for_its_docstring():
+    body = ast.parse((ROOT / "cabochon" / "__init__.py").read_text()).body
+    assert [type(node) for node in body] == [ast.Expr]
+
+
+def test_tests_have_no_init_files():
+    """They would put the root on sys.path and make files of the same name collide."""
+    assert list((ROOT / "tests").rglob("__init__.py")) == []
+
+
+def lint_imports(root: Path) -> subprocess.CompletedProcess:
+    """Run import-linter on a tree, with that tree's package and no other on the path."""
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=env)
+
+
+def test_imports_point_down_only():
+    done = lint_imports(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def copy_of_the_tree(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("tree")
+    shutil.copy(ROOT / "pyproject.toml", root)
+    for name in ("cabochon", *ROOMS):
+        shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return root
+
+
+PLANTED = {
+    "rooms meet": ("sft/planted.py", "import cabochon.reward", "sft", "reward"),
+    "the floor looks up": ("cabochon/model/planted.py", "import cabochon.verifiers", "model", "verifiers"),
+    "a room looks at a roof": ("rollouts/planted.py", "import cabochon.cli", "rollouts", "cli"),
+    "a loss looks sideways": ("rl/losses.py", "import cabochon.rollouts", "rl.losses", "rollouts"),
+    "verifiers pull jax": ("verifiers/planted.py", "import jax", "verifiers", "jax"),
+    "a config pulls jax": ("cabochon/errors.py", "import jax.numpy", "errors", "jax"),
+    "torch in the package": ("rl/planted.py", "import torch", "", "torch"),
+}
+"""file, line written into it, and who must then be told not to import whom"""
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_a_planted_violation_is_caught(copy_of_the_tree, case):
+    file, line, importer, imported = PLANTED[case]
+    out = lint_with(copy_of_the_tree / file, line, copy_of_the_tree)
+    importer = f"cabochon.{importer}".rstrip(".")
+    imported = imported if imported in HEAVY else f"cabochon.{imported}"
+    assert f"{importer} is not allowed to import {imported}" in out
+
+
+def test_a_module_on_no_floor_is_caught(copy_of_the_tree):
+    assert "planted" in lint_with(copy_of_the_tree / "cabochon/planted.py", "", copy_of_the_tree)
+
+
+def lint_with(target: Path, line: str, root: Path) -> str:
+    """What import-linter prints of a tree with one more line in one file; it must fail."""
+    before = target.read_text() if target.exists() else None
+    target.write_text((before or "") + line + "\n")
+    try:
+        done = lint_imports(root)
+    finally:
+        target.unlink() if before is None else target.write_text(before)
+    assert done.returncode == 1, done.stdout + done.stderr
+    return " ".join(done.stdout.split())
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after one statement."""
+    code = f"import sys\n{statement}\nprint(' '.join(sorted({{m.partition('.')[0] for m in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    return set(done.stdout.split())
+
+
+LIGHT = ("cli", "config", "doctor", "errors", "model.config", "overrides", "protocols", "types")
+
+
+VERIFIERS = [module_of(path) for path in sources() if path.is_relative_to(ROOT / "verifiers")]
+
+
+@pytest.mark.parametrize("module", [*(f"cabochon.{name}" for name in LIGHT), *VERIFIERS])
+def test_light_modules_stay_light(module):
+    assert loaded_after(f"import {module}") & HEAVY == set()
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_sizes_and_habits(path):
+    text = path.read_text()
+    assert text.count("\n") < FILE_LINES, "split it by idea"
+    tree = ast.parse(text)
+    assert not tree.body or ast.get_docstring(tree), "a module opens with a docstring"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            is_loop = path.name == "train.py" and node.name == "main" and path.parent.name in ROOMS
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= (LOOP_LINES if is_loop else FUNCTION_LINES), f"{node.name} has {length} lines"
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: a bare except hides bugs"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "hasattr", f"line {node.lineno}: a choice is a type, not a hasattr"
+
+
+def test_every_module_is_imported_by_a_test():
+    """A file without a test of its own is at least named by one."""
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    imported = set(re.findall(r"\bcabochon(?:\.\w+)+", tests))
+    for parent, names in re.findall(r"from (cabochon[\w.]*) import (\([^)]*\)|[^\n]*)", tests):
+        imported |= {f"{parent}.{name}" for name in re.findall(r"\w+", names)}
+    orphans = [name_of(path) for path in sources() if path.name != "__init__.py" and module_of(path) not in imported]
+    assert orphans == []
