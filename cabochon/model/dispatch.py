@@ -1,0 +1,199 @@
+"""Expert feed-forward: `experts(x, routes, gates, gate_up, down)`, dropless, by one of three equal paths.
+
+Legend: N tokens, C experts per token, S = N*C slots, D model, E experts, F ffn, P capacity, R rows of an overflow block.
+
+- `blocked`, for CPU. The first P slots of each expert go through batched matmuls [E, P, D], which XLA's CPU backend runs
+  at the speed of one big matmul; slots beyond P go in blocks of R rows through a loop whose trip count is the number
+  of blocks really needed, so nothing is dropped and a skewed router costs time, not tokens. With P = 0 only the
+  loop is left and only the experts that were chosen are touched: the form for decode. The backward is written by hand,
+  since autodiff through the loop would keep every iteration's weights.
+- `ragged`, for accelerators: slots sorted by expert, then `jax.lax.ragged_dot` (on CPU it computes every expert for every slot).
+- `dense`: every expert on every token; the reference the others are tested against.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+Dispatch = Literal["auto", "blocked", "ragged", "dense"]
+
+
+def experts(
+    x_ND: Float[Array, "N D"],
+    routes_NC: Int[Array, "N C"],
+    gates_NC: Float[Array, "N C"],
+    gate_up_ED2F: Float[Array, "E D 2 F"],
+    down_EFD: Float[Array, "E F D"],
+    dispatch: Dispatch = "auto",
+) -> Float[Array, "N D"]:
+    """Sum over a token's C experts of gate * SwiGLU expert. A route outside [0, E) contributes nothing.
+
+    Differentiable in everything but `routes_NC`. `auto` is `blocked` on CPU and `ragged` elsewhere.
+    """
+    if dispatch == "auto":
+        dispatch = "blocked" if jax.default_backend() == "cpu" else "ragged"
+    E = gate_up_ED2F.shape[0]
+    here_NC = (routes_NC >= 0) & (routes_NC < E)
+    gates_NC = jnp.where(here_NC, gates_NC, 0).astype(x_ND.dtype)
+    routes_NC = jnp.where(here_NC, routes_NC, E)
+    match dispatch:
+        case "dense":
+            return _dense(x_ND, routes_NC, gates_NC, gate_up_ED2F, down_EFD)
+        case "ragged":
+            return _ragged(x_ND, routes_NC, gates_NC, gate_up_ED2F, down_EFD)
+        case "blocked":
+            sizes = block_sizes(routes_NC.size, E)
+            return _blocked(sizes, x_ND, routes_NC, gates_NC, gate_up_ED2F, down_EFD)
+
+
+def block_sizes(slots: int, num_experts: int) -> tuple[int, int]:
+    """(capacity P, overflow block R) for a number of slots. Measured on 2 cores, see benchmarks/moe.py.
+
+    An even router fills P = 1.06 x the mean; below 8 slots an expert, only experts that were chosen are worth reading.
+    """
+    mean = slots / num_experts
+    if mean < 8:
+        return 0, 8
+    capacity = -(-int(mean * 1.0625) // 8) * 8
+    return capacity, 32 if capacity >= 64 else 8
+
+
+def _swiglu(h_2F: Array) -> Array:
+    """silu(gate) * up on [..., 2F], gate first."""
+    gate, up = jnp.split(h_2F, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_grad(h_2F: Array, da_F: Array) -> tuple[Array, Array]:
+    """(silu(gate) * up, gradient of it with respect to h) from pre-activations and the output's gradient."""
+    gate, up = jnp.split(h_2F, 2, axis=-1)
+    sig = jax.nn.sigmoid(gate)
+    act = gate * sig
+    return act * up, jnp.concatenate([da_F * up * (sig + act * (1 - sig)), da_F * act], axis=-1)
+
+
+def _dense(x_ND: Array, routes_NC: Array, gates_NC: Array, gate_up: Array, down: Array) -> Array:
+    E = gate_up.shape[0]
+    gates_NE = (jax.nn.one_hot(routes_NC, E, dtype=x_ND.dtype) * gates_NC[..., None]).sum(1)
+    h_END2F = jnp.einsum("nd,edgf->engf", x_ND, gate_up)
+    act_ENF = jax.nn.silu(h_END2F[:, :, 0]) * h_END2F[:, :, 1]
+    return jnp.einsum("enf,efd,ne->nd", act_ENF, down, gates_NE)
+
+
+def _ragged(x_ND: Array, routes_NC: Array, gates_NC: Array, gate_up: Array, down: Array) -> Array:
+    E, D, _, F = gate_up.shape
+    C = routes_NC.shape[1]
+    expert_S = routes_NC.reshape(-1)
+    order_S = jnp.argsort(expert_S, stable=True)  # slots without an expert (E) sort last, past every group
+    counts_E = jnp.bincount(expert_S, length=E).astype(jnp.int32)
+    x_SD = x_ND[order_S // C]
+    h_S2F = lax.ragged_dot(x_SD, gate_up.reshape(E, D, 2 * F), counts_E)
+    y_SD = lax.ragged_dot(_swiglu(h_S2F), down, counts_E)
+    y_SD = y_SD * gates_NC.reshape(-1)[order_S][:, None]
+    return jnp.zeros_like(x_ND).at[order_S // C].add(y_SD)
+
+
+def _plan(routes_NC: Array, E: int, P: int, R: int) -> tuple[Array, Array, Array, Array, Array]:
+    """Where each slot is computed.
+
+    Returns (table_EP, place_S, spill_S, block_end_E, spill_end_E): the slot in each expert's capacity row (S for none),
+    the row of [E*P] where a slot sits (E*P for none), spilled slots sorted by expert, and running totals of spill
+    blocks and spilled slots by expert.
+    """
+    expert_S = routes_NC.reshape(-1)
+    S = expert_S.size
+    order_S = jnp.argsort(expert_S, stable=True).astype(jnp.int32)
+    counts_E = jnp.bincount(expert_S, length=E).astype(jnp.int32)
+    start_E = jnp.cumsum(counts_E) - counts_E
+    row_P = jnp.arange(P, dtype=jnp.int32)
+    table_EP = jnp.where(
+        row_P < counts_E[:, None], order_S.at[start_E[:, None] + row_P].get(mode="fill", fill_value=S), S
+    )
+    place_S = jnp.full(S + 1, E * P, jnp.int32).at[table_EP.reshape(-1)].set(jnp.arange(E * P, dtype=jnp.int32))[:S]
+    spill_E = jnp.maximum(counts_E - P, 0)
+    spill_end_E = jnp.cumsum(spill_E)
+    # the j-th spilled slot belongs to the first expert whose running total exceeds j
+    j_S = jnp.arange(S, dtype=jnp.int32)
+    owner_S = jnp.minimum(jnp.searchsorted(spill_end_E, j_S, side="right"), E - 1)
+    at_S = start_E[owner_S] + P + j_S - (spill_end_E - spill_E)[owner_S]
+    spill_S = order_S.at[at_S].get(mode="fill", fill_value=S)
+    spill_S = jnp.concatenate([spill_S, jnp.full(R, S, jnp.int32)])
+    return table_EP, place_S, spill_S, jnp.cumsum(-(-spill_E // R)), spill_end_E
+
+
+def _spill_block(j: Array, R: int, S: int, spill_S: Array, block_end_E: Array, spill_end_E: Array) -> tuple[Array, Array]:
+    """(expert, slots [R], S where the block is not full) of the j-th overflow block."""
+    e = jnp.searchsorted(block_end_E, j, side="right")
+    before = jnp.where(e > 0, block_end_E[e - 1], 0)
+    first = jnp.where(e > 0, spill_end_E[e - 1], 0) + (j - before) * R
+    rows_R = lax.dynamic_slice(spill_S, (first,), (R,))
+    return e, jnp.where(first + jnp.arange(R) < spill_end_E[e], rows_R, S)
+
+
+def _take(x_SD: Array, rows: Array) -> Array:
+    """Rows of x, zeros where the row lies past the end."""
+    return x_SD.at[rows].get(mode="fill", fill_value=0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked(sizes: tuple[int, int], x_ND: Array, routes_NC: Array, gates_NC: Array, gate_up: Array, down: Array) -> Array:
+    return _blocked_fwd(sizes, x_ND, routes_NC, gates_NC, gate_up, down)[0]
+
+
+def _blocked_fwd(
+    sizes: tuple[int, int], x_ND: Array, routes_NC: Array, gates_NC: Array, gate_up: Array, down: Array
+) -> tuple[Array, tuple]:
+    (P, R), (E, D, _, F), (N, C) = sizes, gate_up.shape, routes_NC.shape
+    S, w1_ED2F = N * C, gate_up.reshape(E, D, 2 * F)
+    plan = table_EP, place_S, *spill = _plan(routes_NC, E, P, R)
+    x_EPD, h_EP2F = jnp.zeros((E, 0, D), x_ND.dtype), jnp.zeros((E, 0, 2 * F), x_ND.dtype)
+    y_SD = jnp.zeros((S, D), x_ND.dtype)
+    if P:
+        x_EPD = _take(x_ND, table_EP // C)
+        h_EP2F = jnp.einsum("epd,edf->epf", x_EPD, w1_ED2F)
+        y_SD = _take(jnp.einsum("epf,efd->epd", _swiglu(h_EP2F), down).reshape(E * P, D), place_S)
+
+    def block(j: Array, y_SD: Array) -> Array:
+        e, rows_R = _spill_block(j, R, S, *spill)
+        y_RD = _swiglu(_take(x_ND, rows_R // C) @ w1_ED2F[e]) @ down[e]
+        return y_SD.at[rows_R].set(y_RD, mode="drop")
+
+    y_SD = lax.fori_loop(0, spill[1][-1], block, y_SD)
+    out_ND = (y_SD.reshape(N, C, D) * gates_NC[..., None]).sum(1)
+    return out_ND, (x_ND, plan, x_EPD, h_EP2F, y_SD, gates_NC, gate_up, down)
+
+
+def _blocked_bwd(sizes: tuple[int, int], saved: tuple, dout_ND: Array) -> tuple:
+    x_ND, (table_EP, place_S, *spill), x_EPD, h_EP2F, y_SD, gates_NC, gate_up, down = saved
+    (P, R), (E, D, _, F), (N, C) = sizes, gate_up.shape, gates_NC.shape
+    S, w1_ED2F = N * C, gate_up.reshape(E, D, 2 * F)
+    dgates_NC = (y_SD.reshape(N, C, D) * dout_ND[:, None]).sum(-1)
+    dy_SD = (dout_ND[:, None] * gates_NC[..., None]).reshape(S, D)
+    if P:
+        dy_EPD = _take(dy_SD, table_EP)
+        act_EPF, dh_EP2F = _swiglu_grad(h_EP2F, jnp.einsum("epd,efd->epf", dy_EPD, down))
+        ddown = jnp.einsum("epf,epd->efd", act_EPF, dy_EPD)
+        dw1 = jnp.einsum("epd,epf->edf", x_EPD, dh_EP2F)
+        dx_SD = _take(jnp.einsum("epf,edf->epd", dh_EP2F, w1_ED2F).reshape(E * P, D), place_S)
+    else:
+        ddown, dw1, dx_SD = jnp.zeros_like(down), jnp.zeros_like(w1_ED2F), jnp.zeros_like(dy_SD)
+
+    def block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        dx_SD, dw1, ddown = carry
+        e, rows_R = _spill_block(j, R, S, *spill)
+        x_RD, dy_RD = _take(x_ND, rows_R // C), _take(dy_SD, rows_R)
+        act_RF, dh_R2F = _swiglu_grad(x_RD @ w1_ED2F[e], dy_RD @ down[e].T)
+        dx_SD = dx_SD.at[rows_R].set(dh_R2F @ w1_ED2F[e].T, mode="drop")
+        return dx_SD, dw1.at[e].add(x_RD.T @ dh_R2F), ddown.at[e].add(act_RF.T @ dy_RD)
+
+    dx_SD, dw1, ddown = lax.fori_loop(0, spill[1][-1], block, (dx_SD, dw1, ddown))
+    return dx_SD.reshape(N, C, D).sum(1), None, dgates_NC, dw1.reshape(gate_up.shape), ddown
+
+
+_blocked.defvjp(_blocked_fwd, _blocked_bwd)
