@@ -197,7 +197,7 @@ def _explain(schema: type[BaseModel], layers: Layers, errors: list[ErrorDetails]
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     path = _written(first, layers.data)
     key = _dotted(path)
-    where = layers.where(path)
+    where = layers.where(path[:-1] if first["type"] == "missing" else path)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
         raise UserError(f"{where}: unknown key {key}{_nearest_key(schema, path)}{more}")
@@ -262,7 +262,7 @@ def _nearest_key(schema: type[BaseModel], path: KeyPath) -> str:
     """`; did you mean optim.b1?`: a sibling with a similar name, else the same name elsewhere, else the siblings."""
     known = list(dict.fromkeys(keys_of(schema)))
     siblings = [str(k[-1]) for k in known if k[:-1] == path[:-1]]
-    if near := difflib.get_close_matches(str(path[-1]), siblings, 1, 0.6):
+    if near := difflib.get_close_matches(str(path[-1]), siblings, 1, 0.5):
         return f"; did you mean {_dotted((*path[:-1], near[0]))}?"
     names = [str(k[-1]) for k in known]
     if near := difflib.get_close_matches(str(path[-1]), names, 1, 0.75):

@@ -1,0 +1,68 @@
+"""The pieces of a recipe refuse what cannot run, and mesh sizes multiply up."""
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from cabochon import config
+from cabochon.config import MeshConfig, OptimConfig, PolicyConfig, StepConfig, TrainConfig, UpcycleConfig
+from cabochon.errors import UserError
+
+PIECES = [c for c in vars(config).values() if isinstance(c, type) and issubclass(c, config.Frozen)]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_pieces_are_frozen_and_refuse_unknown_keys(piece: type[BaseModel]):
+    assert piece.model_config["frozen"]
+    assert piece.model_config["extra"] == "forbid"
+
+
+@pytest.mark.parametrize(
+    ("piece", "keys", "said"),
+    [
+        (StepConfig, {"batch_size": 8, "micro_batches": 3}, "batch_size=8 is not a multiple of micro_batches=3"),
+        (StepConfig, {"sequence_length": 1}, "greater than or equal to 2"),
+        (OptimConfig, {"schedule": "cosine"}, "needs total_steps > warmup_steps=0, got 0"),
+        (OptimConfig, {"schedule": "linear", "warmup_steps": 9, "total_steps": 9}, "total_steps > warmup_steps=9"),
+        (OptimConfig, {"learning_rate": float("nan")}, "finite"),
+        (OptimConfig, {"b2": 1.0}, "less than 1"),
+        (PolicyConfig, {}, "set either address"),
+        (PolicyConfig, {"upcycle": UpcycleConfig()}, "set either address"),
+        (UpcycleConfig, {"num_experts": 2, "top_k": 3}, "top_k=3 is more than num_experts=2"),
+        (MeshConfig, {"data": -1}, "only one axis may be -1, got data, fsdp"),
+        (MeshConfig, {"tensor": 0}, "tensor=0: expected a number of devices"),
+    ],
+)
+def test_what_cannot_run_is_refused(piece, keys, said):
+    with pytest.raises(ValidationError, match=said):
+        piece(**keys)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "shape"),
+    [
+        ({}, 1, (1, 1, 1, 1)),
+        ({}, 8, (1, 8, 1, 1)),
+        ({"data": 2, "expert": 2}, 8, (2, 2, 2, 1)),
+        ({"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}, 8, (2, 2, 1, 2)),
+        ({"fsdp": 1, "tensor": -1}, 4, (1, 1, 1, 4)),
+    ],
+)
+def test_mesh_shape(sizes, devices, shape):
+    made = MeshConfig(**sizes).shape(devices)
+    assert tuple(made) == ("data", "fsdp", "expert", "tensor")
+    assert tuple(made.values()) == shape
+
+
+@pytest.mark.parametrize("sizes", [{"expert": 3}, {"fsdp": 4}, {"fsdp": 16}])
+def test_a_mesh_that_does_not_fit_the_machine_is_one_line(sizes):
+    with pytest.raises(UserError, match=r"does not use exactly this machine's 8 devices; set one axis to -1") as caught:
+        MeshConfig(**sizes).shape(8)
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_need_only_a_model():
+    made = TrainConfig(model=PolicyConfig(address="somewhere"))
+    assert made.lora is None
+    assert made.optim.clip_norm == 1.0
+    with pytest.raises(ValidationError):
+        made.seed = 3
