@@ -1,0 +1,295 @@
+"""Text to token ids and back, over the `tokenizers` library: no torch, no transformers.
+
+A `Tokenizer` comes from a Hugging Face directory, from a GGUF file, or is the built-in `ByteTokenizer`; all three are
+saved in the same directory form. Chat templates are carried as text here and rendered in `cabochon.chat`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from cabochon.errors import UserError
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateText:
+    """A chat template and where it was read, for error messages."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tokenizer:
+    """Vocabulary, merges, special tokens and chat templates of one model.
+
+    Example: `tok = Tokenizer.from_dir("my-model"); tok.decode(tok.encode("Hello"))`.
+    """
+
+    core: tokenizers.Tokenizer
+    special: Mapping[str, str]
+    """role to token text, `{"bos_token": "<s>"}`; chat templates see these names"""
+    eos_ids: tuple[int, ...]
+    """every id that ends a completion; the tokenizer's own end token first"""
+    templates: Mapping[str, TemplateText]
+    """by name; `default`, and `tool_use` where the model ships one for tools"""
+    config: Mapping[str, Any]
+    """tokenizer_config.json without its chat template, kept so that a saved directory loses nothing"""
+    source: str
+    """directory or file it was read from, for error messages"""
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> Tokenizer:
+        """Read a Hugging Face directory: tokenizer.json, and what there is of tokenizer_config.json,
+        special_tokens_map.json, chat_template.jinja, additional_chat_templates/ and generation_config.json.
+
+        Raises:
+            UserError: no tokenizer.json, a file that does not parse, or a special token outside the vocabulary.
+        """
+        path = Path(path)
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            hint = "; only tokenizer.model is there: save it once with AutoTokenizer(...).save_pretrained"
+            raise UserError(f"{file}: not found{hint if (path / 'tokenizer.model').is_file() else ''}")
+        try:
+            core = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises plain Exception for a file it cannot read
+            raise UserError(f"{file}: not readable by tokenizers {tokenizers.__version__}: {_line(error)}") from None
+        # A tokenizer.json may ask for padding or cutting; neither may happen behind the caller's back.
+        core.no_padding()
+        core.no_truncation()
+        config = _json(path / "tokenizer_config.json")
+        _add_missing(core, config, path / "tokenizer_config.json")
+        special = {k: v for k, v in (_json(path / "special_tokens_map.json") | config).items() if k in _ROLES}
+        special = {k: v["content"] if isinstance(v, dict) else v for k, v in special.items() if v is not None}
+        ids = []
+        for role, token in special.items():
+            if core.token_to_id(token) is None:
+                raise UserError(f"{path / 'tokenizer_config.json'}: {role} {token!r} is not a token of {file.name}")
+        if "eos_token" in special:
+            ids.append(core.token_to_id(special["eos_token"]))
+        model_file = "generation_config.json" if (path / "generation_config.json").is_file() else "config.json"
+        more = _json(path / model_file).get("eos_token_id")
+        ids += more if isinstance(more, list) else [more]
+        return cls(
+            core=core,
+            special=special,
+            eos_ids=_unique(ids),
+            templates=_templates(path, config),
+            config={k: v for k, v in config.items() if k != "chat_template"},
+            source=str(path),
+        )
+
+    @classmethod
+    def from_gguf(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer inside a GGUF file. Raises UserError naming the file and the key it cannot use."""
+        from cabochon.model.gguf_tokenizer import build  # imported late: it needs this module
+
+        return build(path)
+
+    def encode(self, text: str, add_special: bool = False) -> list[int]:
+        """Token ids. Special tokens written in `text` become their ids; `add_special` adds what the model's
+        post-processor puts around a text (usually a beginning-of-text token)."""
+        return self.core.encode(text, add_special_tokens=add_special).ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids and the `[start, end)` characters of `text` each came from, spaces included."""
+        encoding = self._aligned.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary give nothing."""
+        return self.core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def id(self, token: str) -> int | None:
+        return self.core.token_to_id(token)
+
+    def token(self, id: int) -> str | None:
+        return self.core.id_to_token(id)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._special_id("bos_token")
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._special_id("pad_token")
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id. A model's embedding may be larger, never smaller."""
+        return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
+
+    def fingerprint(self) -> str:
+        """64 hex digits over everything that decides ids and prompts: equal for a tokenizer saved and loaded again."""
+        return self._fingerprint
+
+    def first_difference(self, other: Tokenizer) -> tuple[int, str | None, str | None] | None:
+        """`(id, token here, token there)` at the lowest id where the vocabularies differ, None where they are equal."""
+        here, there = (
+            {i: token for token, i in t.core.get_vocab(with_added_tokens=True).items()} for t in (self, other)
+        )
+        for i in sorted(here.keys() | there.keys()):
+            if here.get(i) != there.get(i):
+                return i, here.get(i), there.get(i)
+        return None
+
+    def save(self, path: str | Path) -> None:
+        """Write the directory form that `from_dir` and `transformers.AutoTokenizer` read.
+
+        generation_config.json gets the end-of-text ids only where the directory has none yet.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        self.core.save(str(path / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config, **self.special}
+        _write_json(path / "tokenizer_config.json", config)
+        _write_json(path / "special_tokens_map.json", dict(self.special))
+        for name, template in self.templates.items():
+            file = path / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(template.text, encoding="utf-8", newline="")
+        if not (path / "generation_config.json").exists():
+            ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids) or None, "pad_token_id": self.pad_id}
+            _write_json(path / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+
+    def _special_id(self, role: str) -> int | None:
+        return self.core.token_to_id(self.special[role]) if role in self.special else None
+
+    @cached_property
+    def _aligned(self) -> tokenizers.Tokenizer:
+        """Equal ids, but untrimmed offsets: a byte-level post-processor drops the space of ` the` from its span."""
+        if self.core.post_processor is None:
+            return self.core
+        out = copy.deepcopy(self.core)
+        out.post_processor = None
+        return out
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        state = json.loads(self.core.to_str())
+        merges = state["model"].pop("merges", None) or []
+        pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in merges]  # both spellings are in use
+        ignored = {"version", "truncation", "padding"}
+        parts = [
+            {k: v for k, v in state.items() if k not in ignored},
+            pairs,
+            dict(self.special),
+            list(self.eos_ids),
+            {name: template.text for name, template in self.templates.items()},
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class ByteTokenizer(Tokenizer):
+    """One token per byte (id = byte value) and a few special tokens: for models too small for a real vocabulary."""
+
+    TOKENS = ("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    """ids 256 onwards; the two thinking tags are ordinary text to `decode(skip_special=True)`"""
+
+    def __init__(self) -> None:
+        core = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(byte_letters())}, merges=[]))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.decoder = decoders.ByteLevel()
+        core.add_tokens([AddedToken(t, special="think" not in t, normalized=False) for t in self.TOKENS])
+        special = {"bos_token": "<bos>", "eos_token": "<|im_end|>", "pad_token": "<pad>"}
+        super().__init__(
+            core=core,
+            special=special,
+            eos_ids=(256 + self.TOKENS.index("<|im_end|>"), 256 + self.TOKENS.index("<eos>")),
+            templates={"default": TemplateText(text=_CHATML, source="the byte tokenizer's built-in chat template")},
+            config={"clean_up_tokenization_spaces": False, "model_max_length": 1 << 30},
+            source="the built-in byte tokenizer",
+        )
+
+
+_CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}
+            {{- message.content + '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message.content + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+"""ChatML; the mask ends with the end-of-turn token, which is the last one a sampler draws."""
+
+
+def byte_letters() -> list[str]:
+    """The 256 printable letters byte-level vocabularies write bytes with (GPT-2's table): index = byte."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    return [chr(b if b in plain else next(spare)) for b in range(256)]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _unique(ids: Sequence[int | None]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {_line(error)}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _add_missing(core: tokenizers.Tokenizer, config: Mapping[str, Any], file: Path) -> None:
+    """Add the tokens tokenizer_config.json lists beyond tokenizer.json, which must continue its ids."""
+    for key, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+        text = entry["content"]
+        flags = {k: bool(entry[k]) for k in ("special", "lstrip", "rstrip", "single_word", "normalized") if k in entry}
+        if core.token_to_id(text) is None:
+            core.add_tokens([AddedToken(text, **flags)])
+        if core.token_to_id(text) != int(key):
+            got = core.token_to_id(text)
+            raise UserError(f"{file}: added_tokens_decoder gives {text!r} the id {key}, tokenizer.json makes it {got}")
+
+
+def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, TemplateText]:
+    """Chat templates by name. A chat_template.jinja wins over tokenizer_config.json, as in transformers."""
+    file = path / "tokenizer_config.json"
+    inline = config.get("chat_template") or {}
+    if isinstance(inline, str):
+        inline = {"default": inline}
+    elif isinstance(inline, list):
+        inline = {entry["name"]: entry["template"] for entry in inline}
+    out = {name: TemplateText(text=text, source=f"{file}: chat_template") for name, text in inline.items()}
+    files = {"default": path / "chat_template.jinja"}
+    files |= {p.stem: p for p in sorted((path / "additional_chat_templates").glob("*.jinja"))}
+    for name, found in files.items():
+        if found.is_file():
+            out[name] = TemplateText(text=found.read_text(encoding="utf-8"), source=str(found))
+    return out
