@@ -22,6 +22,7 @@ from cabochon.files import replaced_directory
 from cabochon.model import gguf
 from cabochon.model.config import ModelConfig
 from cabochon.model.hf_config import read_config as read_hf_config
+from cabochon.model.hf_config import read_json
 from cabochon.model.hf_export import to_hf
 from cabochon.model.hf_files import DTYPES, INDEX, SINGLE, LazyTensor, SafetensorsWriter, nearest, read_directory
 from cabochon.model.hf_names import (
@@ -216,7 +217,9 @@ def save(
         if tokenizer is not None:
             tokenizer.save(temporary)
         special = {key: content[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        generation = {"_from_model_config": True, **{k: v for k, v in special.items() if v is not None}}
+        generation = {k: v for k, v in special.items() if v is not None}
+        if (temporary / "generation_config.json").exists():  # the tokenizer's; the config has the last word
+            generation = read_json(temporary / "generation_config.json") | generation
         for name, value in (("config.json", content), ("generation_config.json", generation)):
             (temporary / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 

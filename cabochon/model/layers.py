@@ -154,11 +154,11 @@ class Attention(nnx.Module):
     def project(self, x_BTD: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Rotated q [B,T,K,G,H] and k [B,T,K,H], and v [B,T,K,H]."""
         qkv = self.qkv(x_BTD)
-        if self.clip is not None:
-            qkv = jnp.clip(qkv, -self.clip, self.clip)
         q, k, v = qkv[..., : self.G, :], qkv[..., self.G, :], qkv[..., self.G + 1, :]
         if self.qk_norm != "none":
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip is not None:  # after the norm, as OLMoE does
+            q, k, v = (jnp.clip(x, -self.clip, self.clip) for x in (q, k, v))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def attend(self, q_BTKGH: Array, k_BSKH: Array, v_BSKH: Array, allow_BTS: Array) -> Array:
