@@ -28,14 +28,20 @@ class Frozen(BaseModel):
 class UpcycleConfig(Frozen):
     """A dense checkpoint becomes a mixture of experts, exact at step 0 without noise (algorithms.md section 13)."""
 
-    num_experts: int = Field(8, ge=2)
+    num_experts: int = Field(8, ge=1)
     """experts per layer, each a copy of the dense feed-forward"""
     top_k: int = Field(2, ge=1)
     """experts per token"""
+    layers: tuple[int, ...] | None = None
+    """layers that become sparse, from 0; null for all"""
     noise: float = Field(0.0, ge=0)
-    """standard deviation of noise on the experts, relative to each weight's own; 0 keeps the step exact"""
+    """noise on the experts, as a fraction of each tensor's root mean square; 0 keeps the function exact"""
+    router: Literal["normal", "orthogonal"] = "normal"
+    """columns drawn from N(0, router_std), or orthonormal, which is where the simbal loss is zero"""
+    router_std: float = Field(0.02, gt=0)
+    """not used by `orthogonal`"""
     seed: int = Field(0, ge=0)
-    """of the router's initial weights and of the noise"""
+    """of the router and of the noise"""
 
     @model_validator(mode="after")
     def _check(self) -> UpcycleConfig:
