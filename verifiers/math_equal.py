@@ -1,0 +1,220 @@
+"""Whether an answer is the gold answer. The gold's form decides what counts; when in doubt the answer is wrong.
+
+A wrong answer scored right teaches the policy to be wrong, a right one missed only costs a sample: so nothing here is
+"close enough" unless a rule below says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import sympy
+from sympy import Expr
+from sympy.core.function import AppliedUndef
+
+from cabochon.verifiers.math_numbers import same_formula, same_leaf
+from cabochon.verifiers.math_sets import region, same_region, same_relation
+from cabochon.verifiers.math_values import DEGREE, Based, Chain, Grid, Items, Leaf, NamedSet, SetOperation, Value, Words
+
+_ITEMS_LIMIT = 60
+_SAME_WORDS = (
+    {"dne", "does not exist", "do not exist", "the limit does not exist", "undefined"},
+    {"no solution", "no solutions", "none", "no real solutions", "no real solution", "empty set", "there is no solution",
+     "there are no solutions", "no such"},
+    {"true", "t"}, {"false", "f"}, {"yes", "y"}, {"no", "n"},
+    {"all real numbers", "all reals", "all real"}, {"infinitely many", "infinitely many solutions", "infinite"},
+)
+
+
+def equal(gold: Value, answer: Value) -> bool:
+    """Whether `answer` is the same value as `gold`."""
+    gold_label, gold_bare = unlabel(gold)
+    label, bare = unlabel(answer)
+    if gold_label is None and label is None:
+        return _same(gold, answer)
+    if gold_label is not None and label is not None:
+        return (gold_label == label and _same(gold_bare, bare)) or _same(gold, answer)
+    if gold_label is None:  # the answer says "x = 5" where 5 was asked for
+        return not isinstance(gold, Chain) and not _mentions(gold, label) and _same(gold, bare)
+    if isinstance(answer, Chain):
+        return _same(gold, answer)
+    # the gold says "x = 5": a bare 5 will do; a bare "2x + 1" for the equation "y = 2x + 1" will not
+    return (isinstance(gold_label, AppliedUndef) or not _symbols(gold_bare)) and _same(gold_bare, bare)
+
+
+def unlabel(value: Value) -> tuple[Expr | None, Value]:
+    """`x = 5` as (x, 5), `x = 1 or x = 2` as (x, "1 or 2"), `2 + 3 = 5` as (None, 5); anything else as (None, itself)."""
+    if isinstance(value, Items) and value.kind == "list":
+        parts = [unlabel(item) for item in value.items]
+        labels = {label for label, _ in parts}
+        if len(labels) == 1 and (label := next(iter(labels))) is not None:
+            return label, Items("list", tuple(bare for _, bare in parts), value.brackets)
+        return None, value
+    if not isinstance(value, Chain):
+        return None, value
+    first, last = value.items[0], value.items[-1]
+    if value.relations == ("in",) and isinstance(first, Leaf) and first.expr.is_Symbol:
+        return first.expr, last
+    if any(relation not in ("=", "~") for relation in value.relations):
+        return None, value
+    if _is_label(first) and not _mentions(last, first.expr):  # type: ignore[union-attr]
+        label, values = first.expr, value.items[1:]  # type: ignore[union-attr]
+    elif _is_label(last) and not _mentions(first, last.expr):  # type: ignore[union-attr]
+        label, values = last.expr, value.items[:-1][::-1]  # type: ignore[union-attr]
+    elif not any(_symbols(item) for item in value.items):
+        label, values = None, value.items
+    else:
+        return None, value
+    steps_hold = all(
+        _same(two, one) or _same(one, two) for one, two in itertools.pairwise(values)
+    )
+    if not steps_hold:
+        return None, Words("an equation that does not hold")
+    return label, values[-1]
+
+
+def _is_label(value: Value) -> bool:
+    return isinstance(value, Leaf) and (value.expr.is_Symbol or isinstance(value.expr, AppliedUndef))
+
+
+def _symbols(value: Value) -> set[sympy.Symbol]:
+    match value:
+        case Leaf(expr=expr):
+            return set(expr.free_symbols) - {DEGREE}
+        case Items(items=items):
+            return set().union(*(_symbols(item) for item in items)) if items else set()
+        case Chain(items=items):
+            return set().union(*(_symbols(item) for item in items))
+        case Grid(rows=rows):
+            return set().union(*(_symbols(cell) for row in rows for cell in row))
+        case SetOperation(left=left, right=right):
+            return _symbols(left) | _symbols(right)
+    return set()
+
+
+def _mentions(value: Value, label: Expr | None) -> bool:
+    if label is None:
+        return False
+    if isinstance(label, AppliedUndef):
+        return isinstance(value, Leaf) and value.expr.has(label.func)
+    return label in _symbols(value)
+
+
+def _same(gold: Value, answer: Value) -> bool:
+    match gold, answer:
+        case Leaf(), Leaf():
+            return _same_leaves(gold, answer)
+        case Based(), Based():
+            return gold.base == answer.base and gold.digits == answer.digits
+        case Leaf(), Based():
+            return same_formula(gold.expr, sympy.Integer(answer.value))
+        case Words(), Words():
+            return same_words(gold.text, answer.text)
+        case (Words(text=text), (NamedSet(name="empty"))) | (NamedSet(name="empty"), Words(text=text)):
+            return text in _SAME_WORDS[1]
+        case (Words(text=text), (NamedSet(name="R"))) | (NamedSet(name="R"), Words(text=text)):
+            return text in ("all real numbers", "all reals")
+        case Items(kind="tuple", brackets="::"), Items(kind="tuple", brackets="::"):
+            return _same_ratio(gold, answer)
+        case Items(kind="tuple", brackets="::", items=(Leaf(expr=top), Leaf(expr=bottom))), Leaf(expr=value):
+            return not bottom.is_zero and same_formula(top / bottom, value)
+        case Items(kind="tuple"), Items(kind="tuple"):
+            return _same_tuples(gold, answer)
+        case Items(), Items() if gold.kind in ("set", "list") and answer.kind in ("set", "list"):
+            return _same_collections(gold, answer) or _same_regions(gold, answer)
+        case Grid(), Grid():
+            return _same_grids(gold.rows, answer.rows)
+        case Grid(), Items(kind="tuple", brackets="[]", items=rows):
+            if not all(isinstance(row, Items) and row.kind == "tuple" for row in rows):
+                return False
+            return _same_grids(gold.rows, tuple(row.items for row in rows if isinstance(row, Items)))
+        case Items(kind="tuple", brackets="[]", items=rows), Grid():
+            return all(isinstance(row, Items) and row.kind == "tuple" for row in rows) and _same_grids(
+                tuple(row.items for row in rows if isinstance(row, Items)), answer.rows
+            )
+        case NamedSet(), NamedSet():
+            return gold.name == answer.name
+        case Chain(), Chain() if same_relation(gold, answer):
+            return True
+        case Items(kind="set", items=(one,)), Leaf():
+            return _same(one, answer)
+    return _same_regions(gold, answer)
+
+
+def _same_regions(gold: Value, answer: Value) -> bool:
+    one, two = region(gold), region(answer)
+    if one is None or two is None or (one[1] and two[1] and one[1] != two[1]):
+        return False
+    return same_region(one[0], two[0])
+
+
+def _same_leaves(gold: Leaf, answer: Leaf) -> bool:
+    """Leaves, with an angle's degree sign taken as a unit (dropped) or as pi/180."""
+    if not gold.expr.has(DEGREE) and not answer.expr.has(DEGREE):
+        return same_leaf(gold, answer)
+    if gold.expr.has(DEGREE) and answer.expr.has(DEGREE):
+        return same_formula(gold.expr, answer.expr)
+    for worth in (sympy.Integer(1), sympy.pi / 180):
+        if same_formula(gold.expr.subs(DEGREE, worth), answer.expr.subs(DEGREE, worth)):
+            return True
+    return False
+
+
+def _same_tuples(gold: Items, answer: Items) -> bool:
+    if len(gold.items) != len(answer.items):
+        return False
+    if len(gold.items) == 2 and gold.brackets != answer.brackets:
+        return False
+    return all(equal(one, two) for one, two in zip(gold.items, answer.items, strict=True))
+
+
+def _same_ratio(gold: Items, answer: Items) -> bool:
+    """`3:4` is `6:8`."""
+    left = [item.expr for item in gold.items if isinstance(item, Leaf)]
+    right = [item.expr for item in answer.items if isinstance(item, Leaf)]
+    if len(left) != len(right) or len(left) != len(gold.items) or any(side.is_zero for side in (*left, *right)):
+        return False
+    return all(same_formula(one / left[0], two / right[0]) for one, two in zip(left, right, strict=True))
+
+
+def _same_collections(gold: Items, answer: Items) -> bool:
+    """Each gold item has its own partner. In a set repetitions do not count, in a list they do."""
+    wanted, given = list(gold.items), list(answer.items)
+    if max(len(wanted), len(given)) > _ITEMS_LIMIT:
+        return False
+    if gold.kind == "set" or answer.kind == "set":
+        wanted, given = _distinct(wanted), _distinct(given)
+    if len(wanted) != len(given):
+        return False
+    for item in wanted:
+        partner = next((place for place, other in enumerate(given) if equal(item, other)), None)
+        if partner is None:
+            return False
+        given.pop(partner)
+    return True
+
+
+def _distinct(items: list[Value]) -> list[Value]:
+    kept: list[Value] = []
+    for item in items:
+        if not any(item == other or (isinstance(item, Leaf) and isinstance(other, Leaf)
+                                     and same_formula(item.expr, other.expr)) for other in kept):
+            kept.append(item)
+    return kept
+
+
+def _same_grids(gold: tuple[tuple[Value, ...], ...], answer: tuple[tuple[Value, ...], ...]) -> bool:
+    if len(gold) != len(answer) or any(len(one) != len(two) for one, two in zip(gold, answer, strict=True)):
+        return False
+    return all(
+        _same(one, two)
+        for row, other in zip(gold, answer, strict=True) for one, two in zip(row, other, strict=True)
+    )
+
+
+def same_words(gold: str, answer: str) -> bool:
+    """Words without case, punctuation, articles and spacing, or two usual ways to say the same."""
+    one, two = (re.sub(r"\b(?:the|a|an)\s", "", re.sub(r"[^\w\s]", "", side.casefold())).strip() for side in (gold, answer))
+    one, two = " ".join(one.split()), " ".join(two.split())
+    return one == two or any(one in group and two in group for group in _SAME_WORDS)

@@ -1,0 +1,222 @@
+"""The judge of one mathematical answer, as it runs inside a killable worker: plain data in, plain data out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from sympy import Rational
+
+from cabochon.verifiers.math_equal import equal, same_words
+from cabochon.verifiers.math_extract import Extraction, extract, last_box
+from cabochon.verifiers.math_lex import MathSyntaxError, clean
+from cabochon.verifiers.math_parse import parse
+from cabochon.verifiers.math_units import Split, conversion, split_unit
+from cabochon.verifiers.math_values import Leaf, Value, Words
+
+
+class UnusableGold(ValueError):
+    """The task's own answer does not equal itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One answer, read: its text cleaned, its unit apart, its value (None where only the text can be compared)."""
+
+    text: str
+    split: Split
+    value: Value | None
+    problem: str = ""
+
+
+_GROUPED = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+)((?:\.\d+)?)")
+
+
+def read(answer: str) -> Reading:
+    """Clean, take the unit off, parse. Never raises; what cannot be parsed keeps its text."""
+    try:
+        text = clean(answer)
+    except MathSyntaxError as error:
+        return Reading(text="", split=Split(""), value=None, problem=str(error))
+    if "\x00" in text:
+        return Reading(text=text, split=Split(text), value=None, problem="a NUL byte")
+    split = split_unit(text)
+    core = re.sub(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d.,]|\s*\d)", lambda found: found.group().replace(" ", ""), split.core)
+    if _GROUPED.fullmatch(core):
+        core = core.replace(",", "")
+    elif re.search(r"\d,\d{3}", core) and not re.search(r"\d,(?:\d{1,2}|\d{4,})(?!\d)", core) and not re.match(r"[(\[]|\\\{", core):
+        core = re.sub(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", lambda found: found.group().replace(",", ""), core)
+    try:
+        value = parse(core)
+    except MathSyntaxError as error:
+        if split.unit is None and not split.percent and split.scale == 1:
+            return Reading(text=text, split=split, value=None, problem=str(error))
+        try:
+            return Reading(text=text, split=Split(text), value=parse(text))
+        except MathSyntaxError:
+            return Reading(text=text, split=split, value=None, problem=str(error))
+    if isinstance(value, Leaf) and split.scale != 1:
+        value = Leaf(value.expr * split.scale, None if value.ulp is None else value.ulp * split.scale, value.digits)
+    return Reading(text=text, split=split, value=value)
+
+
+_CHOICE = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*(?:[Oo]ption\s+|[Cc]hoice\s+)?(\(?)\s*([A-Ja-j])\s*(\)?)\s*\}?([.:)]?)\s*(.*)", re.DOTALL)
+
+
+def chosen(text: str, *, alone: bool = False) -> str | None:
+    """The letter of a multiple-choice answer: `B`, `(B)`, `\\text{(B)}`, `B) 42`. None where there is none or several.
+
+    `alone`: nothing may follow the letter.
+    """
+    match = _CHOICE.fullmatch(text.strip().strip("$*").strip())
+    if match is None:
+        return None
+    opening, letter, closing, delimiter, rest = match.groups()
+    rest = rest.strip().strip("}").strip()
+    if letter.islower() and not (opening and closing):
+        return None
+    if rest and (alone or not (closing or delimiter)):
+        return None
+    if re.search(r"\b(?:or|and|not)\b|[,/&]\s*\(?[A-J]\b|\([A-J]\)", rest):
+        return None
+    return letter.upper()
+
+
+def matches(gold: str, answer: str, *, prompt: str = "", choices: Sequence[str] = ()) -> tuple[bool, str]:
+    """Whether `answer` is `gold`, and why (not). `choices` are the texts of options A, B, ..."""
+    letter = chosen(gold, alone=True)
+    if letter is not None and ((letter != "E" and letter != "I") or choices):
+        given = chosen(answer)
+        if given is not None:
+            return given == letter, f"option {given}"
+        place = ord(letter) - ord("A")
+        if place < len(choices):
+            return matches(choices[place], answer, prompt=prompt)
+        return False, "not an option"
+    if choices and (given := chosen(answer, alone=True)) is not None and ord(given) - ord("A") < len(choices):
+        answer = choices[ord(given) - ord("A")]
+    left, right = _read_gold(gold), read(answer)
+    if left.value is None or right.value is None:
+        if left.text and left.text == right.text:
+            return True, "the same text"
+        if left.value is None:
+            return same_words(left.text, right.text) and not re.search(r"[^\w\s.,'-]", left.text), "compared as words"
+        return False, f"the answer cannot be read: {right.problem}"
+    return _same_quantities(left, right, prompt)
+
+
+def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool, str]:
+    assert gold.value is not None and answer.value is not None
+    factor = conversion(gold.split.unit, answer.split.unit)
+    if factor is None:
+        return False, "a different unit"
+    ask_percent = "percent" in prompt.casefold() or "%" in prompt
+    if "base" in prompt.casefold() and re.fullmatch(r"\d+", answer.text) and re.fullmatch(rf"0*{answer.text}_\{{?\d+\}}?", gold.text):
+        return True, "the same digits, base understood"
+    one, two = gold.value, answer.value
+    if gold.split.percent != answer.split.percent and not ask_percent:
+        one, two = (_percent(side.value, side.split.percent) for side in (gold, answer))  # type: ignore[arg-type]
+    elif gold.split.percent != answer.split.percent:
+        if equal(one, two):
+            return True, "the same number of percent"
+        one, two = (_percent(side.value, side.split.percent) for side in (gold, answer))  # type: ignore[arg-type]
+    if factor != 1:
+        if not isinstance(two, Leaf):
+            return False, "a different unit"
+        two = Leaf(two.expr * Rational(factor.numerator, factor.denominator))
+    right = equal(one, two)
+    return right, "the same value" if right else "a different value"
+
+
+def _percent(value: Value, percent: bool) -> Value:
+    if percent and isinstance(value, Leaf):
+        return Leaf(value.expr / 100, None if value.ulp is None else value.ulp / 100, value.digits)
+    return value
+
+
+@lru_cache(maxsize=4096)
+def _read_gold(gold: str) -> Reading:
+    return read(gold)
+
+
+def gold_answer(gold: str) -> str:
+    """The gold itself, out of a box or from behind `####` where the data keeps it there."""
+    box = last_box(gold)
+    if box is not None and box.answer:
+        return box.answer
+    if "####" in gold:
+        return gold.rpartition("####")[2].strip()
+    return gold.strip()
+
+
+@lru_cache(maxsize=4096)
+def check_gold(gold: str) -> str:
+    """Empty if the gold equals itself, else what is wrong with it."""
+    reading = read(gold)
+    if not gold.strip():
+        return "the gold answer is empty"
+    if isinstance(reading.value, Words) and reading.value.text == "an equation that does not hold":
+        return "the gold answer does not hold"
+    return "" if matches(gold, gold)[0] else f"the gold answer {gold[:80]!r} cannot be compared with itself"
+
+
+_PLAIN = re.compile(r"[-+]?(?:\\?\$\s?)?(\d{1,15}|\d{1,3}(?:,\d{3}){1,4})")
+
+
+def _plain_integer(text: str) -> int | None:
+    """A whole number as GSM8K writes it; the quick path for nearly all of its answers."""
+    match = _PLAIN.fullmatch(text)
+    if match is None:
+        return None
+    return int(match.group(1).replace(",", "")) * (-1 if text[0] == "-" else 1)
+
+
+def judge(
+    text: str, golds: list[str], prompt: str, choices: list[str], rules: dict[str, Any]
+) -> dict[str, Any]:
+    """The verdict on a completion as plain data: score, status, detail, evidence.
+
+    Whatever fails while an answer is read or compared, after the gold has been found equal to itself, is the answer's
+    doing and makes it `malformed`; a MemoryError is left to the worker.
+    """
+    golds = [gold_answer(gold) for gold in golds]
+    found = extract(text, Extraction(**(rules | {"methods": tuple(rules["methods"])})))
+    evidence: dict[str, Any] = {"gold": golds[0] if len(golds) == 1 else golds}
+    if found is None:
+        return _verdict("no_answer", "no answer found", evidence)
+    evidence |= {"answer": found.answer[:500], "method": found.method}
+    if found.problem:
+        return _verdict("malformed", found.problem, evidence)
+    if not found.answer:
+        return _verdict("no_answer", f"an empty answer ({found.method})", evidence)
+    number = _plain_integer(found.answer)
+    for gold in golds:
+        wanted = _plain_integer(gold)
+        if wanted is not None and wanted == number:
+            return _verdict("ok", "the same whole number", evidence)
+        problem = "" if wanted is not None else check_gold(gold)
+        if problem:
+            return {"unusable": problem}
+    detail = "a different whole number"
+    for gold in golds:
+        if number is not None and _plain_integer(gold) is not None:
+            continue
+        try:
+            right, detail = matches(gold, found.answer, prompt=prompt, choices=choices)
+        except MemoryError:
+            raise
+        except Exception as error:  # the gold compares with itself, so this is what the model wrote
+            return _verdict("malformed", f"cannot be compared: {type(error).__name__}", evidence)
+        if right:
+            return _verdict("ok", detail, evidence)
+    malformed = detail.startswith("the answer cannot be read")
+    return _verdict("malformed" if malformed else "wrong", detail, evidence)
+
+
+def _verdict(status: str, detail: str, evidence: dict[str, Any]) -> dict[str, Any]:
+    return {"score": 1.0 if status == "ok" else 0.0, "status": status, "detail": detail[:300], "evidence": evidence}
+
+

@@ -1,0 +1,133 @@
+"""Intervals, inequalities in one variable and set expressions as one thing: a region of the real line."""
+
+from __future__ import annotations
+
+import sympy
+from sympy import FiniteSet, Interval, S, Union
+
+from cabochon.verifiers.math_numbers import proportional
+from cabochon.verifiers.math_values import Chain, Items, Leaf, NamedSet, SetOperation, Value, is_opaque
+
+_FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
+_NAMED = {"R": S.Reals, "Z": S.Integers, "N": S.Naturals, "Q": S.Rationals, "empty": S.EmptySet}
+
+
+def region(value: Value, depth: int = 0) -> tuple[sympy.Set, str] | None:
+    """The set of reals a value stands for and the variable it names ("" for none); None if it is no such thing."""
+    match value:
+        case NamedSet(name=name) if name in _NAMED:
+            return _NAMED[name], ""
+        case Items(kind="tuple", items=(Leaf() as low, Leaf() as high), brackets=brackets) if brackets != "::":
+            if not (_real(low) and _real(high)) or not (low.expr < high.expr) == True:  # noqa: E712 (sympy's own truth)
+                return None
+            return Interval(low.expr, high.expr, brackets[0] == "(", brackets[1] == ")"), ""
+        case Items(kind="set", items=items):
+            leaves = [item.expr for item in items if isinstance(item, Leaf) and _real(item)]
+            return (FiniteSet(*leaves), "") if len(leaves) == len(items) else None
+        case SetOperation(operation=operation, left=left, right=right) if depth < 30:
+            one, two = region(left, depth + 1), region(right, depth + 1)
+            if one is None or two is None:
+                return None
+            joined = {"union": Union, "intersection": sympy.Intersection, "minus": sympy.Complement}[operation]
+            return joined(one[0], two[0]), one[1] or two[1]
+        case Items(kind="list", items=items, brackets=joint) if joint in ("or", "and") and depth < 30:
+            parts = [region(item, depth + 1) for item in items]
+            if any(part is None or not part[1] for part in parts) or len({part[1] for part in parts if part}) != 1:
+                return None
+            sets = [part[0] for part in parts if part]
+            return (Union(*sets) if joint == "or" else sympy.Intersection(*sets)), parts[0][1] if parts[0] else ""
+        case Chain():
+            return _solved(value, depth)
+    return None
+
+
+def _real(leaf: Leaf) -> bool:
+    return bool(leaf.expr.is_extended_real) and leaf.expr.is_number and not is_opaque(leaf.expr)
+
+
+def _solved(chain: Chain, depth: int) -> tuple[sympy.Set, str] | None:
+    """A chain of relations in one variable, linear in it: `-1 < 2x + 3 <= 5`, `x in (0, 1)`, `x != 2`."""
+    first = chain.items[0]
+    if chain.relations == ("in",) and isinstance(first, Leaf) and first.expr.is_Symbol:
+        inner = region(chain.items[1], depth + 1)
+        return None if inner is None else (inner[0], first.expr.name)
+    leaves = [item.expr for item in chain.items if isinstance(item, Leaf)]
+    if len(leaves) != len(chain.items) or any(is_opaque(leaf) for leaf in leaves):
+        return None
+    if any(relation in ("in", "~") for relation in chain.relations) or len(leaves) > 4:
+        return None
+    variables = set().union(*(leaf.free_symbols for leaf in leaves))
+    if len(variables) != 1:
+        return None
+    (variable,) = variables
+    answer: sympy.Set = S.Reals
+    for left, relation, right in zip(leaves, chain.relations, leaves[1:], strict=False):
+        if relation == "=":
+            return None
+        part = _linear(left, relation, right, variable)
+        if part is None:
+            return None
+        answer = sympy.Intersection(answer, part)
+    return answer, variable.name
+
+
+def _linear(left: sympy.Expr, relation: str, right: sympy.Expr, variable: sympy.Symbol) -> sympy.Set | None:
+    if sympy.oo in (left, right) or -sympy.oo in (left, right):
+        return S.Reals
+    difference = sympy.expand(left - right)
+    slope = difference.diff(variable)
+    if not slope.is_number or not slope.is_real or slope.is_zero:
+        return None
+    bound = -difference.subs(variable, 0) / slope
+    if not bound.is_real:
+        return None
+    if slope.is_negative:
+        relation = _FLIPPED[relation]
+    match relation:
+        case "<":
+            return Interval.open(-sympy.oo, bound)
+        case "<=":
+            return Interval(-sympy.oo, bound)
+        case ">":
+            return Interval.open(bound, sympy.oo)
+        case ">=":
+            return Interval(bound, sympy.oo)
+        case "!=":
+            return sympy.Complement(S.Reals, FiniteSet(bound))
+    return None
+
+
+def same_region(gold: sympy.Set, answer: sympy.Set) -> bool:
+    """Equality of sets of reals: as sympy writes them, else by their difference both ways."""
+    if gold == answer:
+        return True
+    if S.Integers in (gold, answer) or S.Naturals in (gold, answer) or S.Rationals in (gold, answer):
+        return False
+    return bool((gold - answer) == S.EmptySet and (answer - gold) == S.EmptySet)
+
+
+def same_relation(gold: Chain, answer: Chain) -> bool:
+    """Two equations or inequalities in several variables: the same up to a factor, or item by item."""
+    if len(gold.relations) == 1 and len(answer.relations) == 1:
+        one, two = _difference(gold), _difference(answer)
+        if one is None or two is None or one[1] != two[1]:
+            return False
+        factor = proportional(one[0], two[0])
+        if factor is None and one[1] in ("=", "!="):
+            numerators = [sympy.fraction(sympy.together(side[0]))[0] for side in (one, two)]
+            factor = proportional(*numerators)
+        if factor is None:
+            return False
+        return one[1] in ("=", "!=") or bool(factor.is_positive)
+    return False
+
+
+def _difference(chain: Chain) -> tuple[sympy.Expr, str] | None:
+    """`left - right` and the relation to zero, turned so that it is one of =, !=, <, <=."""
+    left, right = chain.items
+    if not isinstance(left, Leaf) or not isinstance(right, Leaf) or chain.relations[0] in ("in", "~"):
+        return None
+    relation = chain.relations[0]
+    if relation in (">", ">="):
+        return right.expr - left.expr, _FLIPPED[relation]
+    return left.expr - right.expr, relation

@@ -1,0 +1,168 @@
+"""Units: what may follow a number, what converts into what. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+_BASE: dict[str, tuple[str, Fraction]] = {}
+
+
+def _define(dimension: str, **units: str | int) -> None:
+    for names, factor in units.items():
+        for name in names.split("_"):
+            _BASE[name] = (dimension, Fraction(factor))
+
+
+_define("length", mm_millimeter_millimetre="1/1000", cm_centimeter_centimetre="1/100", dm_decimeter="1/10",
+        m_meter_metre=1, km_kilometer_kilometre=1000, inch_inches="0.0254", ft_foot_feet="0.3048", yd_yard="0.9144",
+        mi_mile="1609.344")
+_define("mass", mg_milligram="1/1000000", g_gram="1/1000", kg_kilogram=1, lb_lbs_pound="0.45359237",
+        oz_ounce="0.028349523125", ton=1000)
+_define("time", ms_millisecond="1/1000", s_sec_second=1, min_minute=60, h_hr_hrs_hour=3600, day=86400, week=604800)
+_define("month", month=1, yr_year=12)
+_define("money", dollar_usd_buck=1, cent="1/100")
+_define("volume", ml_mL_milliliter_millilitre="1/1000", l_L_liter_litre=1)
+_define("angle", degree_deg=1)
+_define("energy", J_joule=1, kJ_kilojoule=1000)
+_define("force", N_newton=1)
+_define("power", W_watt=1, kW_kilowatt=1000)
+_define("temperature", celsius=1)
+_define("temperature_f", fahrenheit=1)
+_CASED = {"L", "mL", "J", "kJ", "N", "W", "kW"}
+_SPEEDS = {"mph": "mile per hour", "kph": "km per hour", "kmh": "km per hour", "mps": "m per s"}
+_MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
+                "half": None, "halves": None, "third": None, "thirds": None, "quarter": None, "quarters": None}
+_NEVER = frozenset(
+    ["or", "and", "to", "less", "more", "than", "times", "plus", "minus", "over", "by", "is", "not", "negative", "no", "x", "y", "z", "e", "i", "pi", "if", "else", "either", "neither", "about", "approximately", "least", "most", "between", "except", "greater", "fewer", "under", "above", "below", "up", "down", "mod", "factorial", "squared", "cubed", "base"]
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Dimension as sorted powers, factor to the base unit; for words we do not know, the words themselves."""
+
+    dimension: tuple[tuple[str, int], ...]
+    factor: Fraction = Fraction(1)
+
+
+@dataclass(frozen=True)
+class Split:
+    """An answer without its unit. `percent` where it was followed by one; `scale` of "5 thousand" is 1000."""
+
+    core: str
+    unit: Unit | None = None
+    percent: bool = False
+    scale: int = 1
+
+
+_ROMAN_TAIL = re.compile(
+    r"((?:(?:/\s*)?\\(?:text|mathrm|textbf|textit|mbox|operatorname|textrm)\s*\{[^{}]{0,80}\}\s*(?:\^\s*\{?\s*-?\d\s*\}?\s*)?(?:/\s*)?)+)$"
+)
+_PLAIN_TAIL = re.compile(r"(?<=[\d\s)}])\s*([A-Za-z][A-Za-z.'-]*(?:(?:\s+|\s*/\s*|\s*\^\s*\{?-?\d\}?)[A-Za-z.'-]*)*)$")
+_NUMERIC_CORE = re.compile(r"[-+]?(?:[\d.,\s/]|\\frac\s*\{?\s*\d+\s*\}?\s*\{?\s*\d+\s*\}?|\\pi|\\sqrt\s*\{?\d+\}?|[-+*^{}()]|\\times|\\cdot)+")
+_CURRENCY = re.compile(r"([-+]?)\s*(?:\\\$|\$|£|€|USD|US\\?\$)\s*(?=[\d.(\\])")
+
+
+def split_unit(text: str, *, numeric_only: bool = True) -> Split:
+    """Take currency, percent and unit off cleaned text."""
+    unit: Unit | None = None
+    currency = _CURRENCY.match(text)
+    if currency:
+        text, unit = currency.group(1) + text[currency.end() :], parse_unit("dollar")
+    if text.endswith("%"):
+        return Split(text[:-1].rstrip(), unit, percent=True)
+    tail = _ROMAN_TAIL.search(text)
+    if tail and tail.start() > 0:
+        words = re.sub(r"\\[a-z]+\s*\{([^{}]*)\}", r" \1 ", tail.group(1))
+        core = text[: tail.start()].rstrip()
+    else:
+        tail = _PLAIN_TAIL.search(text)
+        if not tail or tail.start(1) == 0:
+            return Split(text, unit)
+        words, core = tail.group(1), text[: tail.start(1)].rstrip()
+        letters = words.split()[0]
+        if len(letters.rstrip(".")) == 1 and (text[tail.start(1) - 1] != " " or letters not in _BASE):
+            return Split(text, unit)
+    core = re.sub(r"\^\s*\{?\s*\\circ\s*\}?$", "", core) if re.match(r"\s*[CF]\b", words) else core
+    if not core or not any(mark.isdigit() for mark in core) or not _NUMERIC_CORE.fullmatch(core):
+        return Split(text, unit)
+    return _with_words(text, core, " ".join(words.split()), unit)
+
+
+def _with_words(text: str, core: str, words: str, unit: Unit | None) -> Split:
+    folded = words.casefold().strip(" .")
+    if folded in ("percent", "per cent", "percentage", "percentage points", "pct"):
+        return Split(core, None, percent=True)
+    parts = re.findall(r"[a-z]+", folded)
+    scale = 1
+    while parts and parts[0] in _MULTIPLIERS:
+        factor = _MULTIPLIERS[parts.pop(0)]
+        if factor is None:
+            return Split(text, unit)
+        scale *= factor
+        folded = folded.split(None, 1)[1] if " " in folded else ""
+        words = words.split(None, 1)[1] if " " in words else ""
+    if any(part in _NEVER and part not in ("squared", "cubed") for part in parts) or len(parts) > 8:
+        return Split(text, unit)
+    return Split(core, parse_unit(words) if parts else unit, scale=scale)
+
+
+def _base(word: str) -> tuple[str, Fraction] | None:
+    for form in (word, word.casefold(), word.casefold().removesuffix("s"), word.casefold().removesuffix("es")):
+        if form in _BASE and (form in _CASED or form == form.casefold()):
+            return _BASE[form]
+    return None
+
+
+def parse_unit(words: str) -> Unit:
+    """`cm^2`, `square feet`, `meters per second`, `m/s^2`, or unknown words taken as they are."""
+    words = _SPEEDS.get(words.casefold(), words)
+    text = re.sub(r"\bper\b|\ba\b(?=\s)", "/", words).replace("{", "").replace("}", "").replace("^", "^")
+    top, *bottoms = text.split("/")
+    powers: dict[str, int] = {}
+    factor = Fraction(1)
+    for sign, part in [(1, top), *((-1, bottom) for bottom in bottoms)]:
+        prefix = 1
+        pending: str | None = None
+        for token in re.findall(r"[A-Za-z]+|\^\s*-?\d|-?\d", part):
+            name = token.casefold()
+            if name in ("square", "sq", "cubic", "cu"):
+                prefix = 2 if name.startswith("s") else 3
+                continue
+            if name in ("squared", "cubed") or token[0] in "^-0123456789":
+                power = {"squared": 2, "cubed": 3}.get(name) or int(token.lstrip("^ "))
+                if pending is None:
+                    return _unknown(words)
+                dimension, size = _base(pending)  # type: ignore[misc]
+                powers[dimension] += sign * (power - 1)
+                factor *= size ** (sign * (power - 1))
+                continue
+            known = _base(token)
+            if name in ("c", "f") and token.isupper():
+                known = ("temperature" if name == "c" else "temperature_f", Fraction(1))
+            if known is None:
+                return _unknown(words)
+            powers[known[0]] = powers.get(known[0], 0) + sign * prefix
+            factor *= known[1] ** (sign * prefix)
+            pending, prefix = token, 1
+    if "volume" in powers:  # a litre is a cubic decimetre
+        count = powers.pop("volume")
+        powers["length"] = powers.get("length", 0) + 3 * count
+        factor *= Fraction(1, 1000) ** count
+    return Unit(tuple(sorted((name, power) for name, power in powers.items() if power)), factor)
+
+
+def _unknown(words: str) -> Unit:
+    parts = re.findall(r"[a-z]+", words.casefold())
+    return Unit((("word:" + (parts[0].removesuffix("s") if parts else ""), 1),))
+
+
+def conversion(gold: Unit | None, answer: Unit | None) -> Fraction | None:
+    """By what the answer must be multiplied to be in the gold's unit; None where the units cannot be the same thing."""
+    if gold is None or answer is None:
+        return Fraction(1)
+    if gold.dimension != answer.dimension:
+        return None
+    return answer.factor / gold.factor

@@ -1,0 +1,152 @@
+"""What runs in the killable processes: a zygote that imports once and forks, and the loop of one worker.
+
+The zygote is started by `workers.WorkerPool` with a clean environment, imports the heavy modules (sympy), and forks a
+worker per request of the owner, so that a replacement costs milliseconds instead of seconds. It reaps a worker only when
+the owner asks for it: a process id that the owner still holds can therefore never be reused for a stranger.
+
+Requests and replies are length-prefixed JSON: a worker may have been turned by what a model wrote, so the owner never
+unpickles anything from it. Standard library only, since this file is imported before anything else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+HEADER = struct.Struct("!Q")
+"""Length of the JSON that follows, in bytes."""
+
+REPLY_LIMIT = 8 << 20
+"""No verdict needs more bytes than this; a longer reply is reported as a crash."""
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def read_exactly(connection: socket.socket, count: int) -> bytes:
+    """`count` bytes, or EOFError when the other side is gone."""
+    parts = bytearray()
+    while len(parts) < count:
+        chunk = connection.recv(min(count - len(parts), 1 << 20))
+        if not chunk:
+            raise EOFError("the other side closed the connection")
+        parts += chunk
+    return bytes(parts)
+
+
+def encode(message: Any) -> bytes:
+    """JSON in ASCII with its length in front; lone surrogates survive as escapes."""
+    body = json.dumps(message).encode("ascii")
+    return HEADER.pack(len(body)) + body
+
+
+def resolve(target: str) -> Callable[..., Any]:
+    """`package.module:function` as a callable."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Run one request. What the code under it raises becomes data here, once, for every verifier."""
+    try:
+        return {"value": resolve(request["target"])(**request["arguments"])}
+    except MemoryError:
+        return {"error": "oom", "detail": "the worker reached its memory cap"}
+    except RecursionError:
+        return {"error": "recursion", "detail": "nested too deeply for the judge"}
+    except Exception as error:  # the worker's door: anything a grader raises is reported to the owner, never swallowed
+        where = traceback.format_exc(limit=-4)[-2000:]
+        return {"error": "exception", "detail": f"{type(error).__name__}: {error}"[:500], "traceback": where}
+
+
+def _work(connection: socket.socket, memory_bytes: int) -> None:
+    """Serve requests until the owner closes the connection."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)  # what a grader starts dies with it: the owner kills the group
+    connection.sendall(encode({"ready": os.getpid()}))
+    while True:
+        try:
+            (length,) = HEADER.unpack(read_exactly(connection, HEADER.size))
+            body = read_exactly(connection, length)
+        except EOFError:
+            return
+        try:
+            reply = encode(_answer(json.loads(body)))
+        except MemoryError:
+            reply = encode({"error": "oom", "detail": "the worker reached its memory cap"})
+        except (TypeError, ValueError) as error:
+            reply = encode({"error": "exception", "detail": f"the reply is not plain data: {error}"[:500]})
+        if len(reply) > REPLY_LIMIT:
+            reply = encode({"error": "exception", "detail": f"the reply is {len(reply)} bytes long"})
+        connection.sendall(reply)
+
+
+def _fork_worker(control: socket.socket, connection: socket.socket, memory_bytes: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        control.close()
+        _work(connection, memory_bytes)
+        status = 0
+    finally:
+        os._exit(status)  # never run the zygote's own exit handlers in a worker
+
+
+def _reap(pid: int, patience: float = 10.0) -> int:
+    """The wait status of a worker that has died or is dying; -1 if it will not."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            done, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            return -1
+        if done:
+            return status
+        if time.monotonic() > until:
+            return -1
+        time.sleep(0.0005)
+
+
+def zygote(control_fd: int, preload: list[str], memory_bytes: int) -> None:
+    """Import `preload`, then obey the owner: `F` with a socket forks a worker on it, `R` and a pid reaps one."""
+    control = socket.socket(fileno=control_fd)
+    owner = os.getppid()
+    for module in preload:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # keeps the imported pages shared after a fork
+    control.send(b"K")
+    while True:
+        ready, _, _ = select.select([control], [], [], 5.0)
+        if not ready:
+            if os.getppid() != owner:
+                break
+            continue
+        message, fds, _, _ = socket.recv_fds(control, 64, 1)
+        if not message:
+            break
+        if message[:1] == b"F":
+            with socket.socket(fileno=fds[0]) as connection:
+                pid = _fork_worker(control, connection, memory_bytes)
+            control.send(struct.pack("!q", pid))
+        else:
+            control.send(struct.pack("!q", _reap(struct.unpack("!q", message[1:9])[0])))
+    sys.exit(0)  # the workers die with us: each asked the kernel for that

@@ -1,0 +1,413 @@
+"""Killable worker processes: one function call, one deadline, and a verdict on what happened to it.
+
+Why not threads or SIGALRM: a thread cannot be killed inside `9**9**9`, and a signal works on the main thread only, which
+is not where a Ray actor runs. Why not multiprocessing: its children inherit the environment (secrets) and import the
+caller's `__main__`, and forking a process in which JAX has started threads can deadlock. Here a fresh interpreter with a
+clean environment (the *zygote*, see `worker_main`) imports once and forks; nothing of the owner is in it but its
+`sys.path`. A pool can be used from any thread of the process that made it.
+
+A deadline starts when a worker starts on the item: waiting for a free worker costs nothing. What is killed is replaced.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from cabochon.verifiers.worker_main import HEADER, REPLY_LIMIT, encode, read_exactly
+
+_BOOT = (
+    "import json,sys; fd,path,preload,memory=json.loads(sys.argv[1]); sys.path[:]=path; "
+    "from cabochon.verifiers.worker_main import zygote; zygote(fd, preload, memory)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one call.
+
+    `done` carries the function's value. `timeout`, `oom`, `crash` (a fault such as a segmentation fault) and `recursion`
+    are put down to the input. `infra_error` is the machine: the worker was killed from outside, was starved of CPU, could
+    not be started, or the function itself raised.
+    """
+
+    status: Literal["done", "timeout", "oom", "crash", "recursion", "infra_error"]
+    value: Any = None
+    detail: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerStats:
+    """Counts since the pool was made."""
+
+    calls: int = 0
+    timeouts: int = 0
+    ooms: int = 0
+    crashes: int = 0
+    killed: int = 0
+    """workers killed by somebody else"""
+    stalled: int = 0
+    """deadlines missed without using the CPU: the machine's doing"""
+    raised: int = 0
+    """calls in which the function itself raised"""
+    replaced: int = 0
+    infra_errors: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """How workers are made. Pools are shared by equal configs (see `shared_pool`)."""
+
+    size: int = field(default_factory=lambda: max(1, len(os.sched_getaffinity(0))))
+    """most workers alive at once; they are made when needed"""
+    memory_mib: int = 2048
+    """cap on the address space of one worker"""
+    preload: tuple[str, ...] = ()
+    """modules the zygote imports before it forks"""
+    keep_environment: tuple[str, ...] = ()
+    """names passed on from the environment; everything else is withheld, so that no secret is in reach"""
+    start_seconds: float = 120.0
+    """how long the interpreter may take to import `preload`"""
+    retries: int = 2
+    """further tries after a machine failure"""
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.memory_mib < 64 or self.retries < 0:
+            raise ValueError(f"WorkerConfig needs size >= 1, memory_mib >= 64, retries >= 0, got {self}")
+
+
+class _MachineFailure(Exception):
+    """The machine, not the item, kept a call from finishing."""
+
+
+@dataclass(kw_only=True)
+class _Worker:
+    pid: int
+    connection: socket.socket
+    zygote_pid: int
+    items: int = 0
+    reaped: bool = False
+
+
+class WorkerPool:
+    """Workers behind one method, `call`."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self._lock = threading.Lock()  # guards _idle, _alive and _stats
+        self._free = threading.Condition(self._lock)
+        self._control_lock = threading.Lock()  # one question to the zygote at a time
+        self._idle: list[_Worker] = []
+        self._alive = 0
+        self._stats = WorkerStats()
+        self._zygote: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._closed = False
+
+    @property
+    def stats(self) -> WorkerStats:
+        with self._lock:
+            return self._stats
+
+    def call(
+        self,
+        target: str,
+        arguments: Mapping[str, Any],
+        *,
+        deadline: float,
+        single_use: bool = False,
+        stall_is_timeout: bool = False,
+    ) -> Outcome:
+        """Run `target` ("package.module:function") with JSON-able keyword arguments in a worker.
+
+        `single_use` gives the item a worker of its own that dies afterwards. `stall_is_timeout` puts a deadline missed
+        without using the CPU down to the item (where the item can sleep), not to the machine. Never raises for what the
+        function does; blocks while all workers are busy.
+        """
+        try:
+            request = encode({"target": target, "arguments": dict(arguments)})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{target}: arguments must be plain data: {error}") from error
+        failure = ""
+        for _ in range(self.config.retries + 1):
+            worker = None
+            start = time.monotonic()
+            try:
+                worker = self._take()
+                start = time.monotonic()
+                fresh = worker.items == 0
+                outcome = self._converse(worker, request, deadline, stall_is_timeout)
+            except (_MachineFailure, OSError) as error:
+                failure = str(error)
+                if worker is not None:
+                    self._discard(worker)
+                continue
+            if outcome.status in ("done", "recursion") or (outcome.status == "infra_error" and worker.items):
+                self._give_back(worker, discard=single_use)
+            else:
+                self._discard(worker)
+                if outcome.status == "oom" and not fresh:  # memory left over from earlier items may be to blame
+                    continue
+            self._count(outcome)
+            return replace(outcome, seconds=time.monotonic() - start)
+        self._add(calls=1, infra_errors=1)
+        return Outcome(status="infra_error", detail=failure, seconds=time.monotonic() - start)
+
+    def close(self) -> None:
+        """Kill every worker and the zygote. Calls in flight come back as `infra_error`."""
+        with self._free:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            self._free.notify_all()
+        for worker in idle:
+            worker.connection.close()
+        with self._control_lock:
+            self._stop_zygote()
+
+    # ------------------------------------------------------------------------------------------ one conversation
+
+    def _converse(self, worker: _Worker, request: bytes, deadline: float, stall_is_timeout: bool) -> Outcome:
+        until = time.monotonic() + deadline
+        cpu = _cpu_seconds(worker.pid)
+        try:
+            worker.connection.settimeout(deadline)
+            worker.connection.sendall(request)
+            header = _read(worker.connection, HEADER.size, until)
+            (length,) = HEADER.unpack(header)
+            if length > REPLY_LIMIT:
+                return Outcome(status="crash", detail="the worker sent an oversized reply")
+            reply = json.loads(_read(worker.connection, length, until))
+        except TimeoutError:
+            used = _cpu_seconds(worker.pid) - cpu
+            if used < 0.2 * deadline and not stall_is_timeout:
+                self._add(stalled=1)
+                raise _MachineFailure(
+                    f"the worker got {used:.1f} s of CPU in {deadline:g} s: starved or blocked"
+                ) from None
+            return Outcome(status="timeout", detail=f"no verdict within {deadline:g} s")
+        except (EOFError, ConnectionError):
+            return self._post_mortem(worker)
+        except ValueError as error:
+            return Outcome(status="crash", detail=f"the worker sent garbage: {error}"[:300])
+        worker.items += 1
+        match reply:
+            case {"value": value}:
+                return Outcome(status="done", value=value)
+            case {"error": "oom", "detail": str(detail)}:
+                return Outcome(status="oom", detail=detail)
+            case {"error": "recursion", "detail": str(detail)}:
+                return Outcome(status="recursion", detail=detail)
+            case {"error": "exception", "detail": str(detail)}:
+                self._add(raised=1)
+                return Outcome(status="infra_error", detail=detail, value=reply.get("traceback"))
+        return Outcome(status="crash", detail="the worker sent a reply of no known form")
+
+    def _post_mortem(self, worker: _Worker) -> Outcome:
+        """Why a worker is gone: a fault is the item's doing, a kill from outside is not."""
+        status = self._reap(worker)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) not in (signal.SIGKILL, signal.SIGTERM):
+            return Outcome(status="crash", detail=f"the worker died of {signal.Signals(os.WTERMSIG(status)).name}")
+        self._add(killed=1)
+        raise _MachineFailure(f"the worker was killed mid-item (wait status {status})")
+
+    def _count(self, outcome: Outcome) -> None:
+        name = {"timeout": "timeouts", "oom": "ooms", "crash": "crashes", "infra_error": "infra_errors"}
+        self._add(calls=1, **({name[outcome.status]: 1} if outcome.status in name else {}))
+
+    def _add(self, **counts: int) -> None:
+        with self._lock:
+            self._stats = replace(
+                self._stats, **{name: getattr(self._stats, name) + more for name, more in counts.items()}
+            )
+
+    # ------------------------------------------------------------------------------------------ taking and giving
+
+    def _take(self) -> _Worker:
+        """An idle worker, or a new one while there is room, else wait."""
+        with self._free:
+            while not self._idle and self._alive >= self.config.size and not self._closed:
+                self._free.wait()
+            if self._closed:
+                raise _MachineFailure("the worker pool is closed")
+            if self._idle:
+                return self._idle.pop()
+            self._alive += 1
+        try:
+            return self._fork()
+        except BaseException:
+            with self._free:
+                self._alive -= 1
+                self._free.notify()
+            raise
+
+    def _give_back(self, worker: _Worker, *, discard: bool) -> None:
+        if discard or self._closed:
+            self._discard(worker, counted=False)
+            return
+        with self._free:
+            self._idle.append(worker)
+            self._free.notify()
+
+    def _discard(self, worker: _Worker, *, counted: bool = True) -> None:
+        """Kill and reap; the next `_take` makes another."""
+        self._reap(worker)
+        with self._free:
+            self._alive -= 1
+            if counted:
+                self._stats = replace(self._stats, replaced=self._stats.replaced + 1)
+            self._free.notify()
+
+    # ------------------------------------------------------------------------------------------ the zygote
+
+    def _fork(self) -> _Worker:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs, self._control_lock:
+                control = self._running_zygote()
+                try:
+                    socket.send_fds(control, [b"F"], [theirs.fileno()])
+                    (pid,) = struct.unpack("!q", control.recv(8))
+                    zygote_pid = self._zygote.pid if self._zygote else 0
+                except (OSError, struct.error) as error:
+                    self._stop_zygote()
+                    raise _MachineFailure(f"cannot make a worker: {error}") from error
+            ours.settimeout(self.config.start_seconds)
+            worker = _Worker(pid=pid, connection=ours, zygote_pid=zygote_pid)
+            (length,) = HEADER.unpack(read_exactly(ours, HEADER.size))
+            read_exactly(ours, length)
+        except (EOFError, OSError, _MachineFailure) as error:
+            ours.close()
+            raise _MachineFailure(f"cannot make a worker: {error}") from error
+        return worker
+
+    def _reap(self, worker: _Worker) -> int:
+        """Kill the worker's process group, close its connection, collect its wait status (0 if it is not to be had)."""
+        worker.connection.close()
+        with self._control_lock:
+            if worker.reaped or self._control is None or self._zygote is None or self._zygote.pid != worker.zygote_pid:
+                return 0  # reaped before, or gone with its zygote: the process id may be somebody else's by now
+            worker.reaped = True
+            for kill in (os.killpg, os.kill):
+                try:
+                    kill(worker.pid, signal.SIGKILL)
+                except (ProcessLookupError, PermissionError):
+                    continue
+            try:
+                self._control.send(b"R" + struct.pack("!q", worker.pid))
+                return int(struct.unpack("!q", self._control.recv(8))[0])
+            except (OSError, struct.error):
+                self._stop_zygote()
+                return 0
+
+    def _running_zygote(self) -> socket.socket:
+        """The control connection; starts the zygote on first use and again if it was killed. Needs `_control_lock`."""
+        if self._control is not None and self._zygote is not None and self._zygote.poll() is None:
+            return self._control
+        self._stop_zygote()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        path = [os.path.abspath(entry or os.curdir) for entry in sys.path]
+        argument = json.dumps(
+            [theirs.fileno(), path, list(self.config.preload), self.config.memory_mib << 20]
+        )
+        with theirs, tempfile.TemporaryFile() as errors:
+            self._zygote = subprocess.Popen(
+                [sys.executable, "-s", "-P", "-c", _BOOT, argument],
+                env=_clean_environment(self.config.keep_environment),
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+                pass_fds=[theirs.fileno()], start_new_session=True,
+            )
+            theirs.close()
+            ours.settimeout(self.config.start_seconds)
+            try:
+                started = ours.recv(1) == b"K"
+            except OSError:
+                started = False
+            if not started:
+                ours.close()
+                self._zygote.kill()
+                self._zygote.wait()
+                errors.seek(0)
+                tail = errors.read()[-1500:].decode("utf-8", "replace").strip().splitlines()
+                raise _MachineFailure(f"the worker interpreter did not start: {tail[-1] if tail else 'no message'}")
+        self._control = ours
+        return ours
+
+    def _stop_zygote(self) -> None:
+        """Needs `_control_lock`."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._zygote is not None:
+            self._zygote.kill()  # its workers die with it
+            self._zygote.wait()
+            self._zygote = None
+
+
+def _read(connection: socket.socket, count: int, until: float) -> bytes:
+    """Like `read_exactly`, against one deadline for all of it."""
+    parts = bytearray()
+    while len(parts) < count:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connection.settimeout(left)
+        chunk = connection.recv(min(count - len(parts), 1 << 20))
+        if not chunk:
+            raise EOFError
+        parts += chunk
+    return bytes(parts)
+
+
+def _cpu_seconds(pid: int) -> float:
+    """User and system time a process has used; 0 where it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _clean_environment(keep: tuple[str, ...]) -> dict[str, str]:
+    """What a worker sees of the environment: the fixed names, and those asked for."""
+    fixed = {
+        "PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    }
+    return fixed | {name: os.environ[name] for name in keep if name in os.environ}
+
+
+_SHARED: dict[tuple[int, WorkerConfig], WorkerPool] = {}
+_SHARED_LOCK = threading.Lock()
+
+
+def shared_pool(config: WorkerConfig) -> WorkerPool:
+    """The pool of this process for `config`, made on first use. A forked process gets its own."""
+    with _SHARED_LOCK:
+        key = (os.getpid(), config)
+        if key not in _SHARED:
+            _SHARED[key] = WorkerPool(config)
+        return _SHARED[key]
+
+
+def close_shared_pools() -> None:
+    """Close the pools this process made; a later `shared_pool` makes new ones."""
+    with _SHARED_LOCK:
+        for key in [key for key in _SHARED if key[0] == os.getpid()]:
+            _SHARED.pop(key).close()
+
+
+atexit.register(close_shared_pools)
