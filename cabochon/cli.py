@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cabochon import cli_weights
 from cabochon.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ app = typer.Typer(
 
 MACHINE = "This machine"
 CONFIGS = "Configs"
+WEIGHTS = "Weights"
 
 RecipeAndSettings = Annotated[
     list[str] | None,
@@ -57,6 +59,11 @@ def config(parts: RecipeAndSettings = None) -> None:
             print(f"{name:20} {overrides.summary(name)}")
         return
     print(overrides.dump(overrides.load(TrainConfig, *overrides.split(parts))), end="")
+
+
+app.command(rich_help_panel=WEIGHTS)(cli_weights.inspect)
+app.command(rich_help_panel=WEIGHTS)(cli_weights.export)
+app.command(rich_help_panel=WEIGHTS)(cli_weights.upcycle)
 
 
 def main() -> None:

@@ -50,6 +50,12 @@ class UpcycleConfig(Frozen):
         return self
 
 
+class UpcycleRun(Frozen):
+    """What `cabochon upcycle` is told beside its source and destination."""
+
+    model: UpcycleConfig = UpcycleConfig()
+
+
 class PolicyConfig(Frozen):
     """Where the policy comes from: weights at an address, or a shape to initialise from scratch. Exactly one is set."""
 

@@ -1,0 +1,161 @@
+"""`cabochon inspect | export | upcycle`: look at a model, move it, make it sparse. Heavy imports happen on use."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cabochon.errors import UserError
+
+if TYPE_CHECKING:
+    from cabochon.model.config import ModelConfig
+
+Address = Annotated[
+    str, typer.Argument(metavar="SRC", help="a directory, a .gguf file, hf:owner/name or smollm2-135m-instruct")
+]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="a directory to write in Hugging Face form")]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="number format on disk")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is at DST")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")]
+
+
+def inspect(source: Address, as_json: Json = False) -> None:
+    """Show a model's shape and its parameters, total and active per token; no weight is read.
+
+    Example: cabochon inspect smollm2-135m-instruct
+    """
+    from cabochon.model.address import resolve
+    from cabochon.model.convert import read_config
+
+    found = resolve(source)
+    config = read_config(found.path)
+    if as_json:
+        parts = {name: {"total": total, "active": active} for name, (total, active) in count_parts(config).items()}
+        print(json.dumps({"path": str(found.path), "config": config.model_dump(mode="json"), "parameters": parts}))
+    else:
+        print(f"{source}: {describe(config)}\n{table(config)}")
+
+
+def export(source: Address, destination: Destination, dtype: Dtype = "float32", overwrite: Overwrite = False) -> None:
+    """Write a model as a Hugging Face directory that transformers loads, tokenizer and chat template included.
+
+    Example: cabochon export smollm2-135m-instruct exported --dtype bfloat16
+    """
+    from cabochon.model.address import open_model, resolve
+    from cabochon.model.convert import read_config, save
+    from cabochon.model.hf_export import refuse_unexportable
+
+    start = time.monotonic()
+    refuse_occupied(destination, overwrite)
+    refuse_unexportable(read_config(resolve(source).path))
+    config, params, tokenizer = open_model(source)
+    save(destination, config, params, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite)
+    print(f"{destination}: {describe(config)}, {dtype}, in {time.monotonic() - start:.1f} s", file=sys.stderr)
+
+
+def upcycle(
+    source: Address,
+    destination: Destination,
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE]... [KEY=VALUE]...", help="such as model.num_experts=8 model.top_k=2"),
+    ] = None,
+    dtype: Dtype = "float32",
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the settings as YAML (a FILE for next time), write nothing")
+    ] = False,
+) -> None:
+    """Turn a dense model into a mixture of experts that computes the same function, and write it.
+
+    Example: cabochon upcycle smollm2-135m-instruct moe model.num_experts=8 model.top_k=2
+    """
+    from cabochon import overrides
+    from cabochon.config import UpcycleRun
+
+    run = overrides.load(UpcycleRun, *overrides.split(parts or []))
+    from cabochon.config import PolicyConfig
+    from cabochon.model.convert import save
+    from cabochon.model.hf_export import refuse_unexportable
+    from cabochon.policy import model_config, open_policy
+
+    start = time.monotonic()
+    policy = PolicyConfig(address=source, upcycle=run.model)
+    config = model_config(policy)
+    refuse_unexportable(config)
+    if dry_run:
+        print(overrides.dump(run), end="")
+        print(f"{source} -> {describe(config)}\n{table(config)}", file=sys.stderr)
+        return
+    refuse_occupied(destination, overwrite)
+    made = open_policy(policy)
+    save(destination, made.config, made.params, tokenizer=made.tokenizer, dtype=dtype, overwrite=overwrite)
+    print(f"{destination}: {describe(config)}, {dtype}, in {time.monotonic() - start:.1f} s", file=sys.stderr)
+    print(table(config))
+
+
+def refuse_occupied(destination: Path, overwrite: bool) -> None:
+    """Say so before the work rather than after it."""
+    if destination.is_file() or (destination.is_dir() and any(destination.iterdir()) and not overwrite):
+        hint = "choose another DST" if destination.is_file() else "choose another DST or add --overwrite"
+        raise UserError(f"{destination}: exists already; {hint}")
+
+
+def describe(config: ModelConfig) -> str:
+    """One line: family, depth, width, heads, experts, vocabulary."""
+    sparse = config.kinds.count("moe")
+    text = f"{config.family}, {config.num_layers} layers of dim {config.dim}, "
+    text += f"{config.num_heads} heads over {config.num_kv_heads} kv heads, "
+    if config.moe is not None:
+        where = "" if sparse == config.num_layers else f" in {sparse} of {config.num_layers} layers"
+        text += f"{config.moe.num_experts} experts top-{config.moe.top_k}{where}, "
+    return text + f"{config.vocab_size:,} tokens"
+
+
+def count_parts(config: ModelConfig) -> Mapping[str, tuple[int, int]]:
+    """Parameters per part of the model, (in all, active for one token); the parts add up to `total`."""
+    import math
+
+    from cabochon.model.hf_names import leaf_shapes
+
+    def part_of(path: tuple[str, ...]) -> str:
+        match path:
+            case ("embed" | "head", *_):
+                return "embedding and head"
+            case (*_, "attn", _, _):
+                return "attention"
+            case (*_, "mlp", _, _):
+                return "dense feed-forward"
+            case (*_, "shared", _, _):
+                return "shared expert"
+            case (*_, "router", _):
+                return "router"
+            case (*_, "moe", _):
+                return "experts"
+            case _:
+                return "norms"
+
+    parts: dict[str, tuple[int, int]] = {}
+    for path, shape in leaf_shapes(config).items():
+        name, size = part_of(path), math.prod(shape)
+        active = size // config.moe.num_experts * config.moe.top_k if config.moe and name == "experts" else size
+        total_so_far, active_so_far = parts.get(name, (0, 0))
+        parts[name] = (total_so_far + size, active_so_far + active)
+    totals, actives = zip(*parts.values(), strict=True)
+    return {**parts, "total": (sum(totals), sum(actives))}
+
+
+def table(config: ModelConfig) -> str:
+    """The parameter report: a line per part, the total last, and what it weighs."""
+    rows = [(name, f"{total:,}", f"{active:,}") for name, (total, active) in count_parts(config).items()]
+    rows.insert(0, ("part", "parameters", "active per token"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [f"{name:{widths[0]}}  {total:>{widths[1]}}  {active:>{widths[2]}}" for name, total, active in rows]
+    total = count_parts(config)["total"][0]
+    return "\n".join([*lines, f"weights: {total * 4 / 1e9:.2f} GB in float32, {total * 2 / 1e9:.2f} GB in bfloat16"])
