@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -43,6 +43,7 @@ _ALIGN = 64  # bytes; what XLA's CPU client asks of memory it takes without a co
 _SKIPPED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # buffers that old checkpoints carry along
 
 
+@runtime_checkable
 class SavesTokenizer(Protocol):
     """The part of a tokenizer that an export needs."""
 

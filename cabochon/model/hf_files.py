@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +32,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
+@runtime_checkable
 class LazyTensor(Protocol):
     """A tensor on disk, under its Hugging Face name: a `StoredTensor` here, or one out of a GGUF file."""
 
