@@ -34,7 +34,7 @@ _ARCHITECTURES = {
 
 def _architecture(header: Header) -> tuple[str, _Architecture]:
     name = header.metadata.get("general.architecture")
-    if name not in _ARCHITECTURES:
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise UserError(
             f"{header.path}: general.architecture={name!r} is not one this reader knows "
             f"({', '.join(_ARCHITECTURES)}); load the model's Hugging Face directory instead"
@@ -84,6 +84,8 @@ def _config(header: Header) -> ModelConfig:
         _number(header, f"{arch}.{key}")
         for key in ("block_count", "embedding_length", "attention.head_count", "feed_forward_length")
     )
+    if layers > len(infos):
+        raise UserError(f"{header.path}: {arch}.block_count={layers} but the file has only {len(infos)} tensors")
     head_dim = _number(header, f"{arch}.attention.key_length", dim // max(heads, 1))
     rotary = _number(header, f"{arch}.rope.dimension_count", head_dim)
     if rotary != head_dim:

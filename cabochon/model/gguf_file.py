@@ -128,7 +128,9 @@ class _Cursor:
         if item in _SCALARS:
             dtype = np.dtype("<" + _SCALARS[item])
             return np.frombuffer(self.data, dtype, n, self.take(n * dtype.itemsize)).tolist()
-        return [self.value(item) for _ in range(n)]
+        if item != 8:
+            self.fail(f"{self.what} is an array of value type {item}; known are numbers and strings")
+        return [self.string() for _ in range(n)]
 
 
 def read_header(path: str | Path) -> Header:
@@ -160,23 +162,27 @@ def _parse(c: _Cursor) -> Header:
         key = c.string()
         c.what = f"metadata key {key}"
         metadata[key] = c.value(c.number("I"))
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count") not in (None, 0, 1):
         c.fail(f"split.count={metadata['split.count']}: one part of several; join them with llama-gguf-split --merge")
     found: list[tuple[str, tuple[int, ...], int, int]] = []
     for i in range(n_tensors):
         c.what = f"tensor entry {i + 1} of {n_tensors:,}"
         name = c.string()
         c.what = f"the entry of tensor {name}"
-        shape = tuple(c.number("Q") for _ in range(c.number("I")))[::-1]
+        if (n_dims := c.number("I")) not in (1, 2, 3, 4):
+            c.fail(f"tensor {name} has {n_dims} dimensions, expected 1 to 4; the file is damaged")
+        shape = tuple(c.number("Q") for _ in range(n_dims))[::-1]
         found.append((name, shape, c.number("I"), c.number("Q")))
     align = metadata.get("general.alignment", 32)
+    if not isinstance(align, int) or align < 1:
+        c.fail(f"general.alignment={align!r}, expected a positive number; the file is damaged")
     start = -(-c.at // align) * align
     tensors: dict[str, TensorInfo] = {}
     for name, shape, kind, offset in found:
         if kind not in GGMLQuantizationType._value2member_map_:
             c.fail(f"tensor {name} has unknown block format {kind}; a newer `gguf` package may know it")
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        if name in tensors or not shape or shape[-1] % block:
+        if name in tensors or shape[-1] % block:
             c.fail(f"tensor {name} {shape} is listed twice or does not fit blocks of {block}; the file is damaged")
         n_bytes = math.prod(shape) // block * block_bytes
         if start + offset + n_bytes > len(c.data):

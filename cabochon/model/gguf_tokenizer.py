@@ -31,10 +31,10 @@ _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 _SPLITS: dict[str, tuple[str, ...]] = {
     "default": _DEFAULT,
-    **dict.fromkeys(("gpt-2", "olmo", "mpt", "jais", "roberta-bpe", "trillion"), (_GPT2,)),
+    **dict.fromkeys(("gpt-2", "olmo", "mpt", "jais", "roberta-bpe"), (_GPT2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), (r"\p{N}", _GPT2)),
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "dbrx", "smaug-bpe"), (_LLAMA3,)),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"), (_QWEN2,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"), (_QWEN2,)),
     "tekken": (_TEKKEN,),
 }
 """`tokenizer.ggml.pre` to the patterns that cut a text, one after the other; each match becomes its own piece"""
@@ -52,7 +52,7 @@ def build(path: str | Path) -> Tokenizer:
     """
     header = read_header(path)
     meta = header.metadata
-    tokens: list[str] = _list(header, "tokenizer.ggml.tokens")
+    tokens = _list(header, "tokenizer.ggml.tokens")
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) < len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
@@ -64,7 +64,7 @@ def build(path: str | Path) -> Tokenizer:
         core, add_bos = _sentencepiece(header, vocab), True
     else:
         raise UserError(f"{path}: tokenizer.ggml.model={kind!r} is not known here; known are 'gpt2' and 'llama'")
-    types = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    types = _list(header, "tokenizer.ggml.token_type", len(tokens))
     core.add_tokens(
         [
             AddedToken(token, special=type_ != _USER_DEFINED, normalized=False)
@@ -73,7 +73,7 @@ def build(path: str | Path) -> Tokenizer:
         ]
     )
     ids = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    found = {role: meta.get(f"tokenizer.ggml.{name}_token_id") for role, name in ids.items()}
+    found = {role: _id(header, name, len(tokens)) for role, name in ids.items()}
     special = {role: tokens[i] for role, i in found.items() if i is not None}
     add_bos = meta.get("tokenizer.ggml.add_bos_token", add_bos) and "bos_token" in special
     if add_bos:
@@ -81,7 +81,7 @@ def build(path: str | Path) -> Tokenizer:
         core.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
         )
-    ends = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = [_id(header, name, len(tokens)) for name in ("eos", "eot", "eom")]
     arch = meta.get("general.architecture")
     return Tokenizer(
         core=core,
@@ -101,20 +101,31 @@ def build(path: str | Path) -> Tokenizer:
     )
 
 
-def _list(header: Header, key: str) -> list[Any]:
+def _list(header: Header, key: str, length: int | None = None) -> list[Any]:
     value = header.metadata.get(key)
     if not isinstance(value, list):
         raise UserError(f"{header.path}: metadata key {key} is missing; the file has no tokenizer this reader can use")
+    if length not in (None, len(value)):
+        got = f"{len(value):,} entries, expected {length:,}"
+        raise UserError(f"{header.path}: metadata key {key} has {got}, one per token")
+    return value
+
+
+def _id(header: Header, name: str, n_tokens: int) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = header.metadata.get(key)
+    if value is not None and not (isinstance(value, int) and 0 <= value < n_tokens):
+        raise UserError(f"{header.path}: metadata key {key} is {value!r}, expected a token id below {n_tokens:,}")
     return value
 
 
 def _byte_level(header: Header, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
     """GPT-2 style BPE over bytes; also whether it begins with BOS where the file does not say."""
-    name = header.metadata.get("tokenizer.ggml.pre", "default")
+    name = str(header.metadata.get("tokenizer.ggml.pre", "default"))
     if name not in _SPLITS:
         known = ", ".join(_SPLITS)
         raise UserError(f"{header.path}: tokenizer.ggml.pre={name!r} is not known here; known are {known}")
-    merges = [tuple(merge.split(" ", 1)) for merge in _list(header, "tokenizer.ggml.merges")]
+    merges = [tuple(str(merge).split(" ", 1)) for merge in _list(header, "tokenizer.ggml.merges")]
     core = _bpe(header, vocab, merges, ignore_merges=name in _WHOLE_WORDS)
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _SPLITS[name]]
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -129,7 +140,7 @@ def _sentencepiece(header: Header, vocab: dict[str, int]) -> tokenizers.Tokenize
     SentencePiece joins the neighbours whose union scores highest, so the merges are every split of every token into
     two tokens, best score first.
     """
-    scores = _list(header, "tokenizer.ggml.scores")
+    scores = _list(header, "tokenizer.ggml.scores", len(vocab))
     merges = []
     for token, i in vocab.items():
         pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
@@ -153,7 +164,7 @@ def _bpe(
     byte_fallback: bool = False,
     fuse_unk: bool = False,
 ) -> tokenizers.Tokenizer:
-    unknown = header.metadata.get("tokenizer.ggml.unknown_token_id") if byte_fallback else None
+    unknown = _id(header, "unknown", len(vocab)) if byte_fallback else None
     try:
         model = models.BPE(
             vocab=vocab,
