@@ -32,7 +32,7 @@ def equal(gold: Value, answer: Value) -> bool:
     gold_label, gold_bare = unlabel(gold)
     label, bare = unlabel(answer)
     if gold_label is None and label is None:
-        return _same(gold, answer)
+        return _same(gold_bare, bare)
     if gold_label is not None and label is not None:
         return (gold_label == label and _same(gold_bare, bare)) or _same(gold, answer)
     if gold_label is None:  # the answer says "x = 5" where 5 was asked for
@@ -54,14 +54,15 @@ def unlabel(value: Value) -> tuple[Expr | None, Value]:
     if not isinstance(value, Chain):
         return None, value
     first, last = value.items[0], value.items[-1]
+    label: Expr | None
     if value.relations == ("in",) and isinstance(first, Leaf) and first.expr.is_Symbol:
         return first.expr, last
     if any(relation not in ("=", "~") for relation in value.relations):
         return None, value
-    if _is_label(first) and not _mentions(last, first.expr):  # type: ignore[union-attr]
-        label, values = first.expr, value.items[1:]  # type: ignore[union-attr]
-    elif _is_label(last) and not _mentions(first, last.expr):  # type: ignore[union-attr]
-        label, values = last.expr, value.items[:-1][::-1]  # type: ignore[union-attr]
+    if (name := _label(first)) is not None and not _mentions(last, name):
+        label, values = name, value.items[1:]
+    elif (name := _label(last)) is not None and not _mentions(first, name):
+        label, values = name, value.items[:-1][::-1]
     elif not any(_symbols(item) for item in value.items):
         label, values = None, value.items
     else:
@@ -74,8 +75,15 @@ def unlabel(value: Value) -> tuple[Expr | None, Value]:
     return label, values[-1]
 
 
-def _is_label(value: Value) -> bool:
-    return isinstance(value, Leaf) and (value.expr.is_Symbol or isinstance(value.expr, AppliedUndef))
+def _label(value: Value) -> Expr | None:
+    """The name on one side of an equation: a variable, an applied function, a tuple of variables."""
+    match value:
+        case Leaf(expr=expr) if expr.is_Symbol or isinstance(expr, AppliedUndef):
+            return expr
+        case Items(kind="tuple", brackets="()", items=items):
+            names = [item.expr for item in items if isinstance(item, Leaf) and item.expr.is_Symbol]
+            return sympy.Tuple(*names) if len(names) == len(items) else None
+    return None
 
 
 def _symbols(value: Value) -> set[sympy.Symbol]:
@@ -96,6 +104,8 @@ def _symbols(value: Value) -> set[sympy.Symbol]:
 def _mentions(value: Value, label: Expr | None) -> bool:
     if label is None:
         return False
+    if isinstance(label, sympy.Tuple):
+        return any(_mentions(value, name) for name in label)
     if isinstance(label, AppliedUndef):
         return isinstance(value, Leaf) and value.expr.has(label.func)
     return label in _symbols(value)
@@ -122,6 +132,10 @@ def _same(gold: Value, answer: Value) -> bool:
         case Items(kind="tuple"), Items(kind="tuple"):
             return _same_tuples(gold, answer)
         case Items(), Items() if gold.kind in ("set", "list") and answer.kind in ("set", "list"):
+            if _has_inequality(gold) or _has_inequality(answer):
+                return _same_regions(gold, answer) or (
+                    gold.brackets == answer.brackets != "mixed" and _same_collections(gold, answer)
+                )
             return _same_collections(gold, answer) or _same_regions(gold, answer)
         case Grid(), Grid():
             return _same_grids(gold.rows, answer.rows)
@@ -140,6 +154,10 @@ def _same(gold: Value, answer: Value) -> bool:
         case Items(kind="set", items=(one,)), Leaf():
             return _same(one, answer)
     return _same_regions(gold, answer)
+
+
+def _has_inequality(value: Items) -> bool:
+    return any(isinstance(item, Chain) and set(item.relations) - {"="} for item in value.items)
 
 
 def _same_regions(gold: Value, answer: Value) -> bool:
@@ -166,7 +184,7 @@ def _same_tuples(gold: Items, answer: Items) -> bool:
         return False
     if len(gold.items) == 2 and gold.brackets != answer.brackets:
         return False
-    return all(equal(one, two) for one, two in zip(gold.items, answer.items, strict=True))
+    return all(_same(one, two) for one, two in zip(gold.items, answer.items, strict=True))
 
 
 def _same_ratio(gold: Items, answer: Items) -> bool:
@@ -188,7 +206,7 @@ def _same_collections(gold: Items, answer: Items) -> bool:
     if len(wanted) != len(given):
         return False
     for item in wanted:
-        partner = next((place for place, other in enumerate(given) if equal(item, other)), None)
+        partner = next((place for place, other in enumerate(given) if _same(item, other)), None)
         if partner is None:
             return False
         given.pop(partner)

@@ -62,7 +62,7 @@ _ROMAN_TAIL = re.compile(
 )
 _PLAIN_TAIL = re.compile(r"(?<=[\d\s)}])\s*([A-Za-z][A-Za-z.'-]*(?:(?:\s+|\s*/\s*|\s*\^\s*\{?-?\d\}?)[A-Za-z.'-]*)*)$")
 _NUMERIC_CORE = re.compile(r"[-+]?(?:[\d.,\s/]|\\frac\s*\{?\s*\d+\s*\}?\s*\{?\s*\d+\s*\}?|\\pi|\\sqrt\s*\{?\d+\}?|[-+*^{}()]|\\times|\\cdot)+")
-_CURRENCY = re.compile(r"([-+]?)\s*(?:\\\$|\$|£|€|USD|US\\?\$)\s*(?=[\d.(\\])")
+_CURRENCY = re.compile(r"([-+]?)\s*(?:\\\$|\$|£|€|USD|US\\?\$)\s*(?=[-\d.(\\])")
 
 
 def split_unit(text: str, *, numeric_only: bool = True) -> Split:
