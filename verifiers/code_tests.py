@@ -1,0 +1,325 @@
+"""A coding task's tests, made ready for the tests' sandbox: which names are the program's, and one piece of source per test.
+
+The task is trusted and parsed here; nothing a model wrote comes near this file. Assertions are rewritten so that a failing
+one can say what it got and expected, without changing when it fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+_COMMON_IMPORTS = {
+    **dict.fromkeys(("isclose", "sqrt", "inf", "nan", "pi", "floor", "ceil", "fabs"), "math"),
+    **dict.fromkeys(("Counter", "defaultdict", "OrderedDict", "deque", "namedtuple"), "collections"),
+    "Fraction": "fractions", "Decimal": "decimal", "permutations": "itertools", "product": "itertools",
+    **dict.fromkeys(("List", "Dict", "Tuple", "Set", "Optional", "Any", "Union", "Callable", "Iterable"), "typing"),
+}  # fmt: skip
+_BUILTINS = frozenset(dir(builtins)) | {"__name__", "__file__"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One piece of test source. An empty label is set-up; `whole`: it is one test, else it reports its own."""
+
+    label: str
+    source: str
+    whole: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionPlan:
+    """Tests that call into the program."""
+
+    wanted: tuple[str, ...]
+    """The program's names the tests use."""
+    classes: tuple[str, ...]
+    """Those of them the tests use as classes."""
+    units: tuple[Unit, ...]
+    module: str = "solution"
+    bare_names: bool = True
+    """The names are globals of the tests; else they are imported from `module`."""
+    collect: bool = False
+    """The source defines unittest or pytest tests to be collected."""
+    mutates: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run of a whole program."""
+
+    stdin: str
+    stdout: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CasePlan:
+    """Tests that feed standard input and read standard output."""
+
+    cases: tuple[Case, ...]
+
+
+Plan = FunctionPlan | CasePlan
+Kind = Literal["asserts", "calls", "stdio", "unittest"]
+
+
+def plan_of(payload: Mapping[str, Any]) -> Plan:
+    """The plan of `Task.payload` (its keys: see code.py). Raises ValueError where the task is unusable."""
+    kind = payload.get("kind") or _guess(payload)
+    if kind == "stdio":
+        return _cases(payload)
+    text = {k: str(payload.get(k) or "") for k in ("helpers", "setup", "entry_point", "module")}
+    text["setup"] = text["setup"] or str(payload.get("test_setup_code") or "")
+    tests = payload.get("tests", payload.get("test_list", payload.get("test")))
+    if kind == "calls":
+        tests = _call_tests(payload.get("calls"), text["entry_point"])
+        text["entry_point"] = text["entry_point"].partition(".")[0]
+    if isinstance(tests, str):
+        sources, listed = (tests,), False
+    elif isinstance(tests, Sequence) and tests and all(isinstance(t, str) for t in tests):
+        sources, listed = tuple(tests), True
+    else:
+        raise ValueError(f"a code task needs payload['tests'], a text or a list of texts, got {type(tests).__name__}")
+    if kind == "unittest":
+        return _file_plan("\n".join(sources), text["setup"], text["module"] or "solution")
+    if kind not in ("asserts", "calls"):
+        raise ValueError(f"payload['kind'] must be asserts, calls, stdio or unittest, got {kind!r}")
+    if not text["helpers"] and text["entry_point"] and payload.get("prompt"):
+        text["helpers"] = _helpers(str(payload["prompt"]), text["entry_point"])
+    mutates = bool(payload.get("mutates", False))
+    return _assert_plan(sources, listed, text["setup"], text["helpers"], text["entry_point"], mutates)
+
+
+def _guess(payload: Mapping[str, Any]) -> str:
+    if "cases" in payload or "inputs" in payload:
+        return "stdio"
+    if "calls" in payload:
+        return "calls"
+    tests = payload.get("tests", payload.get("test"))
+    if isinstance(tests, str) and ("unittest" in tests or "import pytest" in tests or "def test" in tests):
+        return "unittest"
+    return "asserts"
+
+
+def _cases(payload: Mapping[str, Any]) -> CasePlan:
+    rows = payload.get("cases")
+    if rows is None:
+        rows = [{"stdin": i, "stdout": o} for i, o in zip(payload["inputs"], payload.get("outputs", ()), strict=True)]
+    cases = []
+    for i, row in enumerate(rows):
+        given = {k: row.get(k, row.get(other)) for k, other in (("stdin", "input"), ("stdout", "output"))}
+        if not all(isinstance(v, str) for v in given.values()):
+            raise ValueError(f"payload['cases'][{i}] needs the texts 'stdin' and 'stdout', got the keys {sorted(row)}")
+        cases.append(Case(**given))
+    if not cases:
+        raise ValueError("payload['cases'] is empty: a task without tests cannot be judged")
+    return CasePlan(cases=tuple(cases))
+
+
+def _call_tests(calls: Any, entry: str) -> list[str]:
+    """`{"args": [...], "kwargs": {...}, "expected": value}` as assertions; values are JSON-like and written as literals."""
+    if not entry or not calls:
+        raise ValueError("payload['calls'] needs at least one call and payload['entry_point'], the function's name")
+    owner, _, method = entry.partition(".")
+    head = f"{owner}().{method}" if method else owner
+    out = []
+    for i, call in enumerate(calls):
+        if not isinstance(call, Mapping) or "expected" not in call:
+            raise ValueError(f"payload['calls'][{i}] needs 'args' and 'expected', got {json.dumps(call, default=repr)[:80]}")
+        words = [repr(a) for a in call.get("args", ())] + [f"{k}={v!r}" for k, v in call.get("kwargs", {}).items()]
+        out.append(f"assert {head}({', '.join(words)}) == {call['expected']!r}")
+    return out
+
+
+def _parse(source: str, what: str) -> ast.Module:
+    try:
+        return ast.parse(source.replace("\r\n", "\n"))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise ValueError(f"the task's {what} do not parse: {e}") from e
+
+
+def _helpers(prompt: str, entry: str) -> str:
+    """What a HumanEval prompt defines beside the function asked for: the tests may use it, and must not take the program's."""
+    try:
+        tree = ast.parse(prompt)
+    except SyntaxError:
+        return ""  # a prompt in words
+    keep = [node for node in tree.body if getattr(node, "name", None) != entry]
+    return ast.unparse(ast.Module(body=keep, type_ignores=[])) if keep else ""
+
+
+@functools.lru_cache(maxsize=512)
+def _assert_plan(
+    sources: tuple[str, ...], listed: bool, setup: str, helpers: str, entry: str, mutates: bool
+) -> FunctionPlan:
+    trees = [_parse(s, "tests") for s in sources]
+    setup_tree, helper_tree = _parse(setup, "set-up"), _parse(helpers, "helpers")
+    wanted, imports = _names([*trees, setup_tree], _defined([helper_tree]), entry)
+    units = [Unit(label="", source=s) for s in ("\n".join(imports), helpers, ast.unparse(setup_tree)) if s.strip()]
+    if listed:
+        for tree in trees:
+            label = ast.unparse(tree)
+            units.append(Unit(label=label[:500], source=ast.unparse(_Asserts().visit(tree))))
+    else:
+        units += _split(trees[0], entry)
+    if not any(unit.label for unit in units):
+        raise ValueError("the task's tests have no assertion and no call: nothing would be judged")
+    attributes = _attribute_roots([*trees, setup_tree])
+    classes = tuple(n for n in wanted if n[0].isupper() and attributes) or ((entry,) if entry[:1].isupper() else ())
+    return FunctionPlan(wanted=wanted, classes=classes, units=tuple(units), mutates=mutates)
+
+
+def _split(tree: ast.Module, entry: str) -> list[Unit]:
+    """One unit per top-level assertion or call; definitions are set-up. `check(candidate)` is called if nobody does."""
+    units: list[Unit] = []
+    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    for node in tree.body:
+        if isinstance(node, ast.Assert):
+            label = ast.unparse(node)[:500]
+            units.append(Unit(label=label, source=ast.unparse(_Asserts().visit(ast.Module(body=[node], type_ignores=[])))))
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            units.append(Unit(label=ast.unparse(node)[:500], source=ast.unparse(node), whole=False))
+        else:
+            if isinstance(node, ast.FunctionDef) and node.name == "check":
+                node.body = [_reported(n) if isinstance(n, ast.Assert) else _Asserts().visit(n) for n in node.body]
+            else:
+                node = _Asserts().visit(node)
+            units.append(Unit(label="", source=ast.unparse(ast.fix_missing_locations(node))))
+    if "check" in defined and "check" not in called and entry:
+        units.append(Unit(label=f"check({entry})", source=f"check({entry})", whole=False))
+    return units
+
+
+def _reported(node: ast.Assert) -> ast.stmt:
+    """An assertion that says how it went and lets the next one have its turn. Only for direct children of `check`, where
+    nothing around it could have caught the failure."""
+    label = ast.unparse(node)[:500]
+    wrapped = ast.parse(
+        f"try:\n    pass\n    _cabochon_.ok({label!r})\nexcept Exception as _cabochon_error:\n"
+        f"    _cabochon_.fail({label!r}, _cabochon_error)"
+    ).body[0]
+    assert isinstance(wrapped, ast.Try)
+    wrapped.body[0] = _Asserts().visit(node)
+    return wrapped
+
+
+class _Asserts(ast.NodeTransformer):
+    """`assert a == b` -> `if not ((l := a) == (r := b)): raise_failed(source, l, r)`."""
+
+    def visit_Assert(self, node: ast.Assert) -> ast.stmt:
+        test = node.test
+        label = ast.Constant(ast.unparse(node)[:500])
+        shown: list[ast.expr] = []
+        if isinstance(test, ast.Compare) and len(test.ops) == 1:
+            left, right = "_cabochon_left", "_cabochon_right"
+            test = ast.Compare(
+                left=ast.NamedExpr(target=ast.Name(left, ast.Store()), value=test.left),
+                ops=test.ops,
+                comparators=[ast.NamedExpr(target=ast.Name(right, ast.Store()), value=test.comparators[0])],
+            )
+            shown = [ast.Name(left, ast.Load()), ast.Name(right, ast.Load())]
+        call = ast.Call(
+            func=ast.Attribute(ast.Name("_cabochon_", ast.Load()), "raise_failed", ast.Load()), args=[label, *shown], keywords=[]
+        )
+        new = ast.If(test=ast.UnaryOp(ast.Not(), test), body=[ast.Expr(call)], orelse=[])
+        return ast.fix_missing_locations(ast.copy_location(new, node))
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        """Left alone: names stored in a class body would become its attributes."""
+        node.body = [n if isinstance(n, ast.Assert) else self.visit(n) for n in node.body]
+        return node
+
+
+def _defined(trees: Sequence[ast.AST]) -> set[str]:
+    """Every name the source itself binds, anywhere."""
+    names: set[str] = set()
+    for node in (n for tree in trees for n in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(a.asname or a.name).partition(".")[0] for a in node.names}
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names.add(node.name)
+    return names
+
+
+def _attribute_roots(trees: Sequence[ast.AST]) -> set[str]:
+    """Names whose attributes the tests use, standard modules aside; "" for the attribute of an expression."""
+    roots = {
+        node.value.id if isinstance(node.value, ast.Name) else ""
+        for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+    }  # fmt: skip
+    return {r for r in roots if r not in sys.stdlib_module_names}
+
+
+def _names(trees: Sequence[ast.AST], known: set[str], entry: str) -> tuple[tuple[str, ...], list[str]]:
+    """The program's names among the free names of the tests, and the imports that supply the others.
+
+    A name the tests could mean from a standard module (`math.isclose`, a bare `isclose`) is never the program's while
+    another name is: a program that defines `isclose` must not judge itself. A builtin name is the program's only where the
+    tests use nothing else (MBPP has a function called `sum`).
+    """
+    free = {n.id for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Name)} - _defined(trees) - known
+    modules = {
+        n.value.id for tree in trees for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in sys.stdlib_module_names
+    } & free  # fmt: skip
+    imports = [f"import {name}" for name in sorted(modules - {entry})]
+    mine = free - _BUILTINS - (modules - {entry})
+    common = {n for n in mine if n in _COMMON_IMPORTS and n != entry}
+    if entry or mine - common:
+        imports += [f"from {_COMMON_IMPORTS[n]} import {n}" for n in sorted(common)]
+        mine -= common
+    if entry:
+        mine.add(entry)
+    if not mine:
+        calls = [
+            node.func.id for tree in trees for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in free
+        ]  # fmt: skip
+        mine = set(calls[:1])
+    return tuple(sorted(mine)), imports
+
+
+@functools.lru_cache(maxsize=512)
+def _file_plan(source: str, setup: str, module: str) -> FunctionPlan:
+    """A unittest or pytest file that imports the program from `module`, or uses its names as globals."""
+    tree = _parse(f"{setup}\n{source}" if setup else source, "tests")
+    wanted: set[str] = set()
+    aliases: set[str] = set()
+    bare = True
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == module:
+            bare = False
+            wanted |= {a.name for a in node.names} - {"*"}
+            if any(a.name == "*" for a in node.names):
+                wanted |= set(_names([tree], set(), "")[0])
+        elif isinstance(node, ast.Import):
+            aliases |= {a.asname or a.name for a in node.names if a.name == module}
+    if aliases:
+        bare = False
+        wanted |= {
+            n.attr for n in ast.walk(tree)
+            if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in aliases
+        }  # fmt: skip
+    if bare:
+        wanted = set(_names([tree], set(), "")[0])
+    if not wanted:
+        raise ValueError(f"the task's test file uses nothing of the program: import it as `from {module} import ...`")
+    classes = tuple(sorted(n for n in wanted if n[0].isupper()))
+    rewritten = ast.unparse(_Asserts().visit(tree))
+    return FunctionPlan(
+        wanted=tuple(sorted(wanted)), classes=classes, units=(Unit(label="", source=rewritten),), module=module,
+        bare_names=bare, collect=True,
+    )  # fmt: skip

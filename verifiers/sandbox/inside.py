@@ -1,0 +1,325 @@
+"""What runs inside a sandbox: waits, warm, for one order on standard input, carries it out and is never used again.
+
+Three orders. `run`: a program with files, arguments and standard input; its output goes straight out. `candidate`: load a
+program as the module `solution`, then answer calls. `tests`: see inside_tests. Nothing here is trusted by the host: the
+program shares this interpreter and can change all of it. What it can forge are its own return values and its own output.
+
+Imports are few on purpose: start-up is most of what a run costs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from struct import pack as struct_pack
+from struct import unpack as struct_unpack
+from types import ModuleType
+from typing import Any
+
+from cabochon.verifiers.sandbox.wire import MAX_FRAME, WireError, frame, pack, unpack
+
+READY = b"ready"
+TRAILER = b"\x00cabochon-exit:"
+"""The supervisor's last words on standard error: this, then exit code and OOM-kill count as two little-endian i32."""
+HOME = "/tmp"
+"""The only writable folder, a size-limited tmpfs."""
+
+
+class Channel:
+    """Frames over two descriptors."""
+
+    def __init__(self, receive: int, send: int) -> None:
+        self.receive = receive
+        self.send_fd = send
+
+    def exactly(self, n: int) -> bytes:
+        got = bytearray()
+        while len(got) < n:
+            piece = os.read(self.receive, n - len(got))
+            if not piece:
+                os._exit(0)  # the host hung up: nobody is left to work for
+            got += piece
+        return bytes(got)
+
+    def read(self) -> bytes:
+        (n,) = struct_unpack("<I", self.exactly(4))
+        if n > MAX_FRAME:
+            os._exit(1)
+        return self.exactly(n)
+
+    def send(self, payload: bytes) -> None:
+        view = memoryview(frame(payload))
+        while view:
+            view = view[os.write(self.send_fd, view) :]
+
+
+def main(supervised: bool = False, idle_seconds: float = 3600.0) -> None:
+    """Reads the order from standard input. `supervised`: this is process 1 of a container and outlives the program."""
+    channel = Channel(0, 1)
+    channel.send(READY)
+    if supervised:
+        import select
+
+        if not select.select([0], [], [], idle_seconds)[0]:
+            os._exit(0)
+    order = unpack(channel.read())
+    if supervised:
+        _supervise(order["limits"]["wall_seconds"])
+    _limit(order["limits"])
+    home = order.get("home") or HOME
+    os.chdir(home)
+    for name, data in order["files"].items():
+        path = os.path.join(home, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as f:
+            f.write(data)
+    if order["mode"] == "run":
+        _run(order, home)
+        return
+    channel = Channel(os.dup(0), os.dup(1))  # dup'ed descriptors are not inherited by programs it starts
+    quiet = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(quiet, 0)
+    os.dup2(2, 1)  # what it prints is noise: kept for evidence, never read as data
+    os.close(quiet)
+    if order["mode"] == "tests":
+        from cabochon.verifiers.sandbox.inside_tests import judge
+
+        judge(order, channel)
+    else:
+        sys.path.insert(0, home)
+        Candidate(channel).serve(order["source"], order["wanted"])
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _limit(limits: dict[str, Any]) -> None:
+    """Lowers this process's rlimits; without privileges nothing inside can raise them again."""
+    import resource as r
+
+    cpu = max(1, int(limits["cpu_seconds"] + 0.999))
+    wanted = [(r.RLIMIT_CPU, cpu, cpu + 1), (r.RLIMIT_CORE, 0, 0)]
+    wanted += [(which, n, n) for which, n in (
+        (r.RLIMIT_NOFILE, limits["nofile"]), (r.RLIMIT_FSIZE, limits["file_bytes"]),
+        (r.RLIMIT_NPROC, limits["nproc"]), (r.RLIMIT_DATA, limits["data_bytes"])) if n]  # fmt: skip
+    for which, soft, hard in wanted:
+        top = r.getrlimit(which)[1]
+        if top != r.RLIM_INFINITY:
+            soft, hard = min(soft, top), min(hard, top)
+        r.setrlimit(which, (soft, hard))
+
+
+def _oom_kills() -> int:
+    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        try:
+            with open(path) as f:
+                return sum(int(line.split()[1]) for line in f if line.startswith("oom_kill "))
+        except OSError:
+            continue
+    return 0
+
+
+def _supervise(wall_seconds: float) -> None:
+    """Forks. The child returns; process 1 waits for it, for the host to hang up, or for the time to be over; then kills
+    everything, says how the child ended and exits. Process 1 cannot be killed from inside its own namespace, so no program
+    outlives its host or its time, whatever became of the host."""
+    import select
+    import signal
+    import time
+
+    child = os.fork()
+    if child == 0:
+        return
+    os.close(1)
+    watch = select.poll()
+    ended = os.pidfd_open(child)
+    watch.register(ended, select.POLLIN)
+    watch.register(0, 0)  # only that the other end is gone
+    deadline = time.monotonic() + wall_seconds + 2.0
+    finished = False
+    while not finished and time.monotonic() < deadline:
+        events = watch.poll(250)
+        finished = bool(events)
+        while not finished and (other := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if other.si_pid == child:
+                break
+            os.waitpid(other.si_pid, 0)  # an orphan of the program
+    try:
+        os.kill(-1, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    code = -int(signal.SIGKILL)
+    while True:
+        try:
+            pid, status = os.waitpid(-1, 0)
+        except ChildProcessError:
+            break
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+    os.write(2, TRAILER + struct_pack("<ii", code, _oom_kills()))
+    os._exit(0)
+
+
+def _run(order: dict[str, Any], home: str) -> None:
+    """Runs `order["argv"][0]` as `__main__` in this interpreter, as `python FILE ARGS` would."""
+    try:
+        stdin = os.memfd_create("stdin")
+    except OSError:  # refused where no control group counts it
+        stdin = os.open(os.path.join(home, ".stdin"), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.unlink(os.path.join(home, ".stdin"))
+    view = memoryview(order["stdin"])
+    while view:
+        view = view[os.write(stdin, view) :]
+    os.lseek(stdin, 0, os.SEEK_SET)
+    os.dup2(stdin, 0)
+    os.close(stdin)
+    path = os.path.join(home, order["argv"][0])
+    sys.argv = [path, *order["argv"][1:]]
+    sys.path.insert(0, home)
+    module = ModuleType("__main__")
+    module.__dict__.update(__file__=path, __builtins__=__builtins__, __spec__=None)
+    with open(path, "rb") as f:
+        source = f.read()
+    del order
+    sys.modules["__main__"] = module
+    exec(compile(source, path, "exec"), module.__dict__)
+
+
+class Callback:
+    """A function of the tests, as the program sees it: calling it asks the tests' process."""
+
+    def __init__(self, owner: Candidate, number: int, kind: str) -> None:
+        self._ask = (owner, number)
+        self.__name__ = kind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner, number = self._ask
+        owner.channel.send(b"K" + pack((number, args, kwargs), owner.number))
+        reply = owner.read(owner.channel.read()[1:])
+        if reply[0] == "value":
+            return reply[1]
+        raise getattr(__import__("builtins"), reply[1], RuntimeError)(reply[2])
+
+
+class Candidate:
+    """Answers calls on a loaded program. Everything it says is the program's word and no more."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.objects: list[Any] = []
+        self.module = ModuleType("solution")
+        self.callbacks: dict[int, Callback] = {}
+
+    def number(self, value: Any) -> tuple[bytes, int, str]:
+        """A handle for what is not plain data."""
+        if type(value) is Callback:
+            return b"k", value._ask[1], value.__name__
+        for i, known in enumerate(self.objects):
+            if known is value:
+                return b"h", i, type(value).__name__
+        self.objects.append(value)
+        return b"h", len(self.objects) - 1, type(value).__name__
+
+    def resolve(self, tag: bytes, number: int, kind: str) -> Any:
+        if tag == b"h":
+            return self.objects[number]
+        return self.callbacks.setdefault(number, Callback(self, number, kind))
+
+    def read(self, data: bytes) -> Any:
+        return unpack(data, self.resolve)
+
+    def serve(self, source: bytes, wanted: list[str]) -> None:
+        module = self.module
+        path = os.path.join(os.getcwd(), "solution.py")
+        try:
+            with open(path, "wb") as f:
+                f.write(source)
+            module.__dict__.update(__file__=path, __builtins__=__builtins__)
+            sys.modules["solution"] = module
+            try:
+                code = compile(source, path, "exec")
+            except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as e:
+                self.channel.send(b"E" + pack(("malformed", type(e).__name__, str(e)[:500])))
+                return
+            exec(code, module.__dict__)
+        except SystemExit:
+            pass  # a program that ends itself after its definitions; os._exit is another matter
+        except BaseException as e:
+            self.channel.send(b"E" + pack(("raised", type(e).__name__, _message(e))))
+            return
+        self.channel.send(b"L" + pack({name: self.describe(name) for name in wanted}))
+        while True:
+            request = self.channel.read()[1:]
+            self.channel.send(b"R" + self.answer(request))
+
+    def describe(self, name: str) -> Any:
+        """What `name` is in the program: ("missing",), ("function",), ("class",), ("exception", base), ("module",), ..."""
+        if name not in self.module.__dict__:
+            return ("missing",)
+        value = self.module.__dict__[name]
+        if isinstance(value, type):
+            return ("exception", _builtin_base(value)) if issubclass(value, BaseException) else ("class",)
+        if isinstance(value, ModuleType):
+            return ("module",)
+        if callable(value):
+            return ("function",)
+        try:
+            return ("value", unpack(pack(value)))
+        except WireError:
+            return ("object", self.number(value)[1], type(value).__name__)
+
+    def answer(self, request: bytes) -> bytes:
+        try:
+            seq, target, op, args, kwargs = self.read(request)
+        except WireError as e:
+            return pack((0, "bad", str(e)))
+        try:
+            before = [pack(a, self.number) if type(a) in _MUTABLE else None for a in args]
+            value = self.act(target, op, args, kwargs)
+            changed = [
+                a if b is not None and pack(a, self.number) != b else None for a, b in zip(args, before, strict=True)
+            ]
+            return pack((seq, "value", value, changed if any(c is not None for c in changed) else None), self.number)
+        except WireError as e:
+            return pack((seq, "bad", str(e)[:500]))
+        except BaseException as e:
+            return pack((seq, "raise", type(e).__name__, _builtin_base(type(e)), _message(e)))
+
+    def act(self, target: Any, op: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        thing = self.module.__dict__[target] if type(target) is str else self.objects[target]
+        if op == "call":
+            return thing(*args, **kwargs)
+        if op == "get":
+            return getattr(thing, args[0])
+        if op == "set":
+            return setattr(thing, args[0], args[1])
+        if op == "next":
+            return [next(thing)]
+        if op == "await":
+            import asyncio
+
+            async def wait() -> Any:
+                return await thing
+
+            return asyncio.run(wait())
+        import operator
+
+        plain = {"bool": bool, "str": str, "repr": repr, "len": len, "iter": iter, "hash": hash, "abs": abs}
+        return (plain.get(op) or getattr(operator, op))(thing, *args)
+
+
+_MUTABLE = (list, dict, set, bytearray)
+
+
+def _builtin_base(kind: type) -> str:
+    """The nearest builtin exception of `kind`, by name."""
+    for base in kind.__mro__:
+        if base.__module__ == "builtins" and issubclass(base, BaseException):
+            return base.__name__
+    return "Exception"
+
+
+def _message(e: BaseException) -> str:
+    try:
+        return str(e)[:2000]
+    except BaseException:  # its __str__ is the program's own code
+        return ""

@@ -1,0 +1,366 @@
+"""The tests' side of a judgement, inside its own sandbox: runs the test source with the program's names as remote stand-ins.
+
+The stand-ins call over the channel into the other sandbox and get plain data back, so every comparison happens here, between
+values of exact builtin types, with this process's own builtins. What cannot be plain data is a `Remote`: it may be held,
+handed back and asked, and it equals nothing but itself. How the host prepares the source is in code_tests.
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from cabochon.verifiers.sandbox.wire import WireError, pack, unpack
+
+if TYPE_CHECKING:
+    from cabochon.verifiers.sandbox.inside import Channel
+
+_PLAIN_METHODS = {n for t in (str, bytes, list, tuple, dict, set, frozenset, int, float) for n in dir(t)} - set(dir(object))
+_SHOWN = 300
+"""characters of a value in the evidence"""
+
+
+class ProgramStopped(BaseException):
+    """The program broke the dialogue: its fault, and no test may catch it as an ordinary error."""
+
+
+class ProgramError(Exception):
+    """An exception of a class of the program's own."""
+
+
+class Host:
+    """The link to the program's process."""
+
+    def __init__(self, channel: Channel, mutates: bool, open_names: list[str]) -> None:
+        self.channel = channel
+        self.mutates = mutates
+        self.open_names = open_names
+        self.seq = 0
+        self.functions: list[Any] = []
+        self.kinds: dict[str, type] = {}
+        self.errors: dict[str, type] = {}
+        self.last_error = ""
+        self.last_call = ""
+
+    def number(self, value: Any) -> tuple[bytes, int, str]:
+        if isinstance(value, Remote):
+            return b"h", object.__getattribute__(value, "_cabochon_id"), type(value).__name__
+        if callable(value):
+            self.functions.append(value)
+            return b"k", len(self.functions) - 1, getattr(value, "__name__", "function")
+        raise WireError(f"a {type(value).__name__} is not plain data")
+
+    def resolve(self, tag: bytes, number: int, kind: str) -> Any:
+        if tag == b"k":
+            return self.functions[number]
+        return Remote(self, number, kind)
+
+    def ask(self, target: Any, op: str, *args: Any, **kwargs: Any) -> Any:
+        """The program's answer as plain data; its exception raised here. Raises ProgramStopped on a broken answer."""
+        self.seq += 1
+        self.last_error = ""
+        if op == "call":
+            self.last_call = _call_text(target, args, kwargs)
+        self.channel.send(b"C" + pack((self.seq, target, op, list(args), kwargs), self.number))
+        while True:
+            message = self.channel.read()
+            try:
+                answer = unpack(message[1:], self.resolve)
+                if message[:1] != b"K":
+                    return self.accept(answer, args)
+                number, inner_args, inner_kwargs = answer
+                function = self.functions[number]
+            except (WireError, IndexError, ValueError, TypeError, KeyError) as e:
+                raise ProgramStopped(f"the program's answer is malformed: {e}") from None
+            self.channel.send(b"A" + self.call_back(function, inner_args, inner_kwargs))
+
+    def call_back(self, function: Any, args: Any, kwargs: Any) -> bytes:
+        try:
+            return pack(("value", function(*args, **kwargs)), self.number)
+        except Exception as e:
+            return pack(("raise", type(e).__name__, str(e)[:500]))
+
+    def accept(self, answer: Any, args: tuple[Any, ...]) -> Any:
+        if type(answer) is not tuple or len(answer) < 3 or answer[0] not in (self.seq, 0):
+            raise WireError("an answer to another question")
+        if answer[1] == "value" and len(answer) == 4:
+            value, changed = answer[2], answer[3]
+            if type(changed) is list and (value is None or self.mutates):
+                for mine, new in zip(args, changed, strict=True):
+                    _update(mine, new)
+            return value
+        if answer[1] == "raise" and len(answer) == 5:
+            raise self.error(str(answer[2]), str(answer[3]), str(answer[4]))
+        raise WireError(str(answer[2]))
+
+    def error(self, name: str, base: str, message: str) -> Exception:
+        """The program's exception as one of this process. What would end a process instead is an ordinary error here."""
+        self.last_error = name
+        known = self.errors.get(name)
+        if known is not None:
+            return known(message)  # type: ignore[no-any-return]
+        for candidate in (name, base):
+            kind = getattr(builtins, candidate, None)
+            if isinstance(kind, type) and issubclass(kind, Exception):
+                try:
+                    error = kind(message)
+                except TypeError:  # UnicodeDecodeError and its like want more
+                    continue
+                return error
+        return ProgramError(f"{name}: {message}")
+
+
+def _update(mine: Any, new: Any) -> None:
+    """Carries a change the program made to an argument back into the caller's object."""
+    if new is None or type(mine) is not type(new):
+        return
+    if type(mine) is list or type(mine) is bytearray:
+        mine[:] = new
+    elif type(mine) is dict or type(mine) is set:
+        mine.clear()
+        mine.update(new)
+
+
+def _call_text(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    words = [show(a, 200) for a in args] + [f"{k}={show(v, 100)}" for k, v in kwargs.items()]
+    return f"{target if type(target) is str else 'object'}({', '.join(words)})"[:_SHOWN]
+
+
+def show(value: Any, limit: int = _SHOWN) -> str:
+    """A short repr that does not take long: big containers and numbers are cut before they are written out."""
+    if type(value) is int and value.bit_length() > 4000:
+        return f"<int of {value.bit_length()} bits>"
+    if type(value) in (str, bytes, list, tuple) and len(value) > limit:
+        value = value[:limit]
+    try:
+        text = repr(value)
+    except Exception as e:
+        return f"<{type(value).__name__}: {type(e).__name__}>"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+class Remote:
+    """An object of the program. Asked about itself, the program answers; asked for equality with plain data, nobody does."""
+
+    def __init__(self, host: Host, number: int, kind: str) -> None:
+        object.__setattr__(self, "_cabochon_host", host)
+        object.__setattr__(self, "_cabochon_id", number)
+        object.__setattr__(self, "_cabochon_kind", kind)
+
+    def _cabochon_ask(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        return object.__getattribute__(self, "_cabochon_host").ask(object.__getattribute__(self, "_cabochon_id"), op, *args, **kwargs)
+
+    def _cabochon_open(self) -> bool:
+        """Whether the tests are of its class: only then may it see plain data in operators and answer for itself. Else
+        `abs(f(x) - 3) < 1e-6` would hand 3 to the program and let it decide."""
+        return object.__getattribute__(self, "_cabochon_kind") in object.__getattribute__(self, "_cabochon_host").kinds
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        host, kind = object.__getattribute__(self, "_cabochon_host"), object.__getattribute__(self, "_cabochon_kind")
+        return host.kinds.get(kind, Remote)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _PLAIN_METHODS and not self._cabochon_open():
+            raise AttributeError(f"the program's {self._cabochon_kind} object is not plain data and has no .{name} here")
+        return self._cabochon_ask("get", name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._cabochon_ask("set", name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._cabochon_ask("call", *args, **kwargs)
+
+    def __eq__(self, other: Any) -> bool:
+        if type(other) is not Remote:
+            return False
+        if self._cabochon_open() and other._cabochon_open():
+            return self._cabochon_ask("eq", other) is True
+        return bool(self._cabochon_id == other._cabochon_id)
+
+    def __hash__(self) -> int:
+        return hash(self._cabochon_ask("hash")) if self._cabochon_open() else id(self)
+
+    def __bool__(self) -> bool:
+        return self._cabochon_ask("bool") is True if self._cabochon_open() else True
+
+    def __str__(self) -> str:
+        text = self._cabochon_ask("str")
+        return text if type(text) is str else ""
+
+    def __repr__(self) -> str:
+        return self._cabochon_text("repr") if self._cabochon_open() else f"<the program's {self._cabochon_kind} object>"
+
+    def _cabochon_text(self, op: str) -> str:
+        text = self._cabochon_ask(op)
+        return text if type(text) is str else ""
+
+    def __len__(self) -> int:
+        n = self._cabochon_ask("len")
+        if type(n) is not int:
+            raise TypeError("the program's __len__ gave no int")
+        return n
+
+    def __iter__(self) -> Any:
+        inner = self._cabochon_ask("iter")
+        return inner if type(inner) is Remote else iter(inner)
+
+    def __next__(self) -> Any:
+        return self._cabochon_ask("next")[0]
+
+    def __await__(self) -> Any:
+        return self._cabochon_ask("await")
+        yield
+
+    def __contains__(self, item: Any) -> bool:
+        if self._cabochon_open():
+            return self._cabochon_ask("contains", item) is True
+        return any(x is item or x == item for x in self)
+
+
+def _operator(name: str, op: str, reflected: bool = False) -> None:
+    def method(self: Remote, *args: Any) -> Any:
+        if not self._cabochon_open():
+            raise TypeError(f"the program's {self._cabochon_kind} object is not plain data and has no {name} here")
+        return self._cabochon_ask("get", name)(*args) if reflected else self._cabochon_ask(op, *args)
+
+    setattr(Remote, name, method)
+
+
+for _name in ("lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "abs", "matmul", "and",
+              "or", "xor", "invert", "getitem", "setitem", "delitem"):  # fmt: skip
+    _operator(f"__{_name}__", {"and": "and_", "or": "or_"}.get(_name, _name))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+    _operator(f"__r{_name}__", _name, reflected=True)
+for _name in ("enter", "exit"):
+    _operator(f"__{_name}__", _name, reflected=True)
+
+
+def stand_in(host: Host, name: str, about: Any) -> Any:
+    """What the tests see under a name of the program. Raises LookupError where the program has no such name."""
+    kind = about[0]
+    if kind == "function":
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return host.ask(name, "call", *args, **kwargs)
+
+        function.__name__ = function.__qualname__ = name
+        return function
+    if kind == "class":
+        made = _RemoteClass(name, (), {})
+        made._host_ = host  # type: ignore[attr-defined]
+        if name in host.open_names:
+            host.kinds[name] = made
+        return made
+    if kind == "exception":
+        base = getattr(builtins, about[1], Exception)
+        made = type(name, (base if issubclass(base, Exception) else Exception,), {})
+        host.errors[name] = made
+        return made
+    if kind == "value":
+        return about[1]
+    if kind == "object":
+        return Remote(host, about[1], about[2])
+    raise LookupError(name)
+
+
+class _RemoteClass(type):
+    """A class of the program: calling it makes an object there; its attributes are asked for there."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._host_.ask(cls.__name__, "call", *args, **kwargs)  # type: ignore[attr-defined]
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__") or name == "_host_":
+            raise AttributeError(name)
+        return cls._host_.ask(cls.__name__, "get", name)  # type: ignore[attr-defined]
+
+
+class Recorder:
+    """Counts what passed and says so as it goes."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.total = 0
+        self.passed = 0
+        self.failed = 0
+
+    def ok(self, label: str) -> None:
+        self.total += 1
+        self.passed += 1
+        self.host.channel.send(b"U" + pack((label, True, {})))
+
+    def fail(self, label: str, error: BaseException) -> None:
+        self.total += 1
+        self.failed += 1
+        got = getattr(error, "cabochon_values", None)
+        about = {"call": self.host.last_call, "error": f"{type(error).__name__}: {error}"[:1000]}
+        if got is not None:
+            about |= {"got": got[0], "expected": got[1]}
+        if self.host.last_error and type(error).__name__ != "AssertionError":
+            about["raised"] = self.host.last_error
+        self.host.channel.send(b"U" + pack((label, False, about)))
+
+    def raise_failed(self, source: str, *values: Any) -> None:
+        """Raises the AssertionError of `assert source` with what was compared."""
+        error = AssertionError(source)
+        if len(values) == 2:
+            error.cabochon_values = (show(values[0]), show(values[1]))  # type: ignore[attr-defined]
+        raise error
+
+
+def judge(order: dict[str, Any], channel: Channel) -> None:
+    """Runs the tests of `order` once the program is loaded, then sends the verdict, with the host's nonce."""
+    host = Host(channel, order["mutates"], order["classes"])
+    names = unpack(channel.read()[1:], host.resolve)
+    recorder = Recorder(host)
+    module = ModuleType("test_solution")
+    space = module.__dict__
+    space["__builtins__"] = builtins
+    solution = ModuleType(order["module"])
+    missing = []
+    for name in order["wanted"]:
+        try:
+            thing = stand_in(host, name, names.get(name, ("missing",)))
+        except LookupError:
+            missing.append(name)
+            continue
+        solution.__dict__[name] = thing
+        if order["bare_names"]:
+            space[name] = thing
+    if not order["bare_names"]:
+        sys.modules[order["module"]] = solution
+        sys.modules["test_solution"] = module
+    space["_cabochon_"] = recorder
+    try:
+        if order["collect"]:
+            from cabochon.verifiers.sandbox.inside_pytest import install
+
+            install()
+        for label, source, whole in order["units"]:
+            _unit(label, source, space, recorder, whole=whole)
+        if order["collect"]:
+            from cabochon.verifiers.sandbox.inside_pytest import collect
+
+            collect(module, recorder)
+    except ProgramStopped as e:
+        channel.send(b"V" + pack((order["nonce"], "malformed", str(e), recorder.passed, recorder.total, missing)))
+        return
+    channel.send(b"V" + pack((order["nonce"], "done", "", recorder.passed, recorder.total, missing)))
+
+
+def _unit(label: str, source: str, space: dict[str, Any], recorder: Recorder, *, whole: bool) -> None:
+    """Runs one piece of test source. An empty label is set-up: only its failing is told. `whole`: it is one test; else it
+    reports its own assertions, and only an error outside them is told here."""
+    before = recorder.total
+    try:
+        exec(compile(source, "<tests>", "exec"), space)
+    except ProgramStopped:
+        raise
+    except BaseException as e:
+        recorder.fail(label or "set-up", e)
+    else:
+        if label and (whole or recorder.total == before):
+            recorder.ok(label)
