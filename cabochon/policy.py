@@ -77,4 +77,6 @@ def _from_scratch(config: ModelConfig, seed: int, mesh: Mesh | None) -> Policy:
 
 
 def _shardings(config: ModelConfig, mesh: Mesh | None) -> tf.Params | None:
-    return mesh and parallel.param_shardings(tf.logical_axes(config), tf.abstract(config), mesh)
+    if mesh is None:
+        return None
+    return parallel.param_shardings(tf.logical_axes(config), tf.abstract(config), mesh)
