@@ -47,7 +47,7 @@ def _architecture(header: Header) -> tuple[str, _Architecture]:
     return name, _ARCHITECTURES[name]
 
 
-def _number(header: Header, key: str, default: float | None = None) -> Any:
+def _number(header: Header, key: str, default: int | float | None = None) -> Any:
     """A numeric key; f32 values come back as the shortest decimal (9.9999997e-06 is 1e-05)."""
     value = header.metadata.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -117,8 +117,9 @@ def _config(header: Header) -> ModelConfig:
         )
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{header.path}: the metadata gives an impossible model: {where} {first['msg']}") from None
+        where = "".join(f"{part}: " for part in first["loc"])
+        reason = where + first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{header.path}: the metadata gives an impossible model: {reason}") from None
 
 
 def _rope(header: Header, arch: str, head_dim: int) -> RopeConfig:
