@@ -1,0 +1,134 @@
+"""Reward functions from elsewhere, unchanged: TRL's `f(prompts, completions, **columns)` and verl's `compute_score`.
+
+A function is addressed as `module:function`, `path.py:function` or `trl.rewards:name`. It runs in a killable worker with
+a clean environment: one that hangs, crashes or eats memory costs its item, and one that raises gives an `infra_error`
+(no score) rather than a silent zero. It sees one completion at a time; `task.payload` gives its columns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cabochon.errors import UserError
+from cabochon.types import Task, Verdict
+from cabochon.verifiers.base import infra_error, verdict_of_outcome
+from cabochon.verifiers.workers import WorkerConfig, shared_pool
+
+_FIXED = ("cabochon.verifiers.functions_worker",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionVerifier:
+    """A TRL-style reward function, plain or async.
+
+    Rewards in [`low`, `high`] are mapped to scores in [0, 1]; one outside is an `infra_error`, since a scale that is not
+    what was declared would shift the training signal unseen. `None` abstains: no score, status `ok`.
+    """
+
+    address: str
+    arguments: tuple[tuple[str, Any], ...] | None = None
+    """set: the address is a factory, called with these to get the function (`trl.rewards:get_cosine_scaled_reward`)"""
+    low: float = 0.0
+    high: float = 1.0
+    chat: bool | None = None
+    """give the completion as messages; None: as the prompt is"""
+    deadline: float = 30.0
+    memory_mib: int = 8192
+    keep_environment: tuple[str, ...] = ()
+    """environment variables the function may see"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "address", checked_address(self.address))
+        if not self.low < self.high:
+            raise UserError(f"{self.address}: low must be less than high, got {self.low} and {self.high}")
+
+    def verify(self, task: Task, text: str) -> Verdict:
+        """Raises ValueError where the task's payload is not plain data."""
+        plain = isinstance(task.prompt, str)
+        chat = not plain if self.chat is None else self.chat
+        prompt: Any = [{"role": "user", "content": task.prompt}] if plain and chat else task.prompt
+        outcome = shared_pool(_workers(self.address, self.memory_mib, self.keep_environment)).call(
+            "cabochon.verifiers.functions_worker:trl",
+            {
+                "address": self.address,
+                "factory": None if self.arguments is None else dict(self.arguments),
+                "prompt": prompt if isinstance(prompt, str) else [dict(message) for message in prompt],
+                "completion": [{"role": "assistant", "content": text}] if chat else text,
+                "columns": dict(task.payload),
+            },
+            deadline=self.deadline,
+        )
+        if outcome.status != "done":
+            return verdict_of_outcome(outcome)
+        return _scaled(self.address, outcome.value, self.low, self.high, outcome.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerlVerifier:
+    """verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`; the payload has the other three."""
+
+    address: str
+    low: float = 0.0
+    high: float = 1.0
+    deadline: float = 30.0
+    memory_mib: int = 8192
+    keep_environment: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "address", checked_address(self.address))
+        if not self.low < self.high:
+            raise UserError(f"{self.address}: low must be less than high, got {self.low} and {self.high}")
+
+    def verify(self, task: Task, text: str) -> Verdict:
+        """Raises ValueError without `ground_truth` in the payload."""
+        if "ground_truth" not in task.payload:
+            raise ValueError(f'task {task.id}: payload needs "ground_truth" for {self.address}')
+        outcome = shared_pool(_workers(self.address, self.memory_mib, self.keep_environment)).call(
+            "cabochon.verifiers.functions_worker:verl",
+            {
+                "address": self.address, "data_source": str(task.payload.get("data_source", task.domain)), "text": text,
+                "ground_truth": task.payload["ground_truth"], "extra_info": task.payload.get("extra_info"),
+            },
+            deadline=self.deadline,
+        )
+        if outcome.status != "done":
+            return verdict_of_outcome(outcome)
+        return _scaled(self.address, outcome.value, self.low, self.high, outcome.seconds)
+
+
+def checked_address(address: str) -> str:
+    """The address with its file made absolute. Raises UserError where it is not one."""
+    place, mark, name = address.rpartition(":")
+    if not mark or not place or not name.isidentifier():
+        raise UserError(f'{address!r}: a reward function is "module:function" or "path.py:function"')
+    if not place.endswith(".py"):
+        return address
+    place = os.path.abspath(os.path.expanduser(place))
+    if not os.path.isfile(place):
+        raise UserError(f"{place}: no such file (reward function {name!r})")
+    return f"{place}:{name}"
+
+
+def _workers(address: str, memory_mib: int, keep_environment: tuple[str, ...]) -> WorkerConfig:
+    module = address.rpartition(":")[0]
+    preload = _FIXED if module.endswith(".py") else (*_FIXED, module)
+    return WorkerConfig(preload=preload, memory_mib=memory_mib, keep_environment=keep_environment)
+
+
+def _scaled(address: str, value: Mapping[str, Any], low: float, high: float, seconds: float) -> Verdict:
+    reward, extra = value["value"], value["extra"]
+    if reward is None:
+        return Verdict(score=None, status="ok", detail=f"{address} abstains", evidence=extra, seconds=seconds)
+    if not low <= reward <= high:
+        return infra_error(
+            f"{address} returned {reward:g}, outside [{low:g}, {high:g}]: declare its range with low and high", seconds,
+            reward=reward, **extra,
+        )
+    score = (reward - low) / (high - low)
+    return Verdict(
+        score=score, status="ok" if score == 1.0 else "wrong", detail=f"reward {reward:g}",
+        evidence={"reward": reward, **extra}, seconds=seconds,
+    )
