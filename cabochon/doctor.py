@@ -12,8 +12,10 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -146,6 +148,8 @@ def devices() -> Check:
     code, text = _child([sys.executable, "-c", JAX_CHILD])
     if code:
         fix = "reinstall JAX for this machine: `pip install -U 'jax[tpu]'`, 'jax[cuda13]' or jax"
+        if asked := os.environ.get("JAX_PLATFORMS"):
+            fix = f"unset JAX_PLATFORMS, which asks for {asked}; or {fix}"
         return _fail("devices", f"JAX does not start: {text}", fix)
     if "(cpu)" in text:
         for pattern, extra in (("accel[0-9]*", "jax[tpu]"), ("nvidia[0-9]*", "jax[cuda13]")):
@@ -194,11 +198,18 @@ def disk() -> Check:
 
 
 def ray() -> Check:
-    """Ray runs a task and shuts down."""
+    """Ray runs a task, on the cluster RAY_ADDRESS names or on an instance of its own, and shuts down."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if at := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address):
+        try:
+            socket.create_connection((at[1], int(at[2])), timeout=5).close()
+        except OSError as error:
+            said = f"no cluster at RAY_ADDRESS={address}: {_one_line(str(error))}"
+            return _fail("ray", said, "start it (`ray start --head`), or unset RAY_ADDRESS to run on this machine")
     code, text = _child([sys.executable, "-c", RAY_CHILD])
+    if code and address:
+        return _fail("ray", f"no task runs on {address}: {text}", "check the cluster with `ray status`")
     if code:
-        if address := os.environ.get("RAY_ADDRESS"):
-            return _fail("ray", f"no task runs on {address}: {text}", "check RAY_ADDRESS with `ray status`")
         return _fail("ray", f"no task runs on a local instance: {text}", f"check `df /dev/shm`; {INSTALL}")
     return _ok("ray", text)
 
