@@ -21,7 +21,8 @@ from cabochon.model.hf_files import read_header
 from cabochon.model.hf_names import leaf_shapes
 
 COMMON = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}  # fmt: skip
+          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+          "initializer_range": 0.3}  # fmt: skip
 FAMILIES = {
     "llama": ("Llama", {}),
     "llama-tied-biased": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -235,145 +236,6 @@ def test_a_tied_checkpoint_may_repeat_its_head_but_not_change_it(tmp_path):
     save_file({**flat, "lm_head.weight": head}, file)
     with pytest.raises(UserError, match=r"model\.safetensors: lm_head\.weight: differs .* tie_word_embeddings"):
         convert.load(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.fixture
-def exported(tmp_path):
-    convert.save(tmp_path / "m", MOE_CONFIG, tree_of(MOE_CONFIG), max_shard_bytes=60_000)
-    assert len(list((tmp_path / "m").glob("model-*.safetensors"))) >= 3
-    return tmp_path / "m"
-
-
-def rewrite(directory, change):
-    """Merge the shards into one file after `change` had its way with the tensors."""
-    from safetensors.numpy import load_file, save_file
-
-    flat = {}
-    for shard in sorted(directory.glob("model-*.safetensors")):
-        flat |= load_file(shard)
-        shard.unlink()
-    (directory / "model.safetensors.index.json").unlink()
-    change(flat)
-    save_file(flat, directory / "model.safetensors")
-
-
-def missing_shard(d):
-    sorted(d.glob("model-*.safetensors"))[1].unlink()
-    return r"model-00002-of-\d+\.safetensors: missing shard; model\.safetensors\.index\.json puts \d+ tensors in it"
-
-
-def truncated(d):
-    shard = sorted(d.glob("model-*.safetensors"))[0]
-    shard.write_bytes(shard.read_bytes()[:-4])
-    return r"model-00001-of-\d+\.safetensors: model\.\S+: truncated: it should end at byte \d+, the file has \d+"
-
-
-def truncated_in_the_header(d):
-    shard = sorted(d.glob("model-*.safetensors"))[0]
-    shard.write_bytes(shard.read_bytes()[:50])
-    return r"model-00001-of-\d+\.safetensors: truncated, or not safetensors: its header should be \d+ bytes"
-
-
-def empty_file(d):
-    sorted(d.glob("model-*.safetensors"))[0].write_bytes(b"")
-    return r"model-00001-of-\d+\.safetensors: truncated, or not safetensors"
-
-
-def garbled_header(d):
-    shard = sorted(d.glob("model-*.safetensors"))[0]
-    data = bytearray(shard.read_bytes())
-    data[8:12] = b"oops"
-    shard.write_bytes(data)
-    return r"model-00001-of-\d+\.safetensors: its safetensors header is not readable"
-
-
-def overlapping(d):
-    shard = sorted(d.glob("model-*.safetensors"))[0]
-    data = shard.read_bytes()
-    n = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + n])
-    names = [k for k in header if k != "__metadata__"]
-    header[names[0]]["shape"][0] += 1
-    text = json.dumps(header).encode()
-    shard.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
-    return r"model-00001-of-\d+\.safetensors: \S+: bytes \d+ to \d+ do not fit shape"
-
-
-def trailing(d):
-    shard = sorted(d.glob("model-*.safetensors"))[0]
-    shard.write_bytes(shard.read_bytes() + b"1234")
-    return r"4 bytes after the last tensor belong to none"
-
-
-def missing_tensor(d):
-    rewrite(d, lambda flat: flat.pop("model.layers.1.mlp.experts.2.up_proj.weight"))
-    return r"model\.safetensors: model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight: missing, expected with shape \[24"
-
-
-def misspelt_tensor(d):
-    rewrite(d, lambda flat: flat.update({"model.norms.weight": flat.pop("model.norm.weight")}))
-    return r"model\.norm\.weight: missing, expected with shape \[32\]; nearest is model\.norms\.weight"
-
-
-def wrong_shape(d):
-    rewrite(d, lambda flat: flat.update({"model.layers.4.self_attn.k_proj.weight": np.zeros((8, 32), np.float32)}))
-    return r"model\.safetensors: model\.layers\.4\.self_attn\.k_proj\.weight: shape \[8, 32\], expected \[16, 32\]"
-
-
-def extra_tensor(d):
-    rewrite(d, lambda flat: flat.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)}))
-    return r"model\.layers\.0\.self_attn\.q_proj\.bias: a tensor this qwen3_moe config has no use for; nearest is model"
-
-
-def integers(d):
-    rewrite(d, lambda flat: flat.update({"model.norm.weight": np.zeros(32, np.int8)}))
-    return r"model\.safetensors: model\.norm\.weight: dtype I8 is not supported"
-
-
-def index_without_map(d):
-    (d / "model.safetensors.index.json").write_text("{}")
-    return r"index\.json: weight_map: expected an object"
-
-
-def index_that_points_outside(d):
-    (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}')
-    return r"index\.json: weight_map: '\.\./b\.safetensors' is not a plain file name"
-
-
-def index_of_another_model(d):
-    index = json.loads((d / "model.safetensors.index.json").read_text())
-    files = sorted(set(index["weight_map"].values()))
-    index["weight_map"]["model.norm.weight"] = next(f for f in files if f != index["weight_map"]["model.norm.weight"])
-    (d / "model.safetensors.index.json").write_text(json.dumps(index))
-    return r"model-0000\d-of-\d+\.safetensors: model\.norm\.weight: not in this file, though model\.safetensors\.index"
-
-
-def torch_only(d):
-    for file in d.glob("model*"):
-        file.unlink()
-    (d / "pytorch_model.bin").write_bytes(b"x")
-    return r"no model\.safetensors and no model\.safetensors\.index\.json in it; found pytorch_model\.bin"
-
-
-DAMAGES = [missing_shard, truncated, truncated_in_the_header, empty_file, garbled_header, overlapping, trailing,
-           missing_tensor, misspelt_tensor, wrong_shape, extra_tensor, integers, index_without_map,
-           index_that_points_outside, index_of_another_model, torch_only]  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
-def test_damage_is_one_line_with_file_and_tensor_before_anything_is_allocated(exported, damage, monkeypatch):
-    pattern = damage(exported)
-    monkeypatch.setattr(convert, "_aligned", lambda *_: pytest.fail("allocated before everything was checked"))
-    with pytest.raises(UserError, match=pattern) as caught:
-        convert.load(exported)
-    assert str(caught.value).startswith(str(exported))
-    assert "\n" not in str(caught.value)
-
-
-# ------------------------------------------------------------------------------------------------- writing
 
 
 def test_an_existing_directory_is_not_overwritten_unless_told(tmp_path):
