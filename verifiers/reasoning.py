@@ -1,0 +1,88 @@
+"""reasoning-gym puzzles as tasks, and their verifier.
+
+A task's payload names dataset, size, seed, config and index; the worker makes the item again from these (the library is
+deterministic in them) and judges the answer by the rules of `reasoning_worker`. Needs the extra `cabochon[tasks]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from cabochon.errors import UserError
+from cabochon.types import Task, Verdict
+from cabochon.verifiers.base import verdict_of_outcome
+from cabochon.verifiers.reasoning_worker import rule_of
+from cabochon.verifiers.workers import WorkerConfig, shared_pool
+
+REASONING_WORKERS = WorkerConfig(
+    preload=("cabochon.verifiers.reasoning_worker", "reasoning_gym", "cabochon.verifiers.math_judge"), memory_mib=4096
+)
+
+PROMPT_ENDING = "\n\nGive the final answer between <answer> and </answer>."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Puzzles:
+    """Which items of one dataset. Example: `Puzzles(name="countdown", size=100, seed=1, config={"max_numbers": 4})`."""
+
+    name: str
+    size: int = 100
+    seed: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """the dataset's own difficulty settings"""
+
+
+def puzzle_tasks(puzzles: Puzzles) -> list[Task]:
+    """The items as tasks. Raises UserError for an unknown dataset or setting, or one that cannot be judged soundly."""
+    if find_spec("reasoning_gym") is None:
+        raise UserError("reasoning-gym tasks need the package reasoning-gym: pip install 'cabochon[tasks]'")
+    config = [[key, value] for key, value in sorted(puzzles.config.items())]
+    outcome = shared_pool(REASONING_WORKERS).call(
+        "cabochon.verifiers.reasoning_worker:items",
+        {"name": puzzles.name, "size": puzzles.size, "seed": puzzles.seed, "config": config}, deadline=600.0,
+    )
+    if outcome.status != "done":
+        raise RuntimeError(f"making {puzzles.size} items of {puzzles.name} failed: {outcome.status}: {outcome.detail}")
+    if "unusable" in outcome.value:
+        raise UserError(outcome.value["unusable"])
+    tasks = []
+    for index, (question, answer) in enumerate(outcome.value["items"]):
+        if answer is None and rule_of(puzzles.name) == "exact":
+            raise UserError(
+                f"reasoning-gym dataset {puzzles.name!r} has no answers to compare with, and its own scorer pays for "
+                "wrong ones: choose another"
+            )
+        payload = {
+            "dataset": puzzles.name, "size": puzzles.size, "seed": puzzles.seed, "index": index,
+            "config": config, "answer": answer,
+        }
+        tasks.append(Task(
+            id=f"{puzzles.name}/{puzzles.seed}/{index}", prompt=question + PROMPT_ENDING,
+            verifier="reasoning", payload=payload, domain=puzzles.name,
+        ))
+    return tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningVerifier:
+    """Scores 1 for a full solution, else 0; every item in a worker of its own."""
+
+    deadline: float = 10.0
+    workers: WorkerConfig = field(default=REASONING_WORKERS)
+
+    def verify(self, task: Task, text: str) -> Verdict:
+        """Raises ValueError where the payload does not name an item."""
+        wanted = ("dataset", "size", "seed", "config", "index")
+        missing = [name for name in wanted if name not in task.payload]
+        if missing:
+            raise ValueError(f"task {task.id}: payload lacks {', '.join(missing)}")
+        outcome = shared_pool(self.workers).call(
+            "cabochon.verifiers.reasoning_worker:judge",
+            {"text": text[-400_000:], "prompt": task.prompt, "name": task.payload["dataset"],
+             **{name: task.payload[name] for name in wanted[1:]}},
+            deadline=self.deadline, single_use=True, stall_is_timeout=True,
+        )
+        return verdict_of_outcome(outcome)

@@ -1,0 +1,205 @@
+"""Answers to reasoning-gym puzzles, judged inside a killable worker that serves one item and dies.
+
+The library's own scorers are not used as they are: the default pays for any answer that contains the right one, `game_of_
+life_halting` and a coin flip can be won by any word, `puzzle24` takes numbers that were not given, and several `eval` or
+`parse_expr` what the model wrote. So each puzzle is judged by one of four rules, and 1 is paid for a full solution only:
+
+* *exact*: the answer is the oracle's, white space at line ends and runs of blanks aside. Sound for every puzzle; the
+  default.
+* *value*: the oracle is a number, compared as `math_judge` does.
+* *arithmetic*: countdown and puzzle24; our own exact evaluation, with just the given numbers, each once.
+* *scorer*: puzzles with many right answers whose scorers simulate the solution and do not evaluate text. Only their full
+  mark counts, and only for text made of the characters such an answer needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+import warnings
+from collections import Counter
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from cabochon.verifiers.math_extract import Extraction, extract, final_part
+
+VALUE = frozenset(
+    "chain_sum products basic_arithmetic decimal_arithmetic decimal_chain_sum gsm_symbolic leg_counting gcd lcm "
+    "simple_equations count_primes dice number_sequence letter_counting largest_island rectangle_count complex_arithmetic "
+    "simple_geometry polynomial_multiplication".split()
+)
+ARITHMETIC = frozenset(["countdown", "puzzle24"])
+SCORER = {
+    "jugs": r"[\w\s\[\]\",>()-]*", "graph_color": r"[\d\s{}:,\"]*", "tower_of_hanoi": r"[\w\s.:,>-]*",
+    "word_ladder": r"[A-Za-z,\s]*", "shortest_path": r"(?:up|down|left|right|infeasible|\s)*", "sokoban": r"[UDLR]*",
+    "rush_hour": r"(?:[A-Z][+-]\d+\s*)*", "rubiks_cube": r"(?:[UDLRFBMESxyz][w]?['2]?\s*)*",
+    "palindrome_generation": r"[a-z]*", "knight_swap": r"[\w\s\[\]\",]*",
+}
+"""Puzzle and the whole of what its answers are made of."""
+
+ANSWER_LIMIT = 20_000
+
+
+@lru_cache(maxsize=16)
+def dataset(name: str, size: int, seed: int, config: tuple[tuple[str, Any], ...]) -> Any:
+    """A reasoning-gym dataset; items depend on seed and index only. Raises ValueError for an unknown name or config."""
+    import reasoning_gym
+
+    try:
+        return reasoning_gym.create_dataset(name, size=size, seed=seed, **dict(config))
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"reasoning-gym dataset {name!r}: {error}") from error
+
+
+def answer_of(text: str) -> str:
+    """What stands in the last `<answer>` of the final part, else its last box, else all of it."""
+    part = final_part(text, Extraction())
+    tagged = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", part[-100_000:], re.DOTALL)
+    if tagged:
+        return str(tagged[-1]).strip()
+    found = extract(part, Extraction(methods=("boxed",)))
+    return (found.answer if found is not None else part).strip()
+
+
+def same_text(oracle: str, answer: str) -> bool:
+    """Line by line, with runs of blanks as one."""
+
+    def lines(text: str) -> list[str]:
+        return [" ".join(line.split()) for line in text.strip().splitlines()]
+
+    return lines(oracle) == lines(answer)
+
+
+def items(name: str, size: int, seed: int, config: list[list[Any]]) -> dict[str, Any]:
+    """Question and answer of every item; made here because several datasets depend on Python's hash seed, which is fixed
+    in a worker and random elsewhere. `unusable` says what is wrong with the name or the settings."""
+    import reasoning_gym.factory
+
+    if name not in reasoning_gym.factory.DATASETS:
+        near = difflib.get_close_matches(name, sorted(reasoning_gym.factory.DATASETS), n=1, cutoff=0.0)[0]
+        return {"unusable": f"reasoning-gym has no dataset {name!r}; the nearest is {near!r}"}
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            source = dataset(name, size, seed, tuple((key, _frozen(value)) for key, value in config))
+        except ValueError as error:
+            return {"unusable": str(error)}
+        entries = [source[index] for index in range(size)]
+    return {"items": [[str(e["question"]), None if e["answer"] is None else str(e["answer"])] for e in entries]}
+
+
+def judge(
+    text: str, prompt: str, name: str, size: int, seed: int, config: list[list[Any]], index: int
+) -> dict[str, Any]:
+    """The verdict on a completion for item `index` of a dataset.
+
+    Raises RuntimeError where the item made again is not the one that was asked (another version of the library).
+    """
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = dataset(name, size, seed, tuple((key, _frozen(value)) for key, value in config))
+        entry = source[index]
+        if not prompt.startswith(str(entry["question"])):
+            raise RuntimeError(f"item {index} of {name} is not the question that was asked: is reasoning-gym another version?")
+        oracle = None if entry["answer"] is None else str(entry["answer"])
+        answer = answer_of(text)
+        evidence = {"answer": answer[:500], "gold": (oracle or "")[:500], "rule": rule_of(name)}
+        if not answer:
+            return _verdict("no_answer", "no answer", evidence)
+        if len(answer) > ANSWER_LIMIT:
+            return _verdict("malformed", f"the answer is {len(answer)} characters long", evidence)
+        if oracle is not None and same_text(oracle, answer):
+            return _verdict("ok", "the oracle's answer", evidence)
+        right, detail = _by_rule(name, source, entry, oracle, answer)
+    return _verdict("ok" if right else "wrong", detail, evidence)
+
+
+def rule_of(name: str) -> str:
+    """Which of the four rules judges a puzzle."""
+    if name in ARITHMETIC:
+        return "arithmetic"
+    return "value" if name in VALUE else "scorer" if name in SCORER else "exact"
+
+
+def _by_rule(name: str, source: Any, entry: dict[str, Any], oracle: str | None, answer: str) -> tuple[bool, str]:
+    match rule_of(name):
+        case "value":
+            from cabochon.verifiers.math_judge import matches, read
+
+            unit = read(answer).split.unit
+            if oracle is None or (unit is not None and unit.dimension[0][0].startswith("word:")):
+                return False, "words after the number"
+            return matches(oracle, answer)
+        case "arithmetic":
+            target = 24 if name == "puzzle24" else entry["metadata"]["target"]
+            return arithmetic(answer, entry["metadata"]["numbers"], target)
+        case "scorer":
+            if re.fullmatch(SCORER[name], answer.strip()) is None:
+                return False, "has characters that no answer to this puzzle has"
+            right = float(source.score_answer(answer.strip(), entry)) == 1.0
+            return right, "a full solution" if right else "not a full solution"
+    return False, "not the oracle's answer"
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def _verdict(status: str, detail: str, evidence: dict[str, Any]) -> dict[str, Any]:
+    return {"score": float(status == "ok"), "status": status, "detail": detail[:300], "evidence": evidence}
+
+
+def arithmetic(text: str, numbers: list[int], target: int | float) -> tuple[bool, str]:
+    """Whether `text` is +, -, *, / over exactly `numbers` with the value `target`; exact fractions, no `eval`."""
+    text = text.replace("\u00d7", "*").replace("\u00f7", "/").replace("\\times", "*").replace("\\cdot", "*")
+    text = text.partition("=")[0]
+    tokens = re.findall(r"\d+|[-+*/()]|\S", text)
+    if len(tokens) > 400:
+        return False, "too long an expression"
+    used = [int(token) for token in tokens if token.isdigit()]
+    if Counter(used) != Counter(int(number) for number in numbers):
+        return False, f"uses {sorted(used)}, not the numbers given"
+    try:
+        value, end = _sum(tokens, 0, 0)
+    except (IndexError, ValueError, ZeroDivisionError):
+        return False, "not an arithmetic expression"
+    if end != len(tokens):
+        return False, "not an arithmetic expression"
+    return value == Fraction(target), f"the value is {value}"
+
+
+def _sum(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+    value, at = _product(tokens, at, depth)
+    while at < len(tokens) and tokens[at] in "+-":
+        sign = tokens[at]
+        more, at = _product(tokens, at + 1, depth)
+        value = value + more if sign == "+" else value - more
+    return value, at
+
+
+def _product(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+    value, at = _atom(tokens, at, depth)
+    while at < len(tokens) and tokens[at] in "*/":
+        sign = tokens[at]
+        more, at = _atom(tokens, at + 1, depth)
+        value = value * more if sign == "*" else value / more
+    return value, at
+
+
+def _atom(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+    if depth > 50:
+        raise ValueError("nested too deeply")
+    if tokens[at] == "-":
+        value, at = _atom(tokens, at + 1, depth + 1)
+        return -value, at
+    if tokens[at] == "(":
+        value, at = _sum(tokens, at + 1, depth + 1)
+        if tokens[at] != ")":
+            raise ValueError("a bracket is not closed")
+        return value, at + 1
+    if not tokens[at].isdigit():
+        raise ValueError(tokens[at])
+    return Fraction(int(tokens[at])), at + 1

@@ -1,0 +1,193 @@
+"""Tasks out of JSONL files, and a split into training and held-out tasks that cannot leak.
+
+Known shapes are recognised by their columns: GSM8K (`question`, `answer` ending in `#### 72`), MATH (`problem`,
+`solution` with a box, or `answer`), MBPP (`text` or `prompt`, `test_list`), HumanEval (`prompt`, `test`, `entry_point`).
+Anything else needs a `Columns` map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cabochon.errors import UserError
+from cabochon.types import Prompt, Task
+from cabochon.verifiers.math_extract import last_box
+
+LINE_LIMIT = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Where a row keeps what a task needs.
+
+    Example: `Columns(prompt="q", verifier="math", payload={"answer": "a"})` reads the gold from column `a`.
+    """
+
+    prompt: str
+    verifier: str
+    payload: Mapping[str, str] = field(default_factory=dict)
+    """payload name -> column"""
+    id: str | None = None
+    domain: str | None = None
+
+
+def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`FILE:LINE` and object of each line. Raises UserError naming both for one that is not a JSON object."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            if not raw.strip():
+                continue
+            if len(raw) > LINE_LIMIT:
+                raise UserError(f"{where}: the line is {len(raw)} bytes long, at most {LINE_LIMIT} are read")
+            try:
+                row = json.loads(raw)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: not JSON: {str(error)[:200]}") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            yield where, row
+
+
+def read_tasks(path: str | pathlib.Path, columns: Columns | None = None, *, domain: str | None = None) -> list[Task]:
+    """The tasks of a JSONL file. `domain` is by default the file's name. Raises UserError with file and line."""
+    path = pathlib.Path(path)
+    tasks: list[Task] = []
+    seen: dict[str, str] = {}
+    for where, row in read_rows(path):
+        name = f"{path.stem}/{len(tasks)}"
+        task = _by_columns(where, row, columns, name) if columns else _by_shape(where, row, name)
+        if task.domain == "default":
+            task = Task(id=task.id, prompt=task.prompt, verifier=task.verifier, payload=task.payload,
+                        domain=domain or path.stem)
+        if task.id in seen:
+            raise UserError(f"{where}: the id {task.id!r} was used at {seen[task.id]}")
+        seen[task.id] = where
+        tasks.append(task)
+    if not tasks:
+        raise UserError(f"{path}: holds no rows")
+    return tasks
+
+
+def _text(where: str, row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: column {column!r} must be a text, got {type(value).__name__} {str(value)[:40]!r}")
+    return value
+
+
+def _by_columns(where: str, row: Mapping[str, Any], columns: Columns, name: str) -> Task:
+    wanted = [columns.prompt, *columns.payload.values(), *filter(None, (columns.id, columns.domain))]
+    missing = [column for column in wanted if column not in row]
+    if missing:
+        raise UserError(f"{where}: no column {missing[0]!r}; the row has {sorted(row)}")
+    return Task(
+        id=str(row[columns.id]) if columns.id else name,
+        prompt=_prompt(where, row[columns.prompt], columns.prompt),
+        verifier=columns.verifier,
+        payload={key: row[column] for key, column in columns.payload.items()},
+        domain=str(row[columns.domain]) if columns.domain else "default",
+    )
+
+
+def _prompt(where: str, value: Any, column: str) -> Prompt:
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
+        return tuple(value)
+    raise UserError(f"{where}: column {column!r} must be a text or a list of messages, got {type(value).__name__}")
+
+
+def _by_shape(where: str, row: Mapping[str, Any], name: str) -> Task:
+    """A row of one of the known shapes."""
+    if {"prompt", "verifier"} <= set(row):
+        payload = row.get("payload", {})
+        if not isinstance(payload, dict):
+            raise UserError(f"{where}: column 'payload' must be an object, got {type(payload).__name__}")
+        return Task(id=str(row.get("id", name)), prompt=_prompt(where, row["prompt"], "prompt"), payload=payload,
+                    verifier=_text(where, row, "verifier"), domain=str(row.get("domain", "default")))
+    if {"question", "answer"} <= set(row):
+        return Task(id=name, prompt=_text(where, row, "question"), verifier="math",
+                    payload={"answer": _after_hashes(where, _text(where, row, "answer"))})
+    if "problem" in row and {"solution", "answer"} & set(row):
+        return _math(where, row, name)
+    if "test_list" in row:
+        return _mbpp(where, row, name)
+    if {"prompt", "test", "entry_point"} <= set(row):
+        prompt = _text(where, row, "prompt")
+        payload = {"prompt": prompt, "test": _text(where, row, "test"), "entry_point": _text(where, row, "entry_point")}
+        return Task(id=str(row.get("task_id", name)), prompt=prompt, verifier="code", payload=payload)
+    raise UserError(
+        f"{where}: not a GSM8K, MATH, MBPP or HumanEval row (columns {sorted(row)}); give a column map"
+    )
+
+
+def _after_hashes(where: str, answer: str) -> str:
+    _, mark, gold = answer.rpartition("####")
+    if not mark or not gold.strip():
+        raise UserError(f"{where}: a GSM8K answer ends in '#### NUMBER', this one in {answer[-30:]!r}")
+    return gold.strip()
+
+
+def _math(where: str, row: Mapping[str, Any], name: str) -> Task:
+    if isinstance(row.get("answer"), str) and row["answer"].strip():
+        gold = row["answer"].strip()
+    else:
+        box = last_box(_text(where, row, "solution"))
+        if box is None or not box.answer:
+            raise UserError(f"{where}: the MATH solution has no \\boxed answer and the row no 'answer'")
+        gold = box.answer
+    domain = str(row.get("subject") or row.get("type") or "default")
+    return Task(id=str(row.get("unique_id", name)), prompt=_text(where, row, "problem"), verifier="math",
+                payload={"answer": gold}, domain=domain)
+
+
+def _mbpp(where: str, row: Mapping[str, Any], name: str) -> Task:
+    tests = row["test_list"]
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+        raise UserError(f"{where}: column 'test_list' must be a list of assert lines")
+    words = _text(where, row, "text" if "text" in row else "prompt")
+    setup = row.get("test_setup_code") or "\n".join(row.get("test_imports", []))
+    prompt = f"{words.strip()}\nYour code should pass this test:\n{tests[0]}"
+    identity = f"mbpp/{row['task_id']}" if "task_id" in row else name
+    return Task(id=identity, prompt=prompt, verifier="code", payload={"test_list": tests, "test_setup_code": setup})
+
+
+# ---------------------------------------------------------------------------------------------------------- the split
+
+
+def normalised(prompt: Prompt) -> str:
+    """A prompt's words and numbers without case, spacing, punctuation or Unicode variants; operators and signs stay."""
+    text = prompt if isinstance(prompt, str) else "\n".join(str(message.get("content", "")) for message in prompt)
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.findall(r"\w+|[-+*/^=<>%]", text))
+
+
+def content_hash(prompt: Prompt) -> int:
+    """64 bits of the normalised prompt."""
+    digest = hashlib.sha256(normalised(prompt).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def split(tasks: Sequence[Task], held_out: float) -> tuple[list[Task], list[Task]]:
+    """(training, held-out). The side depends on the prompt's words alone, so that copies of one problem, in whatever
+    file, order or spelling, are on the same side, and a task never changes sides when others are added.
+
+    `held_out` is the expected share. Raises ValueError unless it lies in [0, 1).
+    """
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must lie in [0, 1), got {held_out}")
+    bound = int(held_out * 2**64)
+    training = [task for task in tasks if content_hash(task.prompt) >= bound]
+    held = [task for task in tasks if content_hash(task.prompt) < bound]
+    return training, held
