@@ -216,7 +216,7 @@ class BubblewrapSandbox:
         """Waits until the waiting sandboxes are ready, so that measurements start from a filled pool."""
         self._take(self.limits).close()
         for session in list(self._waiting):
-            session.pump(time.monotonic() + seconds, session._has_frame)
+            session.pump(time.monotonic() + seconds, session.has_frame)
 
     def close(self) -> None:
         """Ends every sandbox and the launcher."""

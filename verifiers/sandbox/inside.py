@@ -13,14 +13,19 @@ import os
 import sys
 from struct import pack as struct_pack
 from struct import unpack as struct_unpack
-from types import ModuleType
-from typing import Any
 
 from cabochon.verifiers.sandbox.wire import MAX_FRAME, WireError, frame, pack, unpack
 
+TYPE_CHECKING = False  # see wire
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+else:
+    ModuleType = type(sys)
+
 READY = b"ready"
 TRAILER = b"\x00cabochon-exit:"
-"""The supervisor's last words on standard error: this, then exit code and OOM-kill count as two little-endian i32."""
+"""The supervisor's last words on both streams: this, then exit code and OOM-kill count as two little-endian i32."""
 HOME = "/tmp"
 """The only writable folder, a size-limited tmpfs."""
 
@@ -60,6 +65,7 @@ def main(supervised: bool = False, idle_seconds: float = 3600.0) -> None:
     if supervised:
         import select
 
+        _dumpable(False)
         if not select.select([0], [], [], idle_seconds)[0]:
             os._exit(0)
     order = unpack(channel.read())
@@ -128,8 +134,8 @@ def _supervise(wall_seconds: float) -> None:
 
     child = os.fork()
     if child == 0:
+        _dumpable(True)
         return
-    os.close(1)
     watch = select.poll()
     ended = os.pidfd_open(child)
     watch.register(ended, select.POLLIN)
@@ -155,8 +161,16 @@ def _supervise(wall_seconds: float) -> None:
             break
         if pid == child:
             code = os.waitstatus_to_exitcode(status)
-    os.write(2, TRAILER + struct_pack("<ii", code, _oom_kills()))
+    for fd in (1, 2):  # each stream travels alone, so each has to say that it is at its end
+        os.write(fd, TRAILER + struct_pack("<ii", code, _oom_kills()))
     os._exit(0)
+
+
+def _dumpable(yes: bool) -> None:
+    """Whether processes of the same user may trace this one: process 1 must not be taken over by what it watches."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(4, int(yes), 0, 0, 0)
 
 
 def _run(order: dict[str, Any], home: str) -> None:

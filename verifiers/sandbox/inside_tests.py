@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import builtins
 import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
 from cabochon.verifiers.sandbox.wire import WireError, pack, unpack
 
+TYPE_CHECKING = False  # see wire
 if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
     from cabochon.verifiers.sandbox.inside import Channel
+else:
+    ModuleType = type(sys)
 
 _PLAIN_METHODS = {n for t in (str, bytes, list, tuple, dict, set, frozenset, int, float) for n in dir(t)} - set(dir(object))
 _SHOWN = 300

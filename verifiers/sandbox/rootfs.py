@@ -84,6 +84,7 @@ def build(target: pathlib.Path, packages: tuple[str, ...] = ()) -> None:
     for path in [target, *target.rglob("*")]:
         if not path.is_symlink():
             path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
+    (target / "tmp").chmod(0o1777)  # an engine gives its tmpfs the mode of what it covers
 
 
 def _bring(name: str, site: pathlib.Path) -> None:
@@ -123,7 +124,7 @@ def cached(packages: tuple[str, ...] = ()) -> pathlib.Path:
     """The root folder of this interpreter with `packages`, built at the first call on a machine (about 2 s)."""
     executable = pathlib.Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     stat = executable.stat()
-    key = f"3 {executable} {stat.st_mtime_ns} {stat.st_size} {sys.version} {sorted(packages)} {sys.prefix if packages else ''}"
+    key = f"4 {executable} {stat.st_mtime_ns} {stat.st_size} {sys.version} {sorted(packages)} {sys.prefix if packages else ''}"
     folder = cache_folder() / f"root-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     return _fill_once(folder, lambda draft: build(draft, packages))
 
@@ -152,3 +153,18 @@ def agent() -> pathlib.Path:
             path.chmod(0o755 if path.is_dir() else 0o644)
 
     return _fill_once(cache_folder() / f"agent-{key}", fill)
+
+
+def agent_script() -> str:
+    """The same modules as one `python -c` argument, for images that know nothing of us."""
+    files = {n.removesuffix(".py").removesuffix("/__init__").replace("/", "."): d.decode() for n, d in agent_files().items()}
+    return f"""import sys
+F={files!r}
+class L:
+    def find_spec(s,n,p=None,t=None):
+        if n in F: return sys.modules['_frozen_importlib'].ModuleSpec(n,s,is_package=n.count('.')<3)
+    def create_module(s,p): return None
+    def exec_module(s,m): exec(compile(F[m.__name__],m.__name__,'exec'),m.__dict__)
+sys.meta_path.insert(0,L())
+from cabochon.verifiers.sandbox.inside import main
+"""

@@ -155,9 +155,9 @@ class Session:
 
     def begin(self, mode: str, limits: Limits, **fields: Any) -> None:
         """Waits until the sandbox is ready, sends its order (see inside.py) and starts the clock. Raises Lost."""
-        if not self.pump(time.monotonic() + START_SECONDS, lambda: self._has_frame() or self.over):
+        if not self.pump(time.monotonic() + START_SECONDS, lambda: self.has_frame() or self.over):
             raise Lost(f"no sandbox was ready within {START_SECONDS:g} s")
-        if not self._has_frame():
+        if not self.has_frame():
             raise Lost(f"the sandbox ended before it was ready: {self.error_tail(300) or self.ended}")
         self._take_frame()
         self.output_bytes = limits.output_bytes
@@ -168,7 +168,7 @@ class Session:
         self.deadline = self.began + limits.wall_seconds
         self.pump(self.deadline, lambda: True, frame(pack(order)))
 
-    def _has_frame(self) -> bool:
+    def has_frame(self) -> bool:
         if len(self.stdout) < 4:
             return False
         (n,) = struct.unpack("<I", self.stdout[:4])
@@ -189,9 +189,9 @@ class Session:
 
     def receive(self) -> bytes:
         """The next frame. Raises Stopped where none can come in time."""
-        if not self.pump(self.deadline, lambda: self._has_frame() or self.over):
+        if not self.pump(self.deadline, lambda: self.has_frame() or self.over):
             raise Stopped("timeout", "the time was over")
-        if not self._has_frame():
+        if not self.has_frame():
             raise Stopped("ended", "the process ended without an answer")
         return self._take_frame()
 

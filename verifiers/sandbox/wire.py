@@ -12,8 +12,11 @@ a handle: a number the sender can resolve and the receiver can only hold.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
-from typing import Any
+
+TYPE_CHECKING = False  # the real one costs an import that takes longer than all of this
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
 MAX_FRAME = 8 << 20
 """bytes"""

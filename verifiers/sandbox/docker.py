@@ -1,0 +1,345 @@
+"""Sandboxes from Docker: a pool of containers that are started before they are needed and used once.
+
+Process 1 of a container is ours and holds the host's connection (see inside.py): when the host is gone, or the time over,
+it ends everything and the engine removes the container, so even `kill -9` of the owner leaves nothing. Threads of this
+class start containers and look after those that should be gone; a run itself talks to one socket only.
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import contextlib
+import os
+import pathlib
+import queue
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+
+import docker
+import docker.errors
+
+from cabochon.verifiers.sandbox import rootfs
+from cabochon.verifiers.sandbox.base import Limits, Program, RunResult, SandboxError
+from cabochon.verifiers.sandbox.engine import FAILURES, connect, engine_errors
+from cabochon.verifiers.sandbox.image import PUBLIC
+from cabochon.verifiers.sandbox.inside import TRAILER
+from cabochon.verifiers.sandbox.running import check_size, retried, run_in
+from cabochon.verifiers.sandbox.session import START_SECONDS, Ended, Lost, Session
+
+LABEL = "cabochon.sandbox"
+MAX_AGE_SECONDS = 1800.0
+"""A container older than this is nobody's, whoever its label says owns it."""
+_TRAILER_SIZE = len(TRAILER) + 8
+_OVERHEAD_BYTES = 24 << 20
+"""Process 1's own memory, on top of the program's limit."""
+
+
+def owner_label() -> str:
+    """This process, told apart from a later one with its number and from other machines' processes."""
+    return f"{pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{os.getpid()}:{_started(os.getpid())}"
+
+
+def _started(pid: int) -> str:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _alive(label: str) -> bool:
+    """Whether the owner a label names still runs; an owner on another machine counts as alive."""
+    boot, pid, started = (label.split(":") + ["", "", ""])[:3]
+    if boot != owner_label().split(":")[0] or not pid.isdigit():
+        return True
+    return bool(started) and _started(int(pid)) == started
+
+
+class DockerSession(Session):
+    """A container's streams, which the engine sends over one socket in pieces of (stream, length, bytes)."""
+
+    def __init__(self, sock: socket.socket, output_bytes: int, container: str, why_gone: Callable[[], Ended | str]) -> None:
+        super().__init__(write_fd=sock.fileno(), output_bytes=output_bytes, kill=self._hang_up)
+        self.sock = sock
+        self.container = container
+        self._why_gone = why_gone
+        self._raw = bytearray()
+        self._words: dict[int, Ended] = {}
+        sock.setblocking(False)
+        self.readers = {self.write_fd: self._on_pieces}
+        self.open_streams = 2
+
+    def _hang_up(self) -> None:
+        """Process 1 sees its standard input end and ends everything."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def _on_pieces(self, data: bytes) -> None:
+        if not data:
+            self._at_end()
+            return
+        self._raw += data
+        while len(self._raw) >= 8:
+            kind, size = struct.unpack(">B3xI", self._raw[:8])
+            if len(self._raw) < 8 + size:
+                return
+            piece = bytes(self._raw[8 : 8 + size])
+            del self._raw[: 8 + size]
+            stream = self.stdout if kind == 1 else self.stderr
+            (self.on_stdout if kind == 1 else self.on_stderr)(piece)
+            if stream[-_TRAILER_SIZE:].startswith(TRAILER):
+                code, kills = struct.unpack("<ii", stream[-8:])
+                del stream[-_TRAILER_SIZE:]
+                self._words[kind] = Ended(code=code, oom=kills > 0)
+                if len(self._words) == 2:
+                    self.ended = self._words[2]
+                    self.open_streams = 0
+
+    def _at_end(self) -> None:
+        self.open_streams = 0
+        if self.ended is None:
+            reason = self._words.get(2) or self._words.get(1) or self._why_gone()
+            if isinstance(reason, Ended):
+                self.ended = reason
+            else:
+                self.lost = reason
+
+    def close(self, *, wait: bool = False) -> None:
+        try:
+            super().close(wait=wait)
+        finally:
+            self._hang_up()
+            self.sock.close()
+
+
+class DockerSandbox:
+    """`DockerSandbox(image="cabochon-sandbox:host").run(python_program("print(1)"))`.
+
+    `image`: any with a Python 3.11 or newer on its PATH. `limits`: what waiting containers are born with. `warm`: how many
+    wait. `starters`: threads that start them. `runtime`: "" is the engine's own, "runsc" is gVisor. `base_url`: the engine,
+    else DOCKER_HOST, else the usual socket. Raises UserError at the first use where engine or image are missing.
+    """
+
+    def __init__(
+        self, *, image: str = PUBLIC, limits: Limits | None = None, warm: int = 4, starters: int = 2, runtime: str = "",
+        base_url: str | None = None,
+    ) -> None:  # fmt: skip
+        if warm < 1 or starters < 1:
+            raise ValueError(f"warm and starters must be at least 1, got {warm} and {starters}")
+        self.image, self.warm, self.starters, self.runtime, self.base_url = image, warm, starters, runtime, base_url
+        self.limits = limits or Limits()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._state = threading.Condition()
+        self._waiting: collections.deque[DockerSession] = collections.deque()
+        self._starting = 0
+        self._failure = ""
+        self._open = False
+        self._gone: queue.Queue[tuple[float, str]] = queue.Queue()
+        self._local = threading.local()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _remake, (self.image, self.limits, self.warm, self.starters, self.runtime, self.base_url)
+
+    def _api(self) -> docker.APIClient:
+        """One client per thread. Raises one of FAILURES."""
+        api = getattr(self._local, "api", None)
+        if api is None:
+            api = self._local.api = connect(self.base_url)
+        return api
+
+    def _drop_api(self) -> None:
+        api = getattr(self._local, "api", None)
+        if api is not None:
+            self._local.api = None
+            with contextlib.suppress(*FAILURES):
+                api.close()
+
+    def _ensure(self) -> None:
+        """Checks engine and image, reaps what dead owners left, starts the threads; once per process. Raises UserError."""
+        if self._pid != os.getpid():
+            self._reset()
+        with self._state:
+            if self._open:
+                return
+            with engine_errors(self.base_url, self.image):
+                self._api().inspect_image(self.image)
+                reap(self._api())
+            self._open = True
+            for _ in range(self.starters):
+                threading.Thread(target=self._starter, name="cabochon-docker-start", daemon=True).start()
+            threading.Thread(target=self._undertaker, name="cabochon-docker-reap", daemon=True).start()
+            atexit.register(self.close)
+
+    def _create(self, limits: Limits) -> DockerSession:
+        """One started container. Raises one of FAILURES."""
+        api = self._api()
+        size = limits.file_bytes
+        memory = limits.memory_bytes + _OVERHEAD_BYTES
+        host = api.create_host_config(
+            network_mode="none", read_only=True, cap_drop=["ALL"], security_opt=["no-new-privileges"], ipc_mode="private",
+            mem_limit=memory, memswap_limit=memory, pids_limit=limits.pids + 2, auto_remove=True, shm_size=size,
+            cpu_period=100_000, cpu_quota=int(limits.cpus * 100_000), runtime=self.runtime or None,
+            tmpfs={"/tmp": f"rw,nosuid,nodev,size={size},mode=1777"}, log_config={"type": "none"},
+            ulimits=[docker.types.Ulimit(name="core", soft=0, hard=0),
+                     docker.types.Ulimit(name="nofile", soft=max(limits.nofile, 64), hard=max(limits.nofile, 64))],
+        )  # fmt: skip
+        script = rootfs.agent_script() + f"main(True, {MAX_AGE_SECONDS / 2})"
+        container = api.create_container(
+            self.image, entrypoint=["python3", "-I", "-S", "-X", "utf8", "-c"], command=[script], user="65534:65534",
+            stdin_open=True, environment={"HOME": "/tmp", "LANG": "C.UTF-8"}, working_dir="/tmp", hostname="sandbox",
+            host_config=host, labels={LABEL: "1", f"{LABEL}.owner": owner_label()}, network_disabled=True,
+        )["Id"]  # fmt: skip
+        try:
+            stream = api.attach_socket(container, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
+            sock = socket.socket(fileno=os.dup(stream.fileno()))
+            api.start(container)
+        except FAILURES:
+            with contextlib.suppress(*FAILURES):
+                api.remove_container(container, force=True)
+            raise
+        began = time.time()
+        return DockerSession(sock, limits.output_bytes, container, lambda: self._why_gone(container, began))
+
+    def _why_gone(self, container: str, began: float) -> Ended | str:
+        """A container's streams ended without its process 1 saying why: an OOM kill of process 1, or the engine's doing."""
+        try:
+            events = self._api().events(
+                since=int(began) - 1, until=int(time.time()) + 1, filters={"container": container, "event": "oom"}, decode=True
+            )
+            oom = any(True for _ in events)
+        except FAILURES as e:
+            self._drop_api()
+            return f"the docker engine is gone: {type(e).__name__}"
+        return Ended(code=-9, oom=True) if oom else "the docker engine ended a container"
+
+    def _starter(self) -> None:
+        """Keeps the pool full. After a failure it waits for the next one who asks."""
+        state = self._state
+        while True:
+            with state:
+                state.wait_for(lambda: not self._open or (len(self._waiting) + self._starting < self.warm and not self._failure))
+                if not self._open:
+                    break
+                self._starting += 1
+            session, failure = None, ""
+            try:
+                session = self._create(self.limits)
+            except FAILURES as e:
+                failure = f"{type(e).__name__}: {str(e)[:300]}"
+                self._drop_api()
+            with state:
+                self._starting -= 1
+                if session is not None and self._open:
+                    self._waiting.append(session)
+                elif session is not None:
+                    session.close()
+                self._failure = failure
+                state.notify_all()
+        self._drop_api()
+
+    def _take(self, limits: Limits) -> DockerSession:
+        self._ensure()
+        if limits.fixed != self.limits.fixed:
+            try:
+                return self._create(limits)
+            except FAILURES as e:
+                self._drop_api()
+                raise Lost(f"docker: {type(e).__name__}: {str(e)[:300]}") from e
+        with self._state:
+            self._failure = ""
+            self._state.notify_all()
+            arrived = self._state.wait_for(lambda: self._waiting or self._failure or not self._open, START_SECONDS)
+            if self._waiting:
+                session = self._waiting.popleft()
+                self._state.notify_all()
+                self._gone.put((time.monotonic(), session.container))
+                return session
+            raise Lost(self._failure or ("no container was ready in time" if not arrived else "the sandbox was closed"))
+
+    def _undertaker(self) -> None:
+        """Sees to it that every container that was handed out is gone in the end."""
+        while True:
+            taken, container = self._gone.get()
+            if not container:
+                break
+            while self._open and time.monotonic() < taken + 2.0:
+                time.sleep(0.2)
+            try:
+                while self._open and self._api().inspect_container(container)["State"]["Running"]:
+                    if time.monotonic() > taken + MAX_AGE_SECONDS / 4:
+                        self._api().remove_container(container, force=True)
+                    time.sleep(0.5)
+            except docker.errors.NotFound:
+                continue
+            except FAILURES:
+                self._drop_api()
+        self._drop_api()
+
+    def open(self, limits: Limits | None = None) -> Session:
+        """A fresh container that waits for its order. Raises SandboxError, and UserError where there is no engine or image."""
+        limits = limits or self.limits
+        return retried(lambda: self._take(limits))
+
+    def run(self, program: Program, limits: Limits | None = None) -> RunResult:
+        """See Sandbox.run."""
+        limits = limits or self.limits
+        return check_size(program) or retried(lambda: run_in(self._take(limits), program, limits))
+
+    def fill(self, seconds: float = 60.0) -> None:
+        """Waits until the pool is full. Raises SandboxError where it does not fill in time."""
+        self._ensure()
+        with self._state:
+            self._failure = ""
+            self._state.notify_all()
+            if not self._state.wait_for(lambda: len(self._waiting) >= self.warm or self._failure, seconds) or self._failure:
+                raise SandboxError(f"the pool did not fill: {self._failure or 'no answer'}")
+            waiting = list(self._waiting)
+        for session in waiting:
+            session.pump(time.monotonic() + seconds, session.has_frame)
+
+    def close(self) -> None:
+        """Ends the pool and every container of this process."""
+        if self._pid != os.getpid() or not self._open:
+            return
+        with self._state:
+            self._open = False
+            waiting, self._waiting = list(self._waiting), collections.deque()
+            self._state.notify_all()
+        self._gone.put((0.0, ""))
+        for session in waiting:
+            session.close()
+        atexit.unregister(self.close)
+        with contextlib.suppress(*FAILURES):
+            reap(self._api(), owner_label())
+        self._drop_api()
+
+    def __enter__(self) -> DockerSandbox:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def reap(api: docker.APIClient, own: str = "") -> int:
+    """Removes containers whose owner is dead, that are over age, or, with `own`, that are this process's; how many."""
+    removed = 0
+    for container in api.containers(all=True, filters={"label": f"{LABEL}=1"}):
+        label = container["Labels"].get(f"{LABEL}.owner", "")
+        old = time.time() - container["Created"] > MAX_AGE_SECONDS
+        if label == own or old or not _alive(label):
+            with contextlib.suppress(docker.errors.APIError):  # it went by itself meanwhile
+                api.remove_container(container["Id"], force=True)
+                removed += 1
+    return removed
+
+
+def _remake(image: str, limits: Limits, warm: int, starters: int, runtime: str, base_url: str | None) -> DockerSandbox:
+    return DockerSandbox(image=image, limits=limits, warm=warm, starters=starters, runtime=runtime, base_url=base_url)
+
+
