@@ -1,4 +1,4 @@
-"""The doors between rooms. No jax here, so a bare worker can import them. Each has one contract suite in tests/contracts."""
+"""The doors between rooms; no jax, so a bare worker can import them. Each has a contract suite in tests/contracts."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """Expert feed-forward: `experts(x, routes, gates, gate_up, down)`, dropless, by one of three equal paths.
 
-Legend: N tokens, C experts per token, S = N*C slots, D model, E experts, F ffn, P capacity, R rows of an overflow block.
+Legend: N tokens, C experts per token, S = N*C slots, D model, E experts, F ffn, P capacity, R rows of a block.
 
-- `blocked`, for CPU. The first P slots of each expert go through batched matmuls [E, P, D], which XLA's CPU backend runs
+- `blocked`, for CPU. The first P slots of each expert go through batched matmuls [E, P, D], which XLA on CPU runs
   at the speed of one big matmul; slots beyond P go in blocks of R rows through a loop whose trip count is the number
   of blocks really needed, so nothing is dropped and a skewed router costs time, not tokens. With P = 0 only the
   loop is left and only the experts that were chosen are touched: the form for decode. The backward is written by hand,
   since autodiff through the loop would keep every iteration's weights.
-- `ragged`, for accelerators: slots sorted by expert, then `jax.lax.ragged_dot` (on CPU it computes every expert for every slot).
+- `ragged`, for accelerators: slots sorted by expert, then `jax.lax.ragged_dot` (all experts for all slots on CPU).
 - `dense`: every expert on every token; the reference the others are tested against.
 """
 
@@ -127,7 +127,9 @@ def _plan(routes_NC: Array, E: int, P: int, R: int) -> tuple[Array, Array, Array
     return table_EP, place_S, spill_S, jnp.cumsum(-(-spill_E // R)), spill_end_E
 
 
-def _spill_block(j: Array, R: int, S: int, spill_S: Array, block_end_E: Array, spill_end_E: Array) -> tuple[Array, Array]:
+def _spill_block(
+    j: Array, R: int, S: int, spill_S: Array, block_end_E: Array, spill_end_E: Array
+) -> tuple[Array, Array]:
     """(expert, slots [R], S where the block is not full) of the j-th overflow block."""
     e = jnp.searchsorted(block_end_E, j, side="right")
     before = jnp.where(e > 0, block_end_E[e - 1], 0)
@@ -142,7 +144,9 @@ def _take(x_SD: Array, rows: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(sizes: tuple[int, int], x_ND: Array, routes_NC: Array, gates_NC: Array, gate_up: Array, down: Array) -> Array:
+def _blocked(
+    sizes: tuple[int, int], x_ND: Array, routes_NC: Array, gates_NC: Array, gate_up: Array, down: Array
+) -> Array:
     return _blocked_fwd(sizes, x_ND, routes_NC, gates_NC, gate_up, down)[0]
 
 

@@ -33,7 +33,9 @@ def param(rngs: nnx.Rngs, stack: Stack, shape: tuple[int, ...], axes: tuple[str 
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last `len(shape)` dims, in f32."""
 
-    def __init__(self, shape: tuple[int, ...], axes: tuple[str | None, ...], eps: float, rngs: nnx.Rngs, stack: Stack = ()):
+    def __init__(
+        self, shape: tuple[int, ...], axes: tuple[str | None, ...], eps: float, rngs: nnx.Rngs, stack: Stack = ()
+    ):
         self.scale = param(rngs, stack, shape, axes, -1.0)
         self.over, self.eps = len(shape), eps
 
@@ -79,7 +81,7 @@ class Linear(nnx.Module):
 
 
 def rope_frequencies(cfg: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """(inverse frequencies [H/2] f32, factor on cos and sin). algorithms.md section 14; kinds as Hugging Face names them."""
+    """(inverse frequencies [H/2] f32, factor on cos and sin). algorithms.md section 14; kinds as in Hugging Face."""
     half = np.arange(0, head_dim, 2, dtype=np.float64)
     inv = cfg.theta ** (-half / head_dim)
     match cfg.kind:
@@ -102,14 +104,19 @@ def rope_frequencies(cfg: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]
             return (inv * (1 - ramp) + inv / cfg.factor * ramp).astype(np.float32), scale
         case "llama3":
             wave = 2 * math.pi / inv
-            long, short = cfg.original_max_positions / cfg.low_freq_factor, cfg.original_max_positions / cfg.high_freq_factor
+            long, short = (
+                cfg.original_max_positions / cfg.low_freq_factor,
+                cfg.original_max_positions / cfg.high_freq_factor,
+            )
             span = cfg.high_freq_factor - cfg.low_freq_factor
             blend = (cfg.original_max_positions / wave - cfg.low_freq_factor) / span
             smooth = (1 - blend) * inv / cfg.factor + blend * inv
             return np.where(wave > long, inv / cfg.factor, np.where(wave < short, inv, smooth)).astype(np.float32), 1.0
 
 
-def rope_tables(cfg: ModelConfig, positions_BT: Int[Array, "B T"]) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
+def rope_tables(
+    cfg: ModelConfig, positions_BT: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
     """cos and sin [B, T, H/2] in f32 (bf16 positions past 256 would be wrong)."""
     inv, scale = rope_frequencies(cfg.rope, cfg.head_dim)
     angles = positions_BT.astype(jnp.float32)[..., None] * inv
@@ -134,16 +141,23 @@ def may_attend(
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; q, k and v are one matrix [D, K, G + 2, H], a kv head beside the queries that read it."""
+    """Grouped-query attention; q, k and v are one matrix [D, K, G + 2, H], a kv head beside the queries reading it."""
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, stack: Stack, lora: tuple[int, float] | None, lora_out: bool):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        rngs: nnx.Rngs,
+        stack: Stack,
+        lora: tuple[int, float] | None,
+        lora_out: tuple[int, float] | None,
+    ):
         D, K, H = cfg.dim, cfg.num_kv_heads, cfg.head_dim
         G = cfg.num_heads // K
         self.G, self.scale, self.qk_norm, self.clip = G, H**-0.5, cfg.qk_norm, cfg.clip_qkv
         self.qkv = Linear((D,), (K, G + 2, H), ("embed", "kv_heads", None, None), rngs, stack, cfg.qkv_bias, lora=lora)
         out_std = 1 / math.sqrt(cfg.num_heads * H * 2 * cfg.num_layers)
         out_axes = ("kv_heads", None, None, "embed")
-        self.out = Linear((K, G, H), (D,), out_axes, rngs, stack, cfg.out_bias, out_std, lora if lora_out else None)
+        self.out = Linear((K, G, H), (D,), out_axes, rngs, stack, cfg.out_bias, out_std, lora_out)
         if cfg.qk_norm == "head":
             self.q_norm = RMSNorm((H,), (None,), cfg.norm_eps, rngs, stack)
             self.k_norm = RMSNorm((H,), (None,), cfg.norm_eps, rngs, stack)
@@ -162,7 +176,7 @@ class Attention(nnx.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def attend(self, q_BTKGH: Array, k_BSKH: Array, v_BSKH: Array, allow_BTS: Array) -> Array:
-        """Softmax attention in f32 and the output projection. A query that may see nothing gets a finite, unused value."""
+        """Softmax attention in f32 and the output projection. A query that may see nothing gets a finite value."""
         scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * self.scale
         scores = jnp.where(allow_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
         probs = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)

@@ -21,26 +21,27 @@ from jaxtyping import Array, Bool, Float, Int
 from cabochon.model.config import ModelConfig, MoeConfig
 from cabochon.model.dispatch import Dispatch, experts
 from cabochon.model.layers import Mlp, Stack, param
+from cabochon.ops import Leaf
 
 
 class RouterStats(NamedTuple):
     """Sums over real tokens, so that micro-batches and devices add. Stacked [L, ...] by the model."""
 
-    tokens: Array
+    tokens: Leaf
     """[] f32: tokens counted (padding is not)"""
-    natural_E: Array
+    natural_E: Leaf
     """[E] slots the live router would send to each expert"""
-    used_E: Array
+    used_E: Leaf
     """[E] slots each expert really got: differs from natural under replay"""
-    prob_E: Array
+    prob_E: Leaf
     """[E] sum of router probabilities; carries the gradient of the balance loss"""
-    z: Array
+    z: Leaf
     """[] sum of squared log-sum-exp of the logits; carries the gradient of the z-loss"""
-    entropy: Array
+    entropy: Leaf
     """[] sum of per-token router entropy, nats"""
-    agree: Array
+    agree: Leaf
     """[] tokens whose used set of experts equals the natural one"""
-    margin: Array
+    margin: Leaf
     """[] sum of the gap between the last chosen and the first refused logit"""
 
 
@@ -129,7 +130,13 @@ class Moe(nnx.Module):
 
 
 def sharded_experts(
-    x_BTD: Array, routes_BTC: Array, gates_BTC: Array, gate_up: Array, down: Array, dispatch: Dispatch, mesh: Mesh | None
+    x_BTD: Array,
+    routes_BTC: Array,
+    gates_BTC: Array,
+    gate_up: Array,
+    down: Array,
+    dispatch: Dispatch,
+    mesh: Mesh | None,
 ) -> Float[Array, "B T D"]:
     """The experts under `shard_map`: rows over data, fsdp and expert, experts over expert, ffn columns over tensor.
 
@@ -139,7 +146,7 @@ def sharded_experts(
     C = routes_BTC.shape[-1]
 
     def local(x_BTD: Array, routes_BTC: Array, gates_BTC: Array, gate_up: Array, down: Array) -> Array:
-        b, T, D = x_BTD.shape
+        D = x_BTD.shape[-1]
         if split:
             x_BTD, routes_BTC, gates_BTC = (
                 lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x_BTD, routes_BTC, gates_BTC)

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from cabochon.model.config import LayerKind, ModelConfig
 from cabochon.model.dispatch import Dispatch
 from cabochon.model.layers import Attention, Mlp, RMSNorm, Stack, may_attend, param, rope_tables
 from cabochon.model.moe import Moe, RouterStats
+from cabochon.parallel import keep_rows
 
 Params = dict[str, Any]
 """Nested dict of arrays, f32 masters."""
@@ -31,7 +33,7 @@ Remat = Literal["none", "full", "dots"]
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Which matrices get a low-rank addition; `targets` name leaves of the tree: qkv, out, gate_up, down (not experts)."""
+    """Which matrices get a low-rank addition: `targets` among qkv, out, gate_up, down (not experts)."""
 
     rank: int
     alpha: float
@@ -120,7 +122,9 @@ def abstract(cfg: ModelConfig, lora: Lora | None = None) -> Params:
 def logical_axes(cfg: ModelConfig, lora: Lora | None = None) -> Params:
     """The tree with, for each array, the logical name of each dim (see `cabochon.parallel`)."""
     state = _structure(cfg, lora)[1]
-    return nnx.to_pure_dict(jax.tree.map(lambda v: v.replace(v.axes), state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
+    return nnx.to_pure_dict(
+        jax.tree.map(lambda v: v.replace(v.axes), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    )
 
 
 def _module(cfg: ModelConfig, params: Mapping[str, Any], lora: Lora | None) -> Transformer:
@@ -130,7 +134,7 @@ def _module(cfg: ModelConfig, params: Mapping[str, Any], lora: Lora | None) -> T
     return nnx.merge(graph, state)
 
 
-def init_cache(cfg: ModelConfig, rows: int, slots: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+def init_cache(cfg: ModelConfig, rows: int, slots: int, dtype: DTypeLike = jnp.float32) -> Cache:
     """An empty cache for `rows` sequences of up to `slots` tokens."""
     shape = (cfg.num_layers, rows, slots, cfg.num_kv_heads, cfg.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32))
@@ -142,7 +146,7 @@ def logits(cfg: ModelConfig, params: Mapping[str, Any], hidden: Float[Array, "*B
     return jnp.dot(hidden, w.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def cast(params: Params, dtype: jnp.dtype) -> Params:
+def cast(params: Params, dtype: DTypeLike) -> Params:
     """Parameters in a compute dtype; the router stays f32."""
 
     def one(path: tuple[Any, ...], x: Array) -> Array:
@@ -180,16 +184,23 @@ def _layer(
         v_all = v_all.at[layer, row_B1, shared.q_position_BT].set(v.astype(v_all.dtype), mode="drop")
         k, v = k_all[layer].astype(q.dtype), v_all[layer].astype(q.dtype)
     allow = may_attend(shared.q_position_BT, shared.k_position_BS, shared.q_segment_BT, shared.k_segment_BS, window)
-    x = x + block.attn.attend(q, k, v, allow)
+    x = keep_rows(x + block.attn.attend(q, k, v, allow), run.mesh)
     h = block.mlp_norm(x)
     if block.kind == "dense":
-        return _Carry(x + block.mlp(h), k_all, v_all), None, None
+        return _Carry(keep_rows(x + block.mlp(h), run.mesh), k_all, v_all), None, None
     y, routes, stats = block.moe(h, shared.q_segment_BT != 0, replay_BTC, run.dispatch, run.mesh)
     return _Carry(x + y, k_all, v_all), routes, stats
 
 
 def _group(
-    blocks: nnx.Dict, carry: _Carry, shared: _Inputs, first: int, n: int, windows: Array, replay: Array | None, run: Runtime
+    blocks: nnx.Dict,
+    carry: _Carry,
+    shared: _Inputs,
+    first: int,
+    n: int,
+    windows: Array,
+    replay: Array | None,
+    run: Runtime,
 ) -> tuple[_Carry, Array | None, RouterStats | None]:
     """Scan one group of `n` repeats of a pattern. `replay` is [n, sparse layers in the pattern, B, T, C]."""
     split = {p: nnx.split(block) for p, block in blocks.items()}
@@ -252,7 +263,7 @@ def forward(
         positions_BT = steps_BT if positions_BT is None else positions_BT
         k_position_BS, k_segment_BS = positions_BT, segments_BT
     model = _module(cfg, params, lora)
-    x_BTD = model.embed["table"][...][tokens_BT]
+    x_BTD = keep_rows(model.embed["table"][...][tokens_BT], run.mesh)
     cos, sin = rope_tables(cfg, positions_BT)
     shared = _Inputs(cos, sin, positions_BT, k_position_BS, segments_BT, k_segment_BS)
     carry = _Carry(x_BTD, cache.k_ABSKH if cache else None, cache.v_ABSKH if cache else None)

@@ -1,0 +1,93 @@
+"""Batch: the one device carrier, filled by every stage, and how sequences become one.
+
+Legend: B rows, T tokens, L sparse layers, C experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from cabochon.errors import UserError
+from cabochon.ops import Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of packed or padded sequences. Optional fields are None, never absent.
+
+    Example, two sequences in one row of six: tokens [5 6 7 8 9 0], segment [1 1 1 2 2 0], position [0 1 2 0 1 0],
+    mask [0 0 1 0 1 0] trains the last token of each.
+    """
+
+    tokens_BT: Leaf
+    """int32"""
+    segment_BT: Leaf
+    """int32, from 1 within a row; 0 is padding"""
+    position_BT: Leaf
+    """int32, restarts at 0 in each segment"""
+    mask_BT: Leaf
+    """f32, weight of the token *at* t in the loss; 0 at the first token of a segment, which has no log-prob"""
+    routes_BTLC: Leaf | None = None
+    """int, recorded routes to replay; -1 where none was recorded"""
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of sequences per row of `capacity` tokens: best-fit decreasing, at most 11/9 of the optimum + 1 rows.
+
+    Rows keep their members in index order; deterministic. Raises UserError for a sequence that is too long or empty.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not 0 < lengths[i] <= capacity:
+            raise UserError(f"sequence {i} has {lengths[i]} tokens; expected 1 to {capacity} (the row length)")
+        fits = [r for r, left in enumerate(room) if left >= lengths[i]]
+        if not fits:
+            rows.append([])
+            room.append(capacity)
+            fits = [len(rows) - 1]
+        r = min(fits, key=lambda r: room[r])
+        rows[r].append(i)
+        room[r] -= lengths[i]
+    return [sorted(row) for row in rows]
+
+
+def from_sequences(
+    tokens: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    length: int,
+    *,
+    rows: Sequence[Sequence[int]] | None = None,
+    routes: Sequence[np.ndarray] | None = None,
+    pad_id: int = 0,
+) -> Batch:
+    """A host (numpy) batch of `length` tokens a row.
+
+    `rows` lists the sequences of each row (`best_fit` makes one); None gives each sequence a row of its own. The first
+    token of each sequence gets mask 0. `routes`: per sequence [t, L, C]. Raises UserError where a row overflows.
+    """
+    rows = [[i] for i in range(len(tokens))] if rows is None else rows
+    out = np.full((len(rows), length), pad_id, np.int32)
+    segment, position = np.zeros_like(out), np.zeros_like(out)
+    mask = np.zeros(out.shape, np.float32)
+    routed = np.full((*out.shape, *routes[0].shape[1:]), -1, np.int32) if routes else None
+    for r, members in enumerate(rows):
+        start = 0
+        for s, i in enumerate(members, 1):
+            end = start + len(tokens[i])
+            if end > length:
+                raise UserError(
+                    f"row {r}: sequences {list(members)} need {end} tokens or more; expected at most {length}"
+                )
+            out[r, start:end], segment[r, start:end] = tokens[i], s
+            position[r, start:end] = np.arange(end - start)
+            mask[r, start + 1 : end] = masks[i][1:]
+            if routed is not None and routes:
+                routed[r, start:end] = routes[i]
+            start = end
+    return Batch(tokens_BT=out, segment_BT=segment, position_BT=position, mask_BT=mask, routes_BTLC=routed)

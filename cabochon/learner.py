@@ -1,0 +1,364 @@
+"""The learner: one jitted, sharded train step made from a loss that sees log-probs, masks and a Batch, never a model.
+
+Legend: B rows, T tokens, L sparse layers, E experts. Every stage (SFT, distillation, reward model, RL) is this step
+with another loss. Losses are sums and counts; counts depend on the batch alone, so the step knows the global divisor
+before it starts, and micro-batches and devices add up to exactly the loss and gradient of one big batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from cabochon import parallel
+from cabochon.batch import Batch
+from cabochon.config import AuxLossConfig, LoraConfig, OptimConfig, PrecisionConfig, StepConfig
+from cabochon.errors import UserError
+from cabochon.model import moe
+from cabochon.model import transformer as tf
+from cabochon.model.config import ModelConfig
+from cabochon.ops import Leaf, Mean, TokenOutputs, token_outputs
+from cabochon.optim import make_optimizer, schedule
+
+
+class Loss(NamedTuple):
+    """Terms are minimised, each divided by its own count over the whole batch; metrics are only reported."""
+
+    terms: dict[str, Mean]
+    metrics: dict[str, Mean]
+
+
+LossFn = Callable[[TokenOutputs, Batch], Loss]
+"""Pure. Each term's count may depend on the batch alone, never on the outputs."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """All that an update changes. `params` is the whole tree; with LoRA only its lora leaves ever change."""
+
+    step: Leaf
+    params: tf.Params
+    opt_state: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one step measured, on device until someone looks."""
+
+    loss: dict[str, Mean]
+    metrics: dict[str, Mean]
+    grad_norm: Leaf
+    learning_rate: Leaf
+    router: moe.RouterStats | None
+    finite_terms: dict[str, Leaf]
+    finite_grads: Any
+    """a bool per trained tensor"""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient is not finite. The state is that before the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    """What shapes the step, gathered from a recipe."""
+
+    model: ModelConfig
+    step: StepConfig = field(default_factory=StepConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    aux: AuxLossConfig = field(default_factory=AuxLossConfig)
+    lora: LoraConfig | None = None
+    entropy: bool = False
+    """compute `TokenOutputs.entropy_BT`, one more pass over the logits"""
+
+    @property
+    def lora_matrices(self) -> tf.Lora | None:
+        return tf.Lora(rank=self.lora.rank, alpha=self.lora.alpha, targets=self.lora.targets) if self.lora else None
+
+
+def split_trained(params: tf.Params, lora: bool) -> tuple[Any, Any]:
+    """(trained, frozen) trees with None in the other's places: the lora leaves, or all but selection biases."""
+
+    def trained(path: tuple[Any, ...]) -> bool:
+        name = path[-1].key
+        return name.startswith("lora_") if lora else name != "bias"
+
+    pick = jax.tree_util.tree_map_with_path
+    return pick(lambda p, x: x if trained(p) else None, params), pick(lambda p, x: None if trained(p) else x, params)
+
+
+def join(trained: Any, frozen: Any) -> tf.Params:
+    """The inverse of `split_trained`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
+
+
+class Learner:
+    """Builds and holds the compiled step for one shape of model, batch and mesh; owns no state.
+
+    Raises UserError where the rows do not divide over micro-batches and devices.
+    """
+
+    def __init__(self, cfg: LearnerConfig, loss_fn: LossFn, mesh: Mesh | None = None):
+        self.cfg, self.loss_fn, self.mesh = cfg, loss_fn, mesh
+        self.tx = make_optimizer(cfg.optim)
+        shards = 1 if mesh is None else parallel.row_shards(mesh)
+        if cfg.step.batch_size % (cfg.step.micro_batches * shards):
+            raise UserError(
+                f"step.batch_size={cfg.step.batch_size} must be a multiple of step.micro_batches="
+                f"{cfg.step.micro_batches} x {shards} row shards of the mesh (data x fsdp x expert)"
+            )
+        self.step = jax.jit(self.step_fn, donate_argnums=0)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def init_state(self, params: tf.Params) -> TrainState:
+        """Step 0 from parameters, placed on the mesh; adds lora leaves where the config asks and there are none."""
+        lora = self.cfg.lora_matrices
+        if lora is not None:
+            params = _with_lora(self.cfg.model, params, lora)
+
+        def make(params: tf.Params) -> TrainState:
+            trained, _ = split_trained(params, lora is not None)
+            return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.tx.init(trained))
+
+        if self.mesh is None:
+            return jax.jit(make)(params)
+        shardings = self.state_shardings()
+        return jax.jit(make, out_shardings=shardings)(jax.device_put(params, shardings.params))
+
+    def abstract_state(self) -> TrainState:
+        """The state as shapes, with shardings where there is a mesh: what a checkpoint is restored into."""
+        lora = self.cfg.lora_matrices
+        params = tf.abstract(self.cfg.model, lora)
+        trained, _ = split_trained(params, lora is not None)
+        state = TrainState(
+            step=jax.ShapeDtypeStruct((), jnp.int32), params=params, opt_state=jax.eval_shape(self.tx.init, trained)
+        )
+        if self.mesh is None:
+            return state
+        place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+        return jax.tree.map(place, state, self.state_shardings())
+
+    def state_shardings(self) -> TrainState:
+        """NamedSharding per leaf: optimiser moments lie as their parameters do, everything else is replicated."""
+        assert self.mesh is not None
+        lora, whole = self.cfg.lora_matrices, parallel.replicated(self.mesh)
+        params = tf.abstract(self.cfg.model, lora)
+        shardings = parallel.param_shardings(tf.logical_axes(self.cfg.model, lora), params, self.mesh)
+        trained, _ = split_trained(params, lora is not None)
+        trained_shardings, _ = split_trained(shardings, lora is not None)
+        opt = optax.tree_map_params(
+            self.tx,
+            lambda leaf, sharding, p: sharding if leaf.shape == p.shape else whole,
+            jax.eval_shape(self.tx.init, trained),
+            trained_shardings,
+            trained,
+            transform_non_params=lambda _: whole,
+        )
+        return TrainState(step=whole, params=shardings, opt_state=opt)
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def outputs(self, params: tf.Params, batch: Batch) -> tuple[TokenOutputs, moe.RouterStats | None]:
+        """The policy's forward pass: log-probs of the batch's tokens, and router statistics."""
+        cfg = self.cfg
+        run = tf.Runtime(remat=cfg.step.remat, mesh=self.mesh)
+        cast = tf.cast(params, jnp.dtype(cfg.precision.compute))
+        out = tf.forward(
+            cfg.model,
+            cast,
+            batch.tokens_BT,
+            batch.position_BT,
+            batch.segment_BT,
+            routes_BTLC=batch.routes_BTLC,
+            lora=cfg.lora_matrices,
+            run=run,
+        )
+        tokens = token_outputs(
+            out.hidden_BTD,
+            batch.tokens_BT,
+            batch.segment_BT,
+            lambda h: tf.logits(cfg.model, cast, h),
+            chunk=cfg.step.logit_chunk,
+            entropy=cfg.entropy,
+        )
+        return tokens, out.stats
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def step_fn(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
+        """One update, unjitted. A non-finite loss or gradient leaves the state as it was; see `check`."""
+        cfg, lora = self.cfg, self.cfg.lora is not None
+        trained, frozen = split_trained(state.params, lora)
+        parts = self._micro_batches(batch)
+        counts = self._counts(batch)
+        load_LE = self._global_load(state.params, parts) if self._needs_global_load else None
+
+        def objective(trained: Any, part: Batch) -> tuple[Array, tuple[Loss, moe.RouterStats | None]]:
+            params = join(trained, frozen)
+            outputs, stats = self.outputs(params, part)
+            loss = self.loss_fn(outputs, part)
+            total = sum(term.total / counts[name] for name, term in loss.terms.items())
+            aux, aux_terms = self._aux(params, stats, batch, load_LE)
+            loss = Loss({**loss.terms, **aux_terms}, loss.metrics)
+            return jnp.asarray(total + aux, jnp.float32), (loss, stats)
+
+        def accumulate(grads: Any, part: Batch) -> tuple[Any, tuple[Loss, moe.RouterStats | None]]:
+            (_, seen), new = jax.value_and_grad(objective, has_aux=True)(trained, part)
+            return jax.tree.map(jnp.add, grads, new), seen
+
+        if cfg.step.micro_batches == 1:
+            (_, (loss, stats)), grads = jax.value_and_grad(objective, has_aux=True)(
+                trained, jax.tree.map(lambda x: x[0], parts)
+            )
+        else:
+            grads, seen = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, trained), parts)
+            loss, stats = jax.tree.map(lambda x: x.sum(0), seen)
+        return self._apply(state, trained, frozen, grads, loss, stats)
+
+    def _apply(
+        self, state: TrainState, trained: Any, frozen: Any, grads: Any, loss: Loss, stats: moe.RouterStats | None
+    ) -> tuple[TrainState, StepReport]:
+        finite_grads = jax.tree.map(lambda g: jnp.isfinite(g).all(), grads)
+        finite_terms = {name: jnp.isfinite(term.total) for name, term in loss.terms.items()}
+        ok = jnp.stack(jax.tree.leaves((finite_grads, finite_terms))).all()
+        updates, opt_state = self.tx.update(grads, state.opt_state, trained)
+        params = join(optax.apply_updates(trained, updates), frozen)
+        if self.cfg.aux.bias_update_rate and stats is not None:
+            params = _update_biases(self.cfg.model, params, stats, self.cfg.aux.bias_update_rate)
+        new = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+        new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
+        report = StepReport(
+            loss=loss.terms,
+            metrics=loss.metrics,
+            grad_norm=optax.global_norm(grads),
+            learning_rate=jnp.asarray(schedule(self.cfg.optim)(state.step), jnp.float32),
+            router=stats,
+            finite_terms=finite_terms,
+            finite_grads=finite_grads,
+        )
+        return new, report
+
+    def _micro_batches(self, batch: Batch) -> Batch:
+        """[M, B/M, ...]: part m takes rows m, m + M, ...: rows stay on their device."""
+        M = self.cfg.step.micro_batches
+
+        def cut(x: Array) -> Array:
+            x = jnp.moveaxis(x.reshape(-1, M, *x.shape[1:]), 1, 0)
+            return x if self.mesh is None else jax.lax.with_sharding_constraint(x, _part_rows(self.mesh))
+
+        return jax.tree.map(cut, batch)
+
+    def _counts(self, batch: Batch) -> Mapping[str, Array]:
+        """Each term's divisor over the whole batch, at least a safe 1: from a dry call of the loss on zeros."""
+        zero = jnp.zeros(batch.tokens_BT.shape, jnp.float32)
+        dry = TokenOutputs(zero, zero, zero if self.cfg.entropy else None)
+        terms = self.loss_fn(dry, batch).terms
+        return {k: jnp.where(m.count == 0, 1.0, m.count) for k, m in terms.items()}
+
+    @property
+    def _needs_global_load(self) -> bool:
+        aux = self.cfg.aux
+        return bool(aux.balance and aux.balance_scope == "global" and self.cfg.step.micro_batches > 1)
+
+    def _global_load(self, params: tf.Params, parts: Batch) -> Array:
+        """[L, E] fraction of slots over the whole batch: one more forward pass, the price of exactness."""
+        assert self.cfg.model.moe is not None
+
+        def count(part: Batch) -> tuple[Array, Array]:
+            stats = self.outputs(params, part)[1]
+            assert stats is not None
+            return stats.natural_E, stats.tokens
+
+        natural_LE, tokens_L = jax.tree.map(lambda x: x.sum(0), jax.lax.map(count, parts))
+        return natural_LE / jnp.maximum(tokens_L * self.cfg.model.moe.top_k, 1.0)[:, None]
+
+    def _aux(
+        self, params: tf.Params, stats: moe.RouterStats | None, batch: Batch, load_LE: Array | None
+    ) -> tuple[Array, dict[str, Mean]]:
+        """This part's share of the router losses, weighted, and the unweighted terms for the report."""
+        aux, total, terms = self.cfg.aux, jnp.zeros(()), {}
+        if stats is None or self.cfg.model.moe is None:
+            return total, terms
+        tokens = jnp.maximum((batch.segment_BT != 0).sum().astype(jnp.float32), 1.0)
+        M = self.cfg.step.micro_batches
+        if aux.balance:
+            terms["balance"] = Mean(*moe.balance_loss(stats, self.cfg.model.moe.top_k, load_LE))
+            total += aux.balance * terms["balance"].total / tokens
+        if aux.router_z:
+            terms["router_z"] = Mean(*moe.z_loss(stats))
+            total += aux.router_z * terms["router_z"].total / tokens
+        if aux.simbal:
+            routers = [b["moe"]["router"]["w"] for g in params["blocks"].values() for b in g.values() if "moe" in b]
+            terms["simbal"] = Mean(moe.simbal_loss(jnp.concatenate(routers)), jnp.ones(()))
+            total += aux.simbal * terms["simbal"].total / M
+        return total, terms
+
+
+def _part_rows(mesh: Mesh) -> jax.sharding.NamedSharding:
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, parallel.ROWS))
+
+
+def _with_lora(cfg: ModelConfig, params: tf.Params, lora: tf.Lora) -> tf.Params:
+    """Add fresh lora leaves (b = 0: the function does not change); the draw depends on nothing but the shape."""
+
+    def merge(new: Any, old: Any) -> Any:
+        return {k: merge(v, old.get(k, {})) if isinstance(v, dict) else old.get(k, v) for k, v in new.items()}
+
+    names = {p[-2].key for p, _ in jax.tree_util.tree_leaves_with_path(tf.abstract(cfg)) if p[-1].key == "w"}
+    if unknown := sorted(set(lora.targets) - (names - {"router", "head"})):
+        known = ", ".join(sorted(names - {"router", "head"}))
+        raise UserError(f"lora.targets: {unknown[0]!r} names no matrix of this model; expected some of {known}")
+    draw = jax.jit(lambda key: {k: v for k, v in tf.init(cfg, key, lora).items() if k == "blocks"})
+    blocks = jax.tree_util.tree_map_with_path(
+        lambda p, x: x if p[-1].key.startswith("lora_") else jnp.zeros(()), draw(jax.random.key(0))
+    )
+    return {**params, **merge(blocks, params)}
+
+
+def _update_biases(cfg: ModelConfig, params: tf.Params, stats: moe.RouterStats, rate: float) -> tf.Params:
+    """The aux-free rule on every selection bias; statistics are in layer order, biases lie per group and position."""
+    blocks, first = {}, 0
+    for g, (pattern, n) in enumerate(cfg.groups):
+        sparse = [p for p, kind in enumerate(pattern) if kind == "moe"]
+        group = dict(params["blocks"][str(g)])
+        for j, p in enumerate(sparse):
+            block = group[str(p)]
+            router = block["moe"]["router"]
+            natural_nE = stats.natural_E[first + j : first + n * len(sparse) : len(sparse)]
+            router = {**router, "bias": moe.bias_step(router["bias"], natural_nE, rate)}
+            group[str(p)] = {**block, "moe": {**block["moe"], "router": router}}
+        blocks[str(g)] = group
+        first += n * len(sparse)
+    return {**params, "blocks": blocks}
+
+
+def check(report: StepReport, step: int) -> None:
+    """Raises NonFiniteError naming the step, the loss term and the first tensor whose gradient is not finite."""
+    terms = [name for name, ok in jax.device_get(report.finite_terms).items() if not ok]
+    flags = jax.tree_util.tree_leaves_with_path(jax.device_get(report.finite_grads))
+    tensors = [".".join(str(k.key) for k in path) for path, ok in flags if not ok]
+    if terms or tensors:
+        term = f"loss term {terms[0]!r} is not finite" if terms else "every loss term is finite"
+        tensor = (
+            f"first of {len(tensors)} tensors with a non-finite gradient: {tensors[0]}"
+            if tensors
+            else "gradients are finite"
+        )
+        raise NonFiniteError(f"step {step}: {term}; {tensor}; the state is that of before the step")
+
+
+def cross_entropy(outputs: TokenOutputs, batch: Batch) -> Loss:
+    """Masked next-token cross-entropy over the global batch (algorithms.md section 1), nats per token."""
+    nll = Mean((-outputs.logp_BT * batch.mask_BT).sum(), batch.mask_BT.sum())
+    return Loss({"nll": nll}, {})

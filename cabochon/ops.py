@@ -1,0 +1,101 @@
+"""Masked sums and token log-probabilities; all probability arithmetic is f32.
+
+Legend: B rows, T tokens, D model, V vocab. Index t always means "the token at position t": logp_BT[:, t] is
+log p(token_t | tokens before it), taken from the hidden state at t-1; undefined (0) at the first token of a segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+if TYPE_CHECKING:
+    from jax import Array as Leaf
+else:  # a pytree's leaves may also be numpy, shapes or shardings: the run-time checker of tests lets them pass
+    Leaf = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mean:
+    """A sum and what it is divided by, kept apart so that micro-batches and devices add; divided once."""
+
+    total: Leaf
+    count: Leaf
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> Array:
+        """total / count, 0 where nothing was counted."""
+        return jnp.where(self.count == 0, 0.0, self.total / jnp.where(self.count == 0, 1.0, self.count))
+
+
+def masked_mean(x: Float[Array, "*S"], mask: Float[Array, "*S"]) -> Mean:
+    """Sum of x where mask > 0 (weighted by it) over the sum of the mask. x may be NaN where the mask is 0."""
+    mask = mask.astype(jnp.float32)
+    return Mean((jnp.where(mask > 0, x, 0.0) * mask).sum(), mask.sum())
+
+
+def has_target(segment_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """True at tokens that follow one of their own segment, so have a log-prob (algorithms.md section 2)."""
+    before = jnp.pad(segment_BT, ((0, 0), (1, 0)))[:, :-1]
+    return (segment_BT == before) & (segment_BT != 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenOutputs:
+    """What a loss sees of the policy: all [B, T] f32, 0 where the token has no log-prob."""
+
+    logp_BT: Leaf
+    """log-prob of the token that stands there, nats"""
+    lse_BT: Leaf
+    """log-sum-exp of the logits it was drawn from"""
+    entropy_BT: Leaf | None = None
+    """entropy of the distribution it was drawn from, nats; only where asked for"""
+
+
+def token_outputs(
+    hidden_BTD: Float[Array, "B T D"],
+    tokens_BT: Int[Array, "B T"],
+    segment_BT: Int[Array, "B T"],
+    logits: Callable[[Array], Array],
+    *,
+    chunk: int = 0,
+    entropy: bool = False,
+) -> TokenOutputs:
+    """Log-probs of the tokens under the hidden states before them.
+
+    `logits` maps [..., D] to f32 [..., V]. With `chunk`, at most about that many tokens' logits exist at one time: they
+    are computed, reduced and recomputed in the backward pass, chunk by chunk along T. The result is the same.
+    """
+    B, T, D = hidden_BTD.shape
+    before_BTD = jnp.roll(hidden_BTD, 1, axis=1)
+
+    def reduce(h: Array, tokens: Array) -> tuple[Array, ...]:
+        z = logits(h)
+        lse = jax.nn.logsumexp(z, axis=-1)
+        # a compare-and-sum is one fused pass, and so is its gradient; a gather's would be a scatter into [.., V]
+        chosen = jnp.where(jnp.arange(z.shape[-1]) == tokens[..., None], z, 0.0).sum(-1)
+        out = (chosen - lse, lse)
+        return (*out, lse - (jnp.exp(z - lse[..., None]) * z).sum(-1)) if entropy else out
+
+    step = min(T, max(1, chunk // B)) if chunk else T
+    if step == T:
+        out = reduce(before_BTD, tokens_BT)
+    else:
+        n = -(-T // step)
+        pad = n * step - T
+        h = jnp.pad(before_BTD, ((0, 0), (0, pad), (0, 0))).reshape(B, n, step, D).swapaxes(0, 1)
+        t = jnp.pad(tokens_BT, ((0, 0), (0, pad))).reshape(B, n, step).swapaxes(0, 1)
+        parts = jax.lax.map(jax.checkpoint(lambda ht: reduce(*ht)), (h, t))
+        out = tuple(p.swapaxes(0, 1).reshape(B, n * step)[:, :T] for p in parts)
+    defined = has_target(segment_BT)
+    return TokenOutputs(*(jnp.where(defined, x, 0.0) for x in out))

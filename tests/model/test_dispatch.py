@@ -1,0 +1,95 @@
+"""Every expert path equals the dense reference, values and gradients, whatever the router does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cabochon.model.dispatch import _blocked, block_sizes, experts
+
+N, D, F, E, C = 96, 16, 24, 4, 2
+
+
+def problem(skew: float, n: int = N, e: int = E, c: int = C):
+    k = jax.random.split(jax.random.key(int(skew * 10) + n), 5)
+    x = jax.random.normal(k[0], (n, D))
+    gate_up = jax.random.normal(k[1], (e, D, 2, F)) / D**0.5
+    down = jax.random.normal(k[2], (e, F, D)) / F**0.5
+    scores, routes = jax.lax.top_k(jax.random.normal(k[3], (n, e)) + skew * jnp.arange(e), c)
+    return x, routes, jax.nn.softmax(scores), gate_up, down, jax.random.normal(k[4], (n, D))
+
+
+def value_and_grads(fn, x, routes, gates, gate_up, down, weight):
+    def scalar(x, gates, gate_up, down):
+        return (fn(x, routes, gates, gate_up, down) * weight).sum()
+
+    y = jax.jit(fn)(x, routes, gates, gate_up, down)
+    return y, jax.jit(jax.grad(scalar, (0, 1, 2, 3)))(x, gates, gate_up, down)
+
+
+def loop_over_tokens(x, routes, gates, gate_up, down):
+    """The definition, in numpy, a token at a time."""
+    x, routes, gates, gate_up, down = (np.asarray(a, np.float64) for a in (x, routes, gates, gate_up, down))
+    y = np.zeros_like(x)
+    for n in range(len(x)):
+        for c in range(routes.shape[1]):
+            e = int(routes[n, c])
+            if 0 <= e < len(down):
+                g, u = x[n] @ gate_up[e, :, 0], x[n] @ gate_up[e, :, 1]
+                y[n] += gates[n, c] * ((g / (1 + np.exp(-g)) * u) @ down[e])
+    return y
+
+
+def test_dense_reference_is_the_definition():
+    x, routes, gates, gate_up, down, _ = problem(0.0)
+    routes = routes.at[3].set(-1).at[5, 1].set(E)
+    np.testing.assert_allclose(
+        experts(x, routes, gates, gate_up, down, "dense"), loop_over_tokens(x, routes, gates, gate_up, down), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.7, 50.0])
+@pytest.mark.parametrize("path", ["ragged", "blocked", (0, 8), (8, 8), (24, 16), (64, 32)])
+def test_paths_equal_the_reference(path, skew):
+    x, routes, gates, gate_up, down, weight = problem(skew)
+
+    def run(kind):
+        if isinstance(kind, tuple):
+            fn = lambda *a: _blocked(kind, *a)  # noqa: E731
+        else:
+            fn = lambda *a: experts(*a, kind)  # noqa: E731
+        return value_and_grads(fn, x, routes, gates, gate_up, down, weight)
+
+    for got, want in zip(jax.tree.leaves(run(path)), jax.tree.leaves(run("dense")), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("path", ["dense", "ragged", "blocked"])
+def test_tokens_without_an_expert_get_zero_and_no_gradient(path):
+    x, routes, gates, gate_up, down, weight = problem(0.0)
+    routes = routes.at[7].set(-1)
+    y, (dx, dgates, _, _) = value_and_grads(lambda *a: experts(*a, path), x, routes, gates, gate_up, down, weight)
+    assert not y[7].any()
+    assert not dx[7].any()
+    assert not dgates[7].any()
+    assert float(jnp.abs(y[8]).max()) > 1e-3
+
+
+@pytest.mark.parametrize(("n", "e", "c"), [(1, 8, 2), (3, 64, 8), (32, 8, 2), (5, 2, 1)])
+def test_decode_sizes(n, e, c):
+    x, routes, gates, gate_up, down, _ = problem(0.3, n, e, c)
+    y = jax.jit(lambda *a: experts(*a, "blocked"))(x, routes, gates, gate_up, down)
+    np.testing.assert_allclose(y, loop_over_tokens(x, routes, gates, gate_up, down), atol=1e-5)
+
+
+def test_a_token_does_not_depend_on_its_neighbours():
+    """Dropless: the same token next to others that crowd its expert."""
+    x, routes, gates, gate_up, down, _ = problem(0.0)
+    fn = jax.jit(lambda r: experts(x, r, gates, gate_up, down, "blocked"))
+    crowded = jnp.tile(routes[0], (N, 1))
+    np.testing.assert_allclose(fn(routes)[0], fn(crowded)[0], atol=1e-6)
+
+
+def test_block_sizes_cover_an_even_router():
+    assert block_sizes(4096, 8) == (544, 32)
+    assert block_sizes(16, 8) == (0, 8)
