@@ -6,6 +6,7 @@ starts a program, the Docker engine answers. Nothing is left running. Checks run
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -42,8 +43,6 @@ import jax
 devices = jax.devices()
 print(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), JAX {jax.__version__}")
 """
-
-IMAGE = "cabochon-sandbox"
 
 RAY_CHILD = """
 import logging, os, ray
@@ -255,25 +254,39 @@ def bubblewrap() -> Check:
 
 
 def docker_engine() -> Check:
-    """A Docker engine answers, and has the sandbox image."""
-    import docker
-    from docker.errors import DockerException, ImageNotFound
+    """A Docker engine answers, has an image to run, and the sandbox on it runs a program."""
+    from docker.errors import ImageNotFound
 
-    where = os.environ.get("DOCKER_HOST", "the default socket")
+    from cabochon.verifiers.sandbox.base import SandboxError, python_program
+    from cabochon.verifiers.sandbox.docker import DockerSandbox
+    from cabochon.verifiers.sandbox.engine import address, connect, engine_errors
+    from cabochon.verifiers.sandbox.image import FROM_HOST, PUBLIC
+
     try:
-        client = docker.from_env(timeout=10)
-        version = client.version()["Version"]
-    except (DockerException, OSError) as error:
-        fix = "start one (`systemctl start docker`), or set DOCKER_HOST; not needed where bubblewrap works"
-        return _warn("docker", f"no engine at {where}: {_one_line(str(error))}", fix)
+        with engine_errors(None):
+            api = connect(None, timeout=10)
+            engine, images = f"engine {api.version()['Version']} at {address(None)}", []
+            for name in (PUBLIC, FROM_HOST):
+                with contextlib.suppress(ImageNotFound):
+                    api.inspect_image(name)
+                    images.append(name)
+            api.close()
+    except UserError as error:
+        return _warn("docker", _one_line(str(error)), "do as it says, or leave it: one working sandbox is enough")
+    if not images:
+        fix = f"`docker pull {PUBLIC}`, or without a registry `cabochon sandbox image --from-host`"
+        return _warn("docker", f"{engine} has neither image {PUBLIC} nor {FROM_HOST}", fix)
+    sandbox = DockerSandbox(image=images[0], warm=1, starters=1)
     try:
-        client.images.get(IMAGE)
-    except ImageNotFound:
-        detail = f"engine {version} at {where} answers, image {IMAGE} is missing"
-        return _warn("docker", detail, "`cabochon sandbox image`")
+        result = sandbox.run(python_program("print(6 * 7)"))
+    except (UserError, SandboxError) as error:
+        return _warn("docker", _one_line(f"{engine}, image {images[0]}: {error}"), "see `cabochon sandbox attack`")
     finally:
-        client.close()
-    return _ok("docker", f"engine {version} at {where} has image {IMAGE}")
+        sandbox.close()
+    if result.stdout != b"42\n":
+        said = _one_line(f"{engine}: a program ended with {result.status}: {result.stderr.decode(errors='replace')}")
+        return _warn("docker", said, "see `cabochon sandbox attack`")
+    return _ok("docker", f"{engine} ran a program in {images[0]}")
 
 
 def weights() -> Check:

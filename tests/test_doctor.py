@@ -13,6 +13,7 @@ import pytest
 
 from cabochon import doctor
 from cabochon.doctor import Check
+from cabochon.verifiers.sandbox.image import FROM_HOST, build
 
 NAMES = [
     "python", "packages", "layout", "devices", "memory", "cores", "disk", "ray", "user namespaces", "bubblewrap",
@@ -64,7 +65,7 @@ def test_a_good_machine_is_ready_and_nothing_is_left_running():
     assert "ran a task on a local instance" in checks["ray"]["detail"]
     assert "ran a program in" in checks["bubblewrap"]["detail"]
     assert checks["isolation"]["detail"] == "untrusted code runs in bubblewrap"
-    assert checks["docker"]["detail"].startswith("no engine at tcp://127.0.0.1:1: ")
+    assert checks["docker"]["detail"].startswith("docker engine at tcp://127.0.0.1:1: nothing answers there")
     deadline = time.monotonic() + 20
     while (left := started_with("DOCTOR_TEST", mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -88,6 +89,14 @@ def test_a_bad_machine_is_not_ready_and_every_line_says_what_to_do(tmp_path):
         assert bool(check["fix"]) == (check["status"] != "ok")
         assert "\n" not in check["detail"] + check["fix"]
         assert len(check["detail"]) <= 400
+
+
+@pytest.mark.docker
+def test_a_docker_engine_with_an_image_runs_a_program():
+    build(FROM_HOST)
+    made = doctor.docker_engine()
+    assert made.status == "ok", made
+    assert made.detail.endswith(("ran a program in python:3.12-slim", f"ran a program in {FROM_HOST}"))
 
 
 def test_no_bwrap_at_all_names_both_ways_to_get_it(monkeypatch, tmp_path):
