@@ -28,7 +28,7 @@ SEND_LIMIT = 400_000
 class MathVerifier:
     """Scores 1 when the final answer equals the gold, else 0."""
 
-    extraction: Extraction = Extraction()
+    extraction: Extraction = field(default=Extraction())
     deadline: float = 5.0
     """seconds a worker may take over one answer"""
     workers: WorkerConfig = field(default=MATH_WORKERS)

@@ -45,6 +45,21 @@ class VerifierPool:
         """Proves the verifier in this very process first. Raises GradingBroken if it fails, ValueError without probes."""
         if not probes:
             raise ValueError("VerifierPool needs at least one probe: a task with an answer known to be right")
+        self._start(verifier, concurrency, retries)
+        try:
+            self.prove(probes)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def unproven(cls, *, verifier: Verifier, concurrency: int = 2, retries: int = 1) -> VerifierPool:
+        """A pool that has proved nothing: to look at verdicts with, never to train on."""
+        pool = cls.__new__(cls)
+        pool._start(verifier, concurrency, retries)
+        return pool
+
+    def _start(self, verifier: Verifier, concurrency: int, retries: int) -> None:
         if concurrency < 1 or retries < 0:
             raise ValueError(f"VerifierPool needs concurrency >= 1 and retries >= 0, got {concurrency} and {retries}")
         self.verifier = verifier
@@ -52,11 +67,6 @@ class VerifierPool:
         self._lock = threading.Lock()
         self._stats = PoolStats()
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="verify")
-        try:
-            self.prove(probes)
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def stats(self) -> PoolStats:

@@ -66,7 +66,7 @@ def read_tasks(path: str | pathlib.Path, columns: Columns | None = None, *, doma
     seen: dict[str, str] = {}
     for where, row in read_rows(path):
         name = f"{path.stem}/{len(tasks)}"
-        task = _by_columns(where, row, columns, name) if columns else _by_shape(where, row, name)
+        task = _by_columns(where, row, columns, name) if columns else task_of_row(where, row, name)
         if task.domain == "default":
             task = Task(id=task.id, prompt=task.prompt, verifier=task.verifier, payload=task.payload,
                         domain=domain or path.stem)
@@ -108,8 +108,8 @@ def _prompt(where: str, value: Any, column: str) -> Prompt:
     raise UserError(f"{where}: column {column!r} must be a text or a list of messages, got {type(value).__name__}")
 
 
-def _by_shape(where: str, row: Mapping[str, Any], name: str) -> Task:
-    """A row of one of the known shapes."""
+def task_of_row(where: str, row: Mapping[str, Any], name: str) -> Task:
+    """The task of a row of one of the known shapes. Raises UserError."""
     if {"prompt", "verifier"} <= set(row):
         payload = row.get("payload", {})
         if not isinstance(payload, dict):
@@ -125,7 +125,8 @@ def _by_shape(where: str, row: Mapping[str, Any], name: str) -> Task:
         return _mbpp(where, row, name)
     if {"prompt", "test", "entry_point"} <= set(row):
         prompt = _text(where, row, "prompt")
-        payload = {"prompt": prompt, "test": _text(where, row, "test"), "entry_point": _text(where, row, "entry_point")}
+        payload = {"prompt": prompt, "test": _text(where, row, "test"), "entry_point": _text(where, row, "entry_point"),
+                   "reference": prompt + str(row.get("canonical_solution", ""))}
         return Task(id=str(row.get("task_id", name)), prompt=prompt, verifier="code", payload=payload)
     raise UserError(
         f"{where}: not a GSM8K, MATH, MBPP or HumanEval row (columns {sorted(row)}); give a column map"
@@ -160,7 +161,8 @@ def _mbpp(where: str, row: Mapping[str, Any], name: str) -> Task:
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports", []))
     prompt = f"{words.strip()}\nYour code should pass this test:\n{tests[0]}"
     identity = f"mbpp/{row['task_id']}" if "task_id" in row else name
-    return Task(id=identity, prompt=prompt, verifier="code", payload={"test_list": tests, "test_setup_code": setup})
+    return Task(id=identity, prompt=prompt, verifier="code",
+                payload={"test_list": tests, "test_setup_code": setup, "reference": str(row.get("code", ""))})
 
 
 # ---------------------------------------------------------------------------------------------------------- the split

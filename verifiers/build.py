@@ -1,0 +1,113 @@
+"""Verifiers by name, each with a probe that proves it works where it runs.
+
+Names are those of `Task.verifier`: `math`, `instructions`, `reasoning`, `thinking`, `code`; anything with a colon is the
+address of a reward function (see `functions`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Literal
+
+from cabochon.errors import UserError
+from cabochon.protocols import Verifier
+from cabochon.types import Task
+from cabochon.verifiers.base import Probe
+from cabochon.verifiers.compose import ByTask
+
+NAMES = ("math", "instructions", "reasoning", "thinking", "code")
+
+SandboxName = Literal["bubblewrap", "docker"]
+
+
+def verifier_named(name: str, *, sandbox: SandboxName = "bubblewrap") -> Verifier:
+    """The verifier a task asks for. Raises UserError for an unknown name. `sandbox` is read by `code` only."""
+    match name:
+        case "math":
+            from cabochon.verifiers.math import MathVerifier
+
+            return MathVerifier()
+        case "instructions":
+            from cabochon.verifiers.instructions import InstructionVerifier
+
+            return InstructionVerifier()
+        case "reasoning":
+            from cabochon.verifiers.reasoning import ReasoningVerifier
+
+            return ReasoningVerifier()
+        case "thinking":
+            from cabochon.verifiers.format import ThinkingFormat
+
+            return ThinkingFormat()
+        case "code":
+            return _code(sandbox)
+    if ":" in name:
+        from cabochon.verifiers.functions import FunctionVerifier
+
+        return FunctionVerifier(address=name)
+    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"no verifier is called {name!r}: there are {', '.join(NAMES)} and 'module:function'; the nearest is {near!r}"
+    )
+
+
+def _code(sandbox: SandboxName) -> Verifier:
+    from cabochon.verifiers.code import CodeVerifier
+
+    if sandbox == "docker":
+        from cabochon.verifiers.sandbox.docker import DockerSandbox
+
+        return CodeVerifier(DockerSandbox())
+    from cabochon.verifiers.sandbox.bubblewrap import BubblewrapSandbox
+
+    return CodeVerifier(BubblewrapSandbox())
+
+
+def verifier_for(tasks: Iterable[Task], *, sandbox: SandboxName = "bubblewrap") -> ByTask:
+    """One verifier for all the names these tasks ask for."""
+    names = sorted({task.verifier for task in tasks})
+    return ByTask(routes=tuple((name, verifier_named(name, sandbox=sandbox)) for name in names))
+
+
+def probes_for(tasks: Iterable[Task]) -> list[Probe]:
+    """A probe for each name these tasks ask for, except reward functions, whose right answers nobody knows here."""
+    first: dict[str, Task] = {}
+    for task in tasks:
+        if task.verifier not in first and (task.verifier != "reasoning" or task.payload.get("answer")):
+            first[task.verifier] = task
+    return [_probe(name, task) for name, task in sorted(first.items()) if name in NAMES]
+
+
+def _probe(name: str, task: Task) -> Probe:
+    match name:
+        case "math":
+            payload, gold = {"answer": r"\frac{3}{4}"}, r"The answer is \boxed{\frac{6}{8}}."
+        case "instructions":
+            payload, gold = {"constraints": [{"kind": "words:required", "words": ["blue"]}]}, "The sky is blue."
+        case "thinking":
+            payload, gold = {}, "<think>one and one</think>two"
+        case "code":
+            payload = {"tests": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}
+            gold = "```python\ndef add(a, b):\n    return a + b\n```"
+        case _:
+            return Probe(task=task, gold=gold_text(task) or "")
+    return Probe(task=Task(id=f"probe/{name}", prompt="A probe.", verifier=name, payload=payload), gold=gold)
+
+
+def gold_text(task: Task) -> str | None:
+    """A completion that must score 1, made of the task's payload; None where the payload does not tell."""
+    answer = task.payload.get("answer")
+    match task.verifier:
+        case "reasoning":
+            return None if answer is None else f"<answer>{answer}</answer>"
+        case "code":
+            reference = task.payload.get("reference")
+            return f"```python\n{reference}\n```" if reference else None
+        case "thinking":
+            return "<think>because</think>the answer"
+        case "instructions":
+            gold = task.payload.get("gold")
+            return str(gold) if gold else None
+    gold = task.payload.get("gold", answer[0] if isinstance(answer, list) and answer else answer)
+    return None if gold is None else f"The answer is \\boxed{{{gold}}}."

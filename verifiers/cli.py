@@ -1,0 +1,122 @@
+"""`cabochon verify` and `cabochon reward test`: plain functions with typer's annotations, registered by the roof."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cabochon.errors import UserError
+
+if TYPE_CHECKING:
+    from cabochon.types import Task, Verdict
+
+
+def verify_command(
+    file: Annotated[pathlib.Path, typer.Argument(help="JSONL: a task's columns and the completion in each row")],
+    out: Annotated[pathlib.Path | None, typer.Option(help="write a verdict row per line here")] = None,
+    column: Annotated[str, typer.Option(help="the column that holds the completion")] = "completion",
+    reward: Annotated[str | None, typer.Option(help="judge every row with this verifier or module:function")] = None,
+    sandbox: Annotated[str, typer.Option(help="bubblewrap or docker, for code")] = "bubblewrap",
+    concurrency: Annotated[int, typer.Option(min=1, help="rows judged at once")] = 2,
+) -> None:
+    """Judge completions: one verdict per row and a table of what happened.
+
+    Rows are GSM8K, MATH, MBPP or HumanEval rows, or have `prompt`, `verifier` and `payload`; each with `completion`.
+    Example: cabochon verify answers.jsonl --out verdicts.jsonl
+    """
+    from cabochon.verifiers.build import probes_for, verifier_for
+    from cabochon.verifiers.pool import VerifierPool
+
+    tasks, texts = _rows(file, column, reward)
+    verifier = verifier_for(tasks, sandbox=_sandbox(sandbox))
+    probes = probes_for(tasks)
+    pool = (
+        VerifierPool(verifier=verifier, probes=probes, concurrency=concurrency)
+        if probes else VerifierPool.unproven(verifier=verifier, concurrency=concurrency)
+    )
+    with pool:
+        verdicts = pool.verify(tasks, texts)
+    if out is not None:
+        with out.open("w", encoding="utf-8") as lines:
+            for task, verdict in zip(tasks, verdicts, strict=True):
+                lines.write(json.dumps(_row(task, verdict)) + "\n")
+    print(_table(tasks, verdicts))
+    if any(verdict.status == "infra_error" for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+def reward_test_command(
+    reward: Annotated[str, typer.Argument(help="math, instructions, reasoning, thinking, code, or module:function")],
+    tasks: Annotated[pathlib.Path | None, typer.Option(help="JSONL of tasks to probe it with")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="how many of them")] = 4,
+    sandbox: Annotated[str, typer.Option(help="bubblewrap or docker, for code")] = "bubblewrap",
+) -> None:
+    """Probe a reward with right, blank, wrong, oversized and hostile answers, and say what is suspicious.
+
+    Exit code 1 where something is. Example: cabochon reward test my_rewards.py:score --tasks tasks.jsonl
+    """
+    from dataclasses import replace
+
+    from cabochon.verifiers.build import verifier_named
+    from cabochon.verifiers.probe import probe, sample_tasks
+    from cabochon.verifiers.tasks import read_tasks
+
+    verifier = verifier_named(reward, sandbox=_sandbox(sandbox))
+    found = read_tasks(tasks)[:limit] if tasks else sample_tasks(reward)
+    findings = probe(verifier, [task if ":" in reward else replace(task, verifier=reward) for task in found])
+    print(f"{'task':24} {'probe':26} {'score':>6} {'status':12} {'seconds':>8}  suspicious")
+    for item in findings:
+        score = "-" if item.score is None else f"{item.score:g}"
+        print(f"{item.task[:24]:24} {item.probe:26} {score:>6} {item.status:12} {item.seconds:8.3f}  {item.suspicious}")
+    bad = [item for item in findings if item.suspicious]
+    print(f"\n{len(findings)} probes, {len(bad)} suspicious" + ("" if bad else ": the reward looks sound"))
+    if bad:
+        raise typer.Exit(1)
+
+
+def _sandbox(name: str):  # type: ignore[no-untyped-def]
+    if name not in ("bubblewrap", "docker"):
+        raise UserError(f"--sandbox is bubblewrap or docker, got {name!r}")
+    return name
+
+
+def _rows(file: pathlib.Path, column: str, reward: str | None) -> tuple[list[Task], list[str]]:
+    from dataclasses import replace
+
+    from cabochon.verifiers.tasks import read_rows, task_of_row
+
+    tasks, texts = [], []
+    for where, row in read_rows(file):
+        text = row.pop(column, None)
+        if not isinstance(text, str):
+            raise UserError(f"{where}: column {column!r} must hold the completion as text; the row has {sorted(row)}")
+        task = task_of_row(where, row, f"{file.stem}/{len(tasks)}")
+        tasks.append(replace(task, verifier=reward) if reward else task)
+        texts.append(text)
+    if not tasks:
+        raise UserError(f"{file}: holds no rows")
+    return tasks, texts
+
+
+def _row(task: Task, verdict: Verdict) -> dict[str, object]:
+    return {
+        "id": task.id, "verifier": task.verifier, "score": verdict.score, "status": verdict.status,
+        "detail": verdict.detail, "evidence": verdict.evidence, "seconds": round(verdict.seconds, 6),
+    }
+
+
+def _table(tasks: list[Task], verdicts: list[Verdict]) -> str:
+    """Per verifier: rows, mean score over those that have one, mean time, statuses."""
+    lines = [f"{'verifier':20} {'rows':>7} {'scored':>7} {'mean':>7} {'ms':>8}  statuses"]
+    for name in sorted({task.verifier for task in tasks}):
+        mine = [verdict for task, verdict in zip(tasks, verdicts, strict=True) if task.verifier == name]
+        scores = [verdict.score for verdict in mine if verdict.score is not None]
+        mean = f"{sum(scores) / len(scores):.4f}" if scores else "-"
+        statuses = sorted({verdict.status for verdict in mine})
+        counts = ", ".join(f"{status} {sum(v.status == status for v in mine)}" for status in statuses)
+        time_ms = 1000 * sum(verdict.seconds for verdict in mine) / len(mine)
+        lines.append(f"{name[:20]:20} {len(mine):7d} {len(scores):7d} {mean:>7} {time_ms:8.2f}  {counts}")
+    return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""Probing a reward: what it pays for a right answer, nothing, a wrong answer, far too much, and hostile text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cabochon.protocols import Verifier
+from cabochon.types import Task, Verdict
+from cabochon.verifiers.build import gold_text
+
+SLOW_SECONDS = 1.0
+"""Slower than this over an ordinary answer is worth a word."""
+
+HANG_SECONDS = 30.0
+"""No answer may take longer, whatever it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one probe of one task gave; `suspicious` says what is wrong with it, empty if nothing is."""
+
+    task: str
+    probe: str
+    score: float | None
+    status: str
+    seconds: float
+    suspicious: str = ""
+
+
+def _texts(task: Task, others: Sequence[str]) -> list[tuple[str, str, bool]]:
+    """(name, completion, whether it must score 1) of each probe; those that need not must score 0."""
+    gold = gold_text(task)
+    found = [("gold", gold, True)] if gold else []
+    prompt = task.prompt if isinstance(task.prompt, str) else "\n".join(str(m.get("content", "")) for m in task.prompt)
+    answer = task.payload.get("answer")
+    wrong = next((other for other in others if other != gold), None)
+    zero = [
+        ("blank", ""), ("spaces", " \n\t "), ("prompt echoed", prompt), ("another task's gold", wrong),
+        ("wrong", "The answer is \\boxed{-987654321}."),
+        ("gold while thinking only", f"<think>{gold}</think>I do not know." if gold else None),
+        ("gold or another", f"\\boxed{{{answer} or -987654321}}" if isinstance(answer, str) else None),
+        ("oversized", "a" * 2_000_000), ("NUL and surrogates", "\x00\ud800\udfff\\boxed{\x00}"),
+        ("tower", "\\boxed{9^{9^{9^{9}}}}"), ("factorials", "\\boxed{((((9!)!)!)!)!}"),
+        ("10,000 brackets", "\\boxed{" + "(" * 10_000 + ")" * 10_000 + "}"), ("open box", "\\boxed{" * 2000),
+        ("open thought", "<think>" * 1000),
+    ]
+    return found + [(name, text, False) for name, text in zero if text is not None]
+
+
+def probe(verifier: Verifier, tasks: Sequence[Task], *, repeats: int = 3) -> list[Finding]:
+    """Every probe on every task, each `repeats` times."""
+    golds = [text for task in tasks if (text := gold_text(task)) is not None]
+    return [
+        _one(verifier, task, name, text, full, repeats)
+        for task in tasks for name, text, full in _texts(task, golds)
+    ]
+
+
+def _one(verifier: Verifier, task: Task, name: str, text: str, full: bool, repeats: int) -> Finding:
+    verdicts: list[Verdict] = []
+    slowest = 0.0
+    for _ in range(repeats):
+        start = time.monotonic()
+        try:
+            verdicts.append(verifier.verify(task, text))
+        except Exception as error:  # a verifier may not raise for a completion: that is what is looked for
+            return Finding(task=task.id, probe=name, score=None, status="raised", seconds=time.monotonic() - start,
+                           suspicious=f"raised {type(error).__name__}: {error}"[:200])
+        slowest = max(slowest, time.monotonic() - start)
+    return Finding(task=task.id, probe=name, score=verdicts[0].score, status=verdicts[0].status, seconds=slowest,
+                   suspicious=_suspicion(name, verdicts, full, slowest))
+
+
+def _suspicion(name: str, verdicts: Sequence[Verdict], full: bool, slowest: float) -> str:
+    scores = {verdict.score for verdict in verdicts}
+    if any(verdict.status == "infra_error" for verdict in verdicts):
+        return f"infra_error: {next(v.detail for v in verdicts if v.status == 'infra_error')}"
+    if len(scores) > 1:
+        return f"not deterministic: {sorted(scores, key=str)}"
+    (score,) = scores
+    if full and score != 1.0:
+        return f"the right answer scores {score}: {verdicts[0].detail}"
+    if not full and score != 0.0:
+        return f"{name} scores {score}"
+    if slowest > HANG_SECONDS or (full and slowest > SLOW_SECONDS):
+        return f"slow: {slowest:.1f} s"
+    return ""
+
+
+def sample_tasks(name: str) -> list[Task]:
+    """Tasks to probe a built-in verifier with when none are given."""
+    match name:
+        case "instructions":
+            row = {"constraints": [{"kind": "words:required", "words": ["blue", "sky"]}], "gold": "The sky is blue."}
+            return [Task(id="sample/0", prompt="Say something.", verifier=name, payload=row)]
+        case "code":
+            row = {"tests": ["assert add(1, 2) == 3"], "reference": "def add(a, b):\n    return a + b"}
+            return [Task(id="sample/0", prompt="Write add(a, b).", verifier=name, payload=row)]
+        case "thinking":
+            return [Task(id="sample/0", prompt="One and one?", verifier=name)]
+        case "reasoning":
+            from cabochon.verifiers.reasoning import Puzzles, puzzle_tasks
+
+            return [*puzzle_tasks(Puzzles(name="countdown", size=1)), *puzzle_tasks(Puzzles(name="chain_sum", size=1))]
+    golds = ("72", r"\frac{3}{4}", r"x^2+2x+1", r"(-\infty,2)\cup(3,\infty)")
+    return [
+        Task(id=f"sample/{number}", prompt="A question.", verifier=name, payload={"answer": gold, "solution": f"${gold}$"})
+        for number, gold in enumerate(golds)
+    ]
