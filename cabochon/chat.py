@@ -97,16 +97,15 @@ def encode_chat_with_mask(
     chat = _Chat(tokenizer, tools, variables)
     text, spans = chat.assistant_spans(messages)
     ids, offsets = tokenizer.encode_with_offsets(text)
-    mask = np.zeros(len(ids), np.bool_)
-    straddling = []
-    for i, (start, end) in enumerate(offsets):
-        end = max(end, start + 1)  # a token of no characters (a prefix space) goes with what follows it
-        for a, b in spans:
-            if start < b and a < end:
-                mask[i] = True
-                if start < a or b < end:
-                    straddling.append(i)
-    return MaskedChat(ids=np.array(ids, np.int32), mask=mask, straddling=tuple(dict.fromkeys(straddling)))
+    inside = np.zeros(len(text) + 2, np.int64)
+    for start, end in spans:
+        inside[start + 1 : end + 1] = 1
+    before = inside.cumsum()  # assistant characters before each place
+    edges = np.array(offsets, np.int64).reshape(-1, 2)
+    first, last = edges[:, 0], np.maximum(edges[:, 1], edges[:, 0] + 1)  # no characters: goes with what follows
+    count = before[last] - before[first]
+    straddling = np.flatnonzero((count > 0) & (count < last - first))
+    return MaskedChat(ids=np.array(ids, np.int32), mask=count > 0, straddling=tuple(straddling.tolist()))
 
 
 class _Chat:
@@ -160,8 +159,7 @@ class _Chat:
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, marks: _Marks) -> str:
         if not messages or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
             raise UserError(f"a conversation is a list of messages with a role, got {_shorten(messages)}")
-        # A key of None means absent: templates test for presence, and would write the word None.
-        plain = _plain([{k: v for k, v in m.items() if v is not None} for m in messages], "messages")
+        plain = _plain([_message(m) for m in messages], "messages")
         try:
             template, _ = _compile(self.template.text)
             with marks.collecting():
@@ -275,6 +273,14 @@ def _compile(text: str) -> tuple[jinja2.Template, bool]:
         for node in env.parse(text).find_all(jinja2.nodes.CallBlock)
     )
     return env.from_string(text), marked
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """As transformers prepares it. A key of None means absent: templates test for presence, and would write `None`.
+    Reasoning goes by several names in data and in templates: it is given under those that templates read."""
+    out = {k: v for k, v in message.items() if v is not None}
+    reasoning = next((out[k] for k in ("reasoning_content", "thinking", "reasoning") if k in out), None)
+    return out if reasoning is None else {"thinking": reasoning, **out, "reasoning_content": reasoning}
 
 
 def _choose(tokenizer: Tokenizer, with_tools: bool) -> TemplateText:

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -79,6 +79,8 @@ class Tokenizer:
         for role, token in special.items():
             if core.token_to_id(token) is None:
                 raise UserError(f"{path / 'tokenizer_config.json'}: {role} {token!r} is not a token of {file.name}")
+        # As transformers does: a token with a role is left out by decode(skip_special=True) whatever the file says.
+        core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
         if "eos_token" in special:
             ids.append(core.token_to_id(special["eos_token"]))
         model_file = "generation_config.json" if (path / "generation_config.json").is_file() else "config.json"
@@ -194,26 +196,8 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class ByteTokenizer(Tokenizer):
-    """One token per byte (id = byte value) and a few special tokens: for models too small for a real vocabulary."""
-
-    TOKENS = ("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-    """ids 256 onwards; the two thinking tags are ordinary text to `decode(skip_special=True)`"""
-
-    def __init__(self) -> None:
-        core = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(byte_letters())}, merges=[]))
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        core.decoder = decoders.ByteLevel()
-        core.add_tokens([AddedToken(t, special="think" not in t, normalized=False) for t in self.TOKENS])
-        special = {"bos_token": "<bos>", "eos_token": "<|im_end|>", "pad_token": "<pad>"}
-        super().__init__(
-            core=core,
-            special=special,
-            eos_ids=(256 + self.TOKENS.index("<|im_end|>"), 256 + self.TOKENS.index("<eos>")),
-            templates={"default": TemplateText(text=_CHATML, source="the byte tokenizer's built-in chat template")},
-            config={"clean_up_tokenization_spaces": False, "model_max_length": 1 << 30},
-            source="the built-in byte tokenizer",
-        )
+_BYTE_SPECIALS = ("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+"""ids 256 onwards; the two thinking tags are ordinary text to `decode(skip_special=True)`"""
 
 
 _CHATML = """\
@@ -240,6 +224,31 @@ def byte_letters() -> list[str]:
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(b if b in plain else next(spare)) for b in range(256)]
+
+
+def _byte_core() -> tokenizers.Tokenizer:
+    core = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(byte_letters())}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_tokens([AddedToken(t, special="think" not in t, normalized=False) for t in _BYTE_SPECIALS])
+    return core
+
+
+_BYTE_ROLES = {"bos_token": "<bos>", "eos_token": "<|im_end|>", "pad_token": "<pad>"}
+_BYTE_TEMPLATE = TemplateText(text=_CHATML, source="the byte tokenizer's built-in chat template")
+_BYTE_CONFIG = {"clean_up_tokenization_spaces": False, "model_max_length": 1 << 30}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ByteTokenizer(Tokenizer):
+    """One token per byte (id = byte value) and a few special tokens: for models too small for a real vocabulary."""
+
+    core: tokenizers.Tokenizer = field(default_factory=_byte_core)
+    special: Mapping[str, str] = field(default_factory=_BYTE_ROLES.copy)
+    eos_ids: tuple[int, ...] = (260, 258)
+    templates: Mapping[str, TemplateText] = field(default_factory=lambda: {"default": _BYTE_TEMPLATE})
+    config: Mapping[str, Any] = field(default_factory=_BYTE_CONFIG.copy)
+    source: str = "the built-in byte tokenizer"
 
 
 def _line(error: Exception) -> str:
@@ -292,5 +301,6 @@ def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, TemplateText]
     files |= {p.stem: p for p in sorted((path / "additional_chat_templates").glob("*.jinja"))}
     for name, found in files.items():
         if found.is_file():
-            out[name] = TemplateText(text=found.read_text(encoding="utf-8"), source=str(found))
+            # bytes, since text mode would change line ends and with them the fingerprint
+            out[name] = TemplateText(text=found.read_bytes().decode(), source=str(found))
     return out

@@ -2,8 +2,10 @@
 
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 import tokenizers
@@ -11,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 
 from cabochon.chat import encode_chat, encode_chat_with_mask, render_chat
 from cabochon.errors import UserError
-from cabochon.tokenizer import ByteTokenizer, Tokenizer
+from cabochon.tokenizer import ByteTokenizer, TemplateText, Tokenizer
 
 TRL = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 
@@ -154,6 +156,37 @@ def test_marks_equal_transformers(style: str, directory: Path, load) -> None:
         assert got.ids.tolist() == want["input_ids"]
         assert got.mask.astype(int).tolist() == want["assistant_masks"]
         assert 0 < got.mask.sum() < got.mask.size
+
+
+def test_every_template_trl_ships(tmp_path: Path) -> None:
+    """Text, refusals and marks as transformers has them, for all of TRL's templates, on bytes."""
+    from transformers import AutoTokenizer
+
+    ByteTokenizer().save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    reasoned = {"role": "assistant", "content": "x", "reasoning": "why"}
+    compared = masks = 0
+    for file in sorted(TRL.glob("*.jinja")):
+        template = file.read_text()
+        ours = replace(ByteTokenizer(), templates={"default": TemplateText(text=template, source=file.name)})
+        for talk in ([ASK, ANSWER], [SYSTEM, ASK, reasoned, AGAIN], [ASK, CALL | {"content": ""}, RESULT, THOUGHT]):
+            try:
+                want = theirs.apply_chat_template(talk, tools=TOOLS, chat_template=template, tokenize=False)
+            except (jinja2.TemplateError, TypeError):
+                with pytest.raises(UserError, match=file.name):
+                    render_chat(ours, talk, tools=TOOLS)
+                continue
+            assert render_chat(ours, talk, tools=TOOLS) == want, file.name
+            compared += 1
+            if "_training" in file.name:
+                marked = theirs.apply_chat_template(
+                    talk, tools=TOOLS, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+                )
+                got = encode_chat_with_mask(ours, talk, tools=TOOLS)
+                assert got.mask.astype(int).tolist() == marked["assistant_masks"], file.name
+                masks += 1
+    assert compared > 100
+    assert masks > 50
 
 
 @pytest.mark.parametrize("style", ["llama3", "gemma", "cohere", "qwen3_instruct_2507"])
