@@ -41,7 +41,7 @@ def judge(sandbox: Sandbox, plan: FunctionPlan, source: bytes, limits: Limits) -
     nonce = secrets.token_hex(16)
     outcome = Outcome()
     with sandbox.open(limits) as program, sandbox.open(limits) as tests:
-        program.begin("candidate", limits, source=source, wanted=list(plan.wanted))
+        program.begin("candidate", limits, source=source, wanted=list(plan.wanted), classes=list(plan.classes))
         tests.begin(
             "tests", limits, nonce=nonce, wanted=list(plan.wanted), classes=list(plan.classes), mutates=plan.mutates,
             module=plan.module, bare_names=plan.bare_names, collect=plan.collect,

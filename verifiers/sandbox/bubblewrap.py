@@ -212,6 +212,13 @@ class BubblewrapSandbox:
 
         return retried(lambda: run_in(self._take(limits), program, limits))
 
+    def alive(self) -> int:
+        """Sandboxes in use, and any that outlived its use: process trees of the launcher's less the waiting ones."""
+        if self._launcher is None:
+            return 0
+        with open(f"/proc/{self._launcher.process.pid}/task/{self._launcher.process.pid}/children") as f:
+            return len(f.read().split()) - len(self._waiting)
+
     def fill(self, seconds: float = 30.0) -> None:
         """Waits until the waiting sandboxes are ready, so that measurements start from a filled pool."""
         self._take(self.limits).close()

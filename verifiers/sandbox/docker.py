@@ -291,6 +291,13 @@ class DockerSandbox:
         limits = limits or self.limits
         return check_size(program) or retried(lambda: run_in(self._take(limits), program, limits))
 
+    def alive(self) -> int:
+        """Containers in use, and any that outlived its use: what the engine has of this process's less the waiting ones."""
+        with self._state:
+            self._state.wait_for(lambda: self._starting == 0, 30.0)
+            here = self._api().containers(all=True, filters={"label": f"{LABEL}.owner={owner_label()}"})
+            return len(here) - len(self._waiting) - self._starting
+
     def fill(self, seconds: float = 60.0) -> None:
         """Waits until the pool is full. Raises SandboxError where it does not fill in time."""
         self._ensure()

@@ -93,7 +93,7 @@ def main(supervised: bool = False, idle_seconds: float = 3600.0) -> None:
         judge(order, channel)
     else:
         sys.path.insert(0, home)
-        Candidate(channel).serve(order["source"], order["wanted"])
+        Candidate(channel).serve(order["source"], order["wanted"], order["classes"])
     sys.stdout.flush()
     os._exit(0)
 
@@ -207,7 +207,7 @@ class Callback:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner, number = self._ask
-        owner.channel.send(b"K" + pack((number, args, kwargs), owner.number))
+        owner.channel.send(b"K" + pack((number, args, kwargs), owner.number, owner.keep))
         reply = owner.read(owner.channel.read()[1:])
         if reply[0] == "value":
             return reply[1]
@@ -222,6 +222,8 @@ class Candidate:
         self.objects: list[Any] = []
         self.module = ModuleType("solution")
         self.callbacks: dict[int, Callback] = {}
+        self.keep: tuple[type, ...] = ()
+        """Classes the tests use as such: their objects stay objects, whatever they inherit from."""
 
     def number(self, value: Any) -> tuple[bytes, int, str]:
         """A handle for what is not plain data."""
@@ -241,7 +243,7 @@ class Candidate:
     def read(self, data: bytes) -> Any:
         return unpack(data, self.resolve)
 
-    def serve(self, source: bytes, wanted: list[str]) -> None:
+    def serve(self, source: bytes, wanted: list[str], classes: list[str]) -> None:
         module = self.module
         path = os.path.join(os.getcwd(), "solution.py")
         try:
@@ -260,6 +262,7 @@ class Candidate:
         except BaseException as e:
             self.channel.send(b"E" + pack(("raised", type(e).__name__, _message(e))))
             return
+        self.keep = tuple(c for c in map(module.__dict__.get, classes) if isinstance(c, type))
         self.channel.send(b"L" + pack({name: self.describe(name) for name in wanted}))
         while True:
             request = self.channel.read()[1:]
@@ -287,12 +290,13 @@ class Candidate:
         except WireError as e:
             return pack((0, "bad", str(e)))
         try:
-            before = [pack(a, self.number) if type(a) in _MUTABLE else None for a in args]
+            before = [pack(a, self.number, self.keep) if type(a) in _MUTABLE else None for a in args]
             value = self.act(target, op, args, kwargs)
             changed = [
-                a if b is not None and pack(a, self.number) != b else None for a, b in zip(args, before, strict=True)
+                a if b is not None and pack(a, self.number, self.keep) != b else None for a, b in zip(args, before, strict=True)
             ]
-            return pack((seq, "value", value, changed if any(c is not None for c in changed) else None), self.number)
+            return pack((seq, "value", value, changed if any(c is not None for c in changed) else None),
+                        self.number, self.keep)  # fmt: skip
         except WireError as e:
             return pack((seq, "bad", str(e)[:500]))
         except BaseException as e:

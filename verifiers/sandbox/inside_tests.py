@@ -72,12 +72,17 @@ class Host:
             message = self.channel.read()
             try:
                 answer = unpack(message[1:], self.resolve)
-                if message[:1] != b"K":
-                    return self.accept(answer, args)
-                number, inner_args, inner_kwargs = answer
-                function = self.functions[number]
+                if message[:1] == b"K":
+                    number, inner_args, inner_kwargs = answer
+                    function = self.functions[number]
+                else:
+                    raised = self.accept(answer, args)
             except (WireError, IndexError, ValueError, TypeError, KeyError) as e:
                 raise ProgramStopped(f"the program's answer is malformed: {e}") from None
+            if message[:1] != b"K":
+                if raised is not None:
+                    raise raised
+                return answer[2]
             self.channel.send(b"A" + self.call_back(function, inner_args, inner_kwargs))
 
     def call_back(self, function: Any, args: Any, kwargs: Any) -> bytes:
@@ -86,7 +91,8 @@ class Host:
         except Exception as e:
             return pack(("raise", type(e).__name__, str(e)[:500]))
 
-    def accept(self, answer: Any, args: tuple[Any, ...]) -> Any:
+    def accept(self, answer: Any, args: tuple[Any, ...]) -> Exception | None:
+        """Checks an answer's form and carries changed arguments back; the exception it tells of. Raises WireError."""
         if type(answer) is not tuple or len(answer) < 3 or answer[0] not in (self.seq, 0):
             raise WireError("an answer to another question")
         if answer[1] == "value" and len(answer) == 4:
@@ -94,9 +100,9 @@ class Host:
             if type(changed) is list and (value is None or self.mutates):
                 for mine, new in zip(args, changed, strict=True):
                     _update(mine, new)
-            return value
+            return None
         if answer[1] == "raise" and len(answer) == 5:
-            raise self.error(str(answer[2]), str(answer[3]), str(answer[4]))
+            return self.error(str(answer[2]), str(answer[3]), str(answer[4]))
         raise WireError(str(answer[2]))
 
     def error(self, name: str, base: str, message: str) -> Exception:

@@ -46,9 +46,13 @@ class Handle:
 
 
 class Writer:
-    """Encodes one value. `handle` numbers what is not plain data; without it such a value is a WireError."""
+    """Encodes one value. `handle` numbers what is not plain data; without it such a value is a WireError. Instances of `keep`
+    are numbered even where they have a plain base."""
 
-    def __init__(self, handle: Callable[[Any], tuple[bytes, int, str]] | None = None) -> None:
+    def __init__(
+        self, handle: Callable[[Any], tuple[bytes, int, str]] | None = None, keep: tuple[type, ...] = ()
+    ) -> None:
+        self.keep = keep
         self.out = bytearray()
         self.nodes = 0
         self.handle = handle
@@ -113,15 +117,16 @@ class Writer:
             self.sized(b"x", parts[0].encode())
             self.put(parts[1], depth + 1)
             return
-        for base in (bool, int, float, complex, str, bytes, bytearray):
+        kept = isinstance(v, self.keep)
+        for base in () if kept else (bool, int, float, complex, str, bytes, bytearray):
             if isinstance(v, base):
                 self.put(base.__new__(base, v) if base is not bytearray else bytearray(bytes(v)), depth + 1)
                 return
-        for container in (list, tuple, set, frozenset):
+        for container in () if kept else (list, tuple, set, frozenset):
             if isinstance(v, container):
                 self.put(container(container.__iter__(v)), depth + 1)  # type: ignore[arg-type]
                 return
-        if isinstance(v, dict):
+        if isinstance(v, dict) and not kept:
             self.put(dict(dict.items(v)), depth + 1)
             return
         if self.handle is None:
@@ -251,9 +256,11 @@ class Reader:
         return set(items) if tag == b"e" else frozenset(items)
 
 
-def pack(value: Any, handle: Callable[[Any], tuple[bytes, int, str]] | None = None) -> bytes:
+def pack(
+    value: Any, handle: Callable[[Any], tuple[bytes, int, str]] | None = None, keep: tuple[type, ...] = ()
+) -> bytes:
     """The bytes of `value`. Raises WireError where it is not plain data within the limits."""
-    writer = Writer(handle)
+    writer = Writer(handle, keep)
     try:
         writer.put(value)
     except (ValueError, TypeError, RecursionError, AttributeError, RuntimeError, struct.error, OverflowError) as e:
