@@ -74,10 +74,10 @@ class Tokenizer:
         config = _json(path / "tokenizer_config.json")
         _add_missing(core, config, path / "tokenizer_config.json")
         special = {k: v for k, v in (_json(path / "special_tokens_map.json") | config).items() if k in _ROLES}
-        special = {k: v["content"] if isinstance(v, dict) else v for k, v in special.items() if v is not None}
+        special = {k: v.get("content") if isinstance(v, dict) else v for k, v in special.items() if v is not None}
         ids = []
         for role, token in special.items():
-            if core.token_to_id(token) is None:
+            if not isinstance(token, str) or core.token_to_id(token) is None:
                 raise UserError(f"{path / 'tokenizer_config.json'}: {role} {token!r} is not a token of {file.name}")
         # As transformers does: a token with a role is left out by decode(skip_special=True) whatever the file says.
         core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
@@ -141,9 +141,8 @@ class Tokenizer:
 
     def first_difference(self, other: Tokenizer) -> tuple[int, str | None, str | None] | None:
         """`(id, token here, token there)` at the lowest id where the vocabularies differ, None where they are equal."""
-        here, there = (
-            {i: token for token, i in t.core.get_vocab(with_added_tokens=True).items()} for t in (self, other)
-        )
+        vocabs = (t.core.get_vocab(with_added_tokens=True) for t in (self, other))
+        here, there = ({i: token for token, i in vocab.items()} for vocab in vocabs)
         for i in sorted(here.keys() | there.keys()):
             if here.get(i) != there.get(i):
                 return i, here.get(i), there.get(i)
@@ -294,8 +293,10 @@ def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, TemplateText]
     inline = config.get("chat_template") or {}
     if isinstance(inline, str):
         inline = {"default": inline}
-    elif isinstance(inline, list):
+    elif isinstance(inline, list) and all(isinstance(e, dict) and {"name", "template"} <= e.keys() for e in inline):
         inline = {entry["name"]: entry["template"] for entry in inline}
+    if not isinstance(inline, dict) or not all(isinstance(text, str) for text in inline.values()):
+        raise UserError(f"{file}: chat_template: expected text, or a list of objects with name and template")
     out = {name: TemplateText(text=text, source=f"{file}: chat_template") for name, text in inline.items()}
     files = {"default": path / "chat_template.jinja"}
     files |= {p.stem: p for p in sorted((path / "additional_chat_templates").glob("*.jinja"))}

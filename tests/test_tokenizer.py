@@ -195,6 +195,8 @@ BROKEN = [
     ("tokenizer_config.json", "{", "tokenizer_config.json: not valid JSON: Expecting property name"),
     ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object, got list"),
     ("tokenizer_config.json", '{"pad_token": "<p>"}', "pad_token '<p>' is not a token of tokenizer.json"),
+    ("tokenizer_config.json", '{"eos_token": ["<eos>"]}', "eos_token ['<eos>'] is not a token of tokenizer.json"),
+    ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "chat_template: expected text, or a list of"),
     (
         "tokenizer_config.json",
         '{"added_tokens_decoder": {"300": {"content": "<n>"}}}',
