@@ -14,7 +14,8 @@ from cabochon.verifiers.workers import Outcome
 class Probe:
     """A task with completions whose verdicts are known: what a pool proves itself with before a run starts.
 
-    Example: `Probe(task=Task(id="probe", prompt="1+1?", verifier="math", payload={"answer": "2"}), gold="\\\\boxed{2}")`.
+    Example: `Probe(task=Task(id="probe", prompt="1+1?", verifier="math", payload={"answer": "2"}),
+    gold="\\\\boxed{2}")`.
     """
 
     task: Task
@@ -37,7 +38,8 @@ def wrong(detail: str, evidence: Mapping[str, Any] | None = None) -> Verdict:
 
 
 def verdict_of_outcome(outcome: Outcome) -> Verdict:
-    """A worker's outcome as a verdict; a `done` value is the verdict as plain data (score, status, detail, evidence)."""
+    """A worker's outcome as a verdict; a `done` value is the verdict as plain data (score, status, detail, evidence).
+    """
     match outcome.status:
         case "done":
             value = outcome.value

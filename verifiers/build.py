@@ -1,7 +1,7 @@
 """Verifiers by name, each with a probe that proves it works where it runs.
 
-Names are those of `Task.verifier`: `math`, `instructions`, `reasoning`, `thinking`, `code`; anything with a colon is the
-address of a reward function (see `functions`).
+Names are those of `Task.verifier`: `math`, `instructions`, `reasoning`, `thinking`, `code`; anything with a colon is
+the address of a reward function (see `functions`).
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class ByTask:
                 return verifier.verify(task, text)
         names = [name for name, _ in self.routes]
         near = difflib.get_close_matches(task.verifier, names, n=1, cutoff=0.0)[0]
-        raise ValueError(f"task {task.id} asks for verifier {task.verifier!r}; there are {names}; the nearest is {near!r}")
+        raise ValueError(f"task {task.id} asks for verifier {task.verifier!r} of {names}; the nearest is {near!r}")
 
 
 def _distinct(parts: tuple[Part, ...]) -> None:
@@ -123,8 +123,8 @@ def _combined(verdicts: Mapping[str, Verdict], score: float | None) -> Verdict:
     seconds = sum(verdict.seconds for verdict in verdicts.values())
     for name, verdict in verdicts.items():
         if verdict.status == "infra_error":
-            return Verdict(score=None, status="infra_error", detail=f"{name}: {verdict.detail}"[:300], evidence=evidence,
-                           seconds=seconds)
+            detail = f"{name}: {verdict.detail}"[:300]
+            return Verdict(score=None, status="infra_error", detail=detail, evidence=evidence, seconds=seconds)
     status: Status = "ok"
     detail = "all parts ok"
     for name, verdict in verdicts.items():

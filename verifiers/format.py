@@ -53,7 +53,8 @@ class ThinkingFormat:
         if self.answer_tag:
             start, end = f"<{self.answer_tag}>", f"</{self.answer_tag}>"
             answer = answer.strip()
-            if not (answer.startswith(start) and answer.endswith(end)) or answer.count(start) != 1 or answer.count(end) != 1:
+            enclosed = answer.startswith(start) and answer.endswith(end)
+            if not enclosed or answer.count(start) != 1 or answer.count(end) != 1:
                 return f"the answer is not one {start}...{end}"
             if not answer[len(start) : -len(end)].strip():
                 return f"{start} is empty"

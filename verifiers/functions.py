@@ -1,8 +1,9 @@
 """Reward functions from elsewhere, unchanged: TRL's `f(prompts, completions, **columns)` and verl's `compute_score`.
 
-A function is addressed as `module:function`, `path.py:function` or `trl.rewards:name`. It runs in a killable worker with
-a clean environment: one that hangs, crashes or eats memory costs its item, and one that raises gives an `infra_error`
-(no score) rather than a silent zero. It sees one completion at a time; `task.payload` gives its columns.
+A function is addressed as `module:function`, `path.py:function` or `trl.rewards:name`. It runs in a killable worker
+with a clean environment: one that hangs, crashes or eats memory costs its item, and one that raises gives an
+`infra_error` (no score) rather than a silent zero. It sees one completion at a time; `task.payload` gives its
+columns.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _FIXED = ("cabochon.verifiers.functions_worker",)
 class FunctionVerifier:
     """A TRL-style reward function, plain or async.
 
-    Rewards in [`low`, `high`] are mapped to scores in [0, 1]; one outside is an `infra_error`, since a scale that is not
-    what was declared would shift the training signal unseen. `None` abstains: no score, status `ok`.
+    Rewards in [`low`, `high`] are mapped to scores in [0, 1]; one outside is an `infra_error`, since a scale that is
+    not what was declared would shift the training signal unseen. `None` abstains: no score, status `ok`.
     """
 
     address: str

@@ -15,7 +15,9 @@ from typing import Any
 
 @lru_cache(maxsize=64)
 def load(address: str) -> Callable[..., Any]:
-    """The callable at `module:function` or `path.py:function`. Raises ImportError, AttributeError or FileNotFoundError."""
+    """The callable at `module:function` or `path.py:function`. Raises ImportError, AttributeError or
+    FileNotFoundError.
+    """
     place, _, name = address.rpartition(":")
     if not place.endswith(".py"):
         return getattr(importlib.import_module(place), name)  # type: ignore[no-any-return]

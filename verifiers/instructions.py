@@ -1,8 +1,8 @@
 """Instructions that can be checked: IFEval's constraints and our own, each by name.
 
 `task.payload` holds either IFEval's own columns, `instruction_id_list` and `kwargs` (a list of the same length), or
-`constraints`: a list of `{"kind": "length:words", "maximum": 50}`. See `instructions_check` for the kinds. All of it runs
-in a killable worker, because a pattern, a schema or a language guess may take for ever on a hostile text.
+`constraints`: a list of `{"kind": "length:words", "maximum": 50}`. See `instructions_check` for the kinds. All of it
+runs in a killable worker, because a pattern, a schema or a language guess may take for ever on a hostile text.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def constraints(task: Task) -> list[tuple[str, dict[str, Any]]]:
         kinds, given = list(payload["instruction_id_list"]), list(payload.get("kwargs", ()))
         given = given or [{} for _ in kinds]
         if len(kinds) != len(given) or not kinds:
-            raise ValueError(f"task {task.id}: {len(kinds)} instruction ids and {len(given)} kwargs; they must be as many")
+            raise ValueError(f"task {task.id}: {len(kinds)} instruction ids but {len(given)} kwargs")
         return [(str(kind), dict(arguments or {})) for kind, arguments in zip(kinds, given, strict=True)]
     rows = payload.get("constraints")
     if not rows or not all(isinstance(row, Mapping) and "kind" in row for row in rows):

@@ -1,9 +1,9 @@
 """IFEval's 25 constraint kinds, as predicates over a response.
 
 Semantics follow the reference (google-research `instruction_following_eval/instructions.py`, Zhou et al. 2311.07911),
-with these differences, each so that a policy is not paid for nothing: keywords are literal text, not regular expressions;
-a text whose language cannot be told fails a language constraint (the reference lets it pass); sentences and words are
-split by the rules below rather than by NLTK's models, which cannot be shipped.
+with these differences, each so that a policy is not paid for nothing: keywords are literal text, not regular
+expressions; a text whose language cannot be told fails a language constraint (the reference lets it pass); sentences
+and words are split by the rules below rather than by NLTK's models, which cannot be shipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ DetectorFactory.seed = 0  # langdetect samples; without a seed a short text may 
 
 Relation = Literal["at least", "less than"]
 
-_ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|vs|etc|Inc|Ltd|Co|No|Fig|approx|e\.g|i\.e|a\.m|p\.m|U\.S)\.$")
+_ABBREVIATION = re.compile(
+    r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|vs|etc|Inc|Ltd|Co|No|Fig|approx|e\.g|i\.e|a\.m|p\.m|U\.S)\.$"
+)
 _SENTENCE_END = re.compile(r"[.!?…。！？]+[\"')\]”’]*(?=\s|$)|(?<=[。！？])")
 
 
@@ -138,7 +140,8 @@ def unfenced(text: str) -> str:
 
 
 def json_value(text: str, *, strict: bool = False) -> tuple[bool, Any]:
-    """Whether the text is one JSON value, and the value. `strict` refuses NaN and Infinity, which JSON does not have."""
+    """Whether the text is one JSON value, and the value. `strict` refuses NaN and Infinity, which JSON does not have.
+    """
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)

@@ -1,8 +1,8 @@
 """Mathematical answers: the last box of the final part, compared by value, in a process that can be killed.
 
-`MathVerifier().verify(task, text)` reads the gold from `task.payload["answer"]` (a string, or a list of strings any of
-which will do) and, for multiple choice, the options' texts from `task.payload["choices"]`. What counts as the same answer
-is in `math_equal`; the rules are strict, since a wrong answer scored right is the bug to fear.
+`MathVerifier().verify(task, text)` reads the gold from `task.payload["answer"]` (a string, or a list of strings any
+of which will do) and, for multiple choice, the options' texts from `task.payload["choices"]`. What counts as the same
+answer is in `math_equal`; the rules are strict, since a wrong answer scored right is the bug to fear.
 
 Nothing the model wrote is evaluated as code. Work that would not end is cut off at the deadline by killing its process.
 """
@@ -62,7 +62,7 @@ def gold_answers(task: Task) -> list[str]:
         return [str(answer)]
     if isinstance(answer, Sequence) and all(isinstance(item, str | int | float) for item in answer):
         return [str(item) for item in answer]
-    raise ValueError(f'task {task.id}: payload["answer"] must be a string, a number or a list of them, got {type(answer).__name__}')
+    raise ValueError(f'task {task.id}: payload["answer"] must be text, a number or a list, got {type(answer).__name__}')
 
 
 def prompt_text(prompt: Prompt) -> str:

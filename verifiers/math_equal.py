@@ -20,8 +20,8 @@ from cabochon.verifiers.math_values import DEGREE, Based, Chain, Grid, Items, Le
 _ITEMS_LIMIT = 60
 _SAME_WORDS = (
     {"dne", "does not exist", "do not exist", "the limit does not exist", "undefined"},
-    {"no solution", "no solutions", "none", "no real solutions", "no real solution", "empty set", "there is no solution",
-     "there are no solutions", "no such"},
+    {"no solution", "no solutions", "none", "no real solutions", "no real solution", "empty set",
+     "there is no solution", "there are no solutions"},
     {"true", "t"}, {"false", "f"}, {"yes", "y"}, {"no", "n"},
     {"all real numbers", "all reals", "all real"}, {"infinitely many", "infinitely many solutions", "infinite"},
 )
@@ -36,15 +36,17 @@ def equal(gold: Value, answer: Value) -> bool:
     if gold_label is not None and label is not None:
         return (gold_label == label and _same(gold_bare, bare)) or _same(gold, answer)
     if gold_label is None:  # the answer says "x = 5" where 5 was asked for
-        return not isinstance(gold, Chain) and not _mentions(gold, label) and _same(gold, bare)
+        return _same(gold, answer) if isinstance(gold, Chain) else not _mentions(gold, label) and _same(gold, bare)
     if isinstance(answer, Chain):
         return _same(gold, answer)
     # the gold says "x = 5": a bare 5 will do; a bare "2x + 1" for the equation "y = 2x + 1" will not
-    return (isinstance(gold_label, AppliedUndef) or not _symbols(gold_bare)) and _same(gold_bare, bare)
+    return (_names_function(gold_label, gold_bare) or not _symbols(gold_bare)) and _same(gold_bare, bare)
 
 
 def unlabel(value: Value) -> tuple[Expr | None, Value]:
-    """`x = 5` as (x, 5), `x = 1 or x = 2` as (x, "1 or 2"), `2 + 3 = 5` as (None, 5); anything else as (None, itself)."""
+    """`x = 5` as (x, 5), `x = 1 or x = 2` as (x, "1 or 2"), `2 + 3 = 5` as (None, 5); anything else as (None,
+    itself).
+    """
     if isinstance(value, Items) and value.kind == "list":
         parts = [unlabel(item) for item in value.items]
         labels = {label for label, _ in parts}
@@ -75,11 +77,22 @@ def unlabel(value: Value) -> tuple[Expr | None, Value]:
     return label, values[-1]
 
 
+def _names_function(label: Expr, bare: Value) -> bool:
+    """`f(x) = ...`, `f'(x) = ...` and `a_n = ...` (where n occurs) name what was asked for; `y = ...` is an equation.
+    """
+    if isinstance(label, AppliedUndef) or str(label).endswith("'"):
+        return True
+    _, mark, index = str(label).partition("_")
+    return bool(mark) and any(symbol.name == index for symbol in _symbols(bare))
+
+
 def _label(value: Value) -> Expr | None:
     """The name on one side of an equation: a variable, an applied function, a tuple of variables."""
     match value:
         case Leaf(expr=expr) if expr.is_Symbol or isinstance(expr, AppliedUndef):
             return expr
+        case Leaf(expr=expr) if expr.is_Mul and all(part.is_Symbol and part.name.isupper() for part in expr.args):
+            return expr  # the length AB
         case Items(kind="tuple", brackets="()", items=items):
             names = [item.expr for item in items if isinstance(item, Leaf) and item.expr.is_Symbol]
             return sympy.Tuple(*names) if len(names) == len(items) else None
@@ -108,7 +121,7 @@ def _mentions(value: Value, label: Expr | None) -> bool:
         return any(_mentions(value, name) for name in label)
     if isinstance(label, AppliedUndef):
         return isinstance(value, Leaf) and value.expr.has(label.func)
-    return label in _symbols(value)
+    return bool(label.free_symbols & _symbols(value))
 
 
 def _same(gold: Value, answer: Value) -> bool:
@@ -153,6 +166,11 @@ def _same(gold: Value, answer: Value) -> bool:
             return True
         case Items(kind="set", items=(one,)), Leaf():
             return _same(one, answer)
+        case SetOperation(), SetOperation() if gold.operation == answer.operation:
+            if _same(gold.left, answer.left) and _same(gold.right, answer.right):
+                return True
+            if gold.operation != "minus" and _same(gold.left, answer.right) and _same(gold.right, answer.left):
+                return True
     return _same_regions(gold, answer)
 
 
@@ -231,8 +249,11 @@ def _same_grids(gold: tuple[tuple[Value, ...], ...], answer: tuple[tuple[Value, 
     )
 
 
+_MARKS = re.compile(r"[^\w\s](?!\d)")  # not before a digit: 3.5 is not 35
+_ARTICLES = re.compile(r"\b(?:the|a|an)\s")
+
+
 def same_words(gold: str, answer: str) -> bool:
     """Words without case, punctuation, articles and spacing, or two usual ways to say the same."""
-    one, two = (re.sub(r"\b(?:the|a|an)\s", "", re.sub(r"[^\w\s]", "", side.casefold())).strip() for side in (gold, answer))
-    one, two = " ".join(one.split()), " ".join(two.split())
+    one, two = (" ".join(_ARTICLES.sub("", _MARKS.sub("", side.casefold())).split()) for side in (gold, answer))
     return one == two or any(one in group and two in group for group in _SAME_WORDS)

@@ -126,9 +126,7 @@ def _after_hashes(text: str) -> Found | None:
 def _after_phrase(text: str) -> Found | None:
     """What stands between the last "the answer is" and the end of its sentence."""
     tail = text[-20_000:]
-    last = None
-    for last in _PHRASE.finditer(tail):
-        pass
+    last = _last(_PHRASE, tail)
     if last is None:
         return None
     rest = tail[last.end() :].lstrip()[:2000]
@@ -138,6 +136,13 @@ def _after_phrase(text: str) -> Found | None:
     end = _SENTENCE_END.search(rest)
     answer = _trim(rest[: end.start()] if end else rest)
     return Found(answer=answer, method="answer_is") if answer else None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    last = None
+    for match in pattern.finditer(text):
+        last = match
+    return last
 
 
 _DELIMITERS = (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("$", "$"))
@@ -162,11 +167,7 @@ _NUMBER = re.compile(
 def _last_expression(text: str) -> Found | None:
     """The last formula or the last number, whichever stands later."""
     tail = text[-5_000:]
-    formula = number = None
-    for formula in _MATH.finditer(tail):
-        pass
-    for number in _NUMBER.finditer(tail):
-        pass
+    formula, number = _last(_MATH, tail), _last(_NUMBER, tail)
     if formula is not None and (number is None or number.start() < formula.end()):
         answer = next(group for group in formula.groups() if group is not None).strip()
     elif number is not None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import sympy
-from sympy import Expr, Integer
+from sympy import Expr, Integer, Rational
 
-from cabochon.verifiers.math_lex import GREEK, MathSyntaxError
-from cabochon.verifiers.math_values import DEGREE, Items, Leaf, Value, divide, power
+from cabochon.verifiers.math_lex import GREEK, MathSyntaxError, Token
+from cabochon.verifiers.math_values import DEGREE, Items, Leaf, Value, divide, number, power
 
 if TYPE_CHECKING:
     from cabochon.verifiers.math_parse import _Parser
 
 SYMBOL_COMMANDS = GREEK | {"imath", "jmath", "degree", "begin:vmatrix", "langle", "vec"}
+FACTOR_COMMANDS = SYMBOL_COMMANDS | {"frac", "sqrt", "pi", "infty", "binom", "overline", "lfloor", "lceil"}
+"""What may stand directly after a factor and multiply it."""
+
 _CALLABLE = frozenset("fghFGHPQ")
 """Letters that are applied when a bracket follows: `f(x)`, not `f` times `x`."""
 
@@ -46,6 +50,10 @@ def symbol(parser: _Parser, letter: str) -> Value:
         name += "_" + _subscript(parser)
     while parser.accept("'"):
         name += "'"
+    inverse = [token.value for token in parser.tokens[parser.at : parser.at + 6]]
+    if letter in _CALLABLE and inverse == ["^", "{", "-", "1", "}", "("]:
+        parser.at += 5
+        name += "^-1"
     if letter in _CALLABLE and parser.token.value == "(":
         parser.next()
         arguments = parser.listing()
@@ -175,8 +183,30 @@ def _bare_argument(parser: _Parser) -> Expr:
     while parser.token.kind == "letter" or (parser.token.kind == "command" and (
             parser.token.value in (r"\pi", r"\frac", r"\sqrt") or parser.token.value[1:] in SYMBOL_COMMANDS)):
         value = multiply(value, _expr(parser.factor()))
-    if parser.token.value == "/" and parser.at + 1 < len(parser.tokens) and parser.tokens[parser.at + 1].kind == "number":
+    if parser.token.value == "/" and parser.tokens[parser.at + 1].kind == "number":
         parser.next()  # \sin \pi/6
         value = divide(value, _expr(parser.factor()))
     return value
 
+
+_LITERAL = re.compile(
+    r"(?:[-+] )?((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+    r"(?: (?:\\times|\\cdot|\*) 10 (?:\^|\*\*) (?:\{ )?([-+]? ?\d+)(?: \})?)?"
+)
+
+
+def as_literal(value: Leaf, written: list[Token]) -> Leaf:
+    """The same value, marked as a decimal when it was written as one (`-2.50`, `1.5 \\times 10^{-9}`)."""
+    if len(written) > 10 or not value.expr.is_Rational:
+        return value
+    match = _LITERAL.fullmatch(" ".join(token.value for token in written))
+    if match is None:
+        return value
+    literal = number(match.group(1))
+    exponent = int(match.group(2).replace(" ", "")) if match.group(2) else 0
+    if literal.ulp is None and not exponent:
+        return value
+    if abs(exponent) > 5000:
+        return value
+    ulp = (literal.ulp or Integer(1)) * Rational(10) ** exponent
+    return Leaf(value.expr, ulp, literal.digits or len(match.group(1).strip("0")))

@@ -15,7 +15,7 @@ from cabochon.verifiers.math_extract import Extraction, extract, last_box
 from cabochon.verifiers.math_lex import MathSyntaxError, clean
 from cabochon.verifiers.math_parse import parse
 from cabochon.verifiers.math_units import Split, conversion, split_unit
-from cabochon.verifiers.math_values import Leaf, Value, Words
+from cabochon.verifiers.math_values import Based, Leaf, Value, Words
 
 
 class UnusableGold(ValueError):
@@ -32,6 +32,9 @@ class Reading:
     problem: str = ""
 
 
+_SPACED = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d.,]|\s*\d)")
+_UNGROUPED = re.compile(r"\d,(?:\d{1,2}|\d{4,})(?!\d)")
+_GROUPED_INSIDE = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _GROUPED = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+)((?:\.\d+)?)")
 
 
@@ -44,11 +47,11 @@ def read(answer: str) -> Reading:
     if "\x00" in text:
         return Reading(text=text, split=Split(text), value=None, problem="a NUL byte")
     split = split_unit(text)
-    core = re.sub(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d.,]|\s*\d)", lambda found: found.group().replace(" ", ""), split.core)
+    core = _SPACED.sub(lambda found: found.group().replace(" ", ""), split.core)
     if _GROUPED.fullmatch(core):
         core = core.replace(",", "")
-    elif re.search(r"\d,\d{3}", core) and not re.search(r"\d,(?:\d{1,2}|\d{4,})(?!\d)", core) and not re.match(r"[(\[]|\\\{", core):
-        core = re.sub(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", lambda found: found.group().replace(",", ""), core)
+    elif not _UNGROUPED.search(core) and not core.startswith(("(", "[", r"\{")):
+        core = _GROUPED_INSIDE.sub(lambda found: found.group().replace(",", ""), core)
     try:
         value = parse(core)
     except MathSyntaxError as error:
@@ -63,7 +66,11 @@ def read(answer: str) -> Reading:
     return Reading(text=text, split=split, value=value)
 
 
-_CHOICE = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*(?:[Oo]ption\s+|[Cc]hoice\s+)?(\(?)\s*([A-Ja-j])\s*(\)?)\s*\}?([.:)]?)\s*(.*)", re.DOTALL)
+_CHOICE = re.compile(
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*(?:[Oo]ption\s+|[Cc]hoice\s+)?"
+    r"(\(?)\s*([A-Ja-j])\s*(\)?)\s*\}?([.:)]?)\s*(.*)",
+    re.DOTALL,
+)
 
 
 def chosen(text: str, *, alone: bool = False) -> str | None:
@@ -100,21 +107,32 @@ def matches(gold: str, answer: str, *, prompt: str = "", choices: Sequence[str] 
         answer = choices[ord(given) - ord("A")]
     left, right = _read_gold(gold), read(answer)
     if left.value is None or right.value is None:
-        if left.text and left.text == right.text:
+        if left.text and _tight(left.text) == _tight(right.text):
             return True, "the same text"
-        if left.value is None:
-            return same_words(left.text, right.text) and not re.search(r"[^\w\s.,'-]", left.text), "compared as words"
+        if left.value is None or isinstance(left.value, Words):
+            plain = re.search(r"[^\w\s.,'-]", _plain(left.text)) is None
+            return plain and same_words(_plain(left.text), _plain(right.text)), "compared as words"
         return False, f"the answer cannot be read: {right.problem}"
     return _same_quantities(left, right, prompt)
 
 
+def _tight(text: str) -> str:
+    """Without the spaces that no reading depends on."""
+    return re.sub(r"\s*([^\w\s\\])\s*", r"\1", " ".join(text.split()))
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text)
+
+
 def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool, str]:
-    assert gold.value is not None and answer.value is not None
+    assert gold.value is not None
+    assert answer.value is not None
     factor = conversion(gold.split.unit, answer.split.unit)
     if factor is None:
         return False, "a different unit"
     ask_percent = "percent" in prompt.casefold() or "%" in prompt
-    if "base" in prompt.casefold() and re.fullmatch(r"\d+", answer.text) and re.fullmatch(rf"0*{answer.text}_\{{?\d+\}}?", gold.text):
+    if "base" in prompt.casefold() and isinstance(gold.value, Based) and answer.text == gold.value.digits:
         return True, "the same digits, base understood"
     one, two = gold.value, answer.value
     if gold.split.percent != answer.split.percent and not ask_percent:

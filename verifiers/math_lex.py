@@ -1,4 +1,6 @@
-"""From an answer as written to tokens: LaTeX and plain text, normalised to one small vocabulary. Standard library only."""
+"""From an answer as written to tokens: LaTeX and plain text, normalised to one small vocabulary. Standard library
+only.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ class MathSyntaxError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    kind: Literal["number", "letter", "word", "function", "command", "op", "text", "end"]
+    kind: Literal["number", "based", "letter", "word", "function", "command", "op", "text", "end"]
     value: str
 
 
@@ -32,7 +34,8 @@ _UNICODE = str.maketrans({
     "⁷": "^{7}", "⁸": "^{8}", "⁹": "^{9}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
     "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "₂": "_{2}", "₃": "_{3}", "₈": "_{8}", "⟨": r"\langle ",
     "⟩": r"\rangle ", "’": "'", "‘": "'", "′": "'", "\u00a0": " ", "\u202f": " ", "\u2009": " ", "，": ",", "：": ":",
-    "（": "(", "）": ")", "\ufeff": "", "\u200b": "", "∨": r" \lor ", "∧": r" \land ", "→": r" \to ", "∖": r" \setminus ",
+    "（": "(", "）": ")", "\ufeff": "", "\u200b": "", "∨": r" \lor ", "∧": r" \land ", "→": r" \to ",
+    "∖": r" \setminus ",
 })
 
 _WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
@@ -65,10 +68,16 @@ def clean(text: str) -> str:
     text = _SPACING.sub(" ", text)
     text = re.sub(r"(?<!\\)\\ ", " ", text)
     text = _REPEATING.sub(_repeating, text)
+    text = _DERIVATIVE.sub(lambda name: (name.group(1) or name.group(2)) + "'", text)
     text = text.replace(r"\%", "%").replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
     text = text.replace(r"\lvert", "|").replace(r"\rvert", "|").replace(r"\vert", "|").replace(r"\mid", "|")
-    return re.sub(r"\\(?:dfrac|tfrac|cfrac)(?![A-Za-z])", r"\\frac", text).strip()
+    return " ".join(re.sub(r"\\(?:dfrac|tfrac|cfrac)(?![A-Za-z])", r"\\frac", text).split())
 
+
+_DERIVATIVE = re.compile(
+    r"\\[dt]?frac\s*\{\s*d\s*([a-z])\s*\}\s*\{\s*d\s*[a-z]\s*\}|(?<![A-Za-z])d([a-z])/d[a-z](?![A-Za-z])"
+)
+"""`dy/dx` is one name, not y over x."""
 
 _REPEATING = re.compile(r"(\d{0,50})\.(\d{0,50})\\overline\s*\{\s*(\d{1,50})\s*\}")
 
@@ -91,8 +100,10 @@ def _balanced(text: str) -> bool:
 
 _TOKEN = re.compile(
     r"(?P<space>\s+)"
+    r"|(?P<based>(?=[0-9A-Z]*[A-Z])[0-9A-Z]{2,}_(?:\{\s*)?(?:1[1-9]|2\d|3[0-6])(?!\d)(?:\s*\})?)"
     r"|(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+(?![\d.a-zA-Z]))?)"
-    r"|(?P<text>\\(?:text|textbf|textit|textrm|textsf|mbox|mathrm|mathbf|mathit|mathsf|operatorname|operatorname\*|mathop)\s*\{(?P<inside>[^{}\\$]*)\})"
+    r"|(?P<text>\\(?:text|textbf|textit|textrm|textsf|mbox|mathrm|mathbf|mathit|mathsf|operatorname\*?|mathop)\s*"
+    r"\{(?P<inside>[^{}\\$]*)\})"
     r"|(?P<double>\\(?:mathbb|mathcal)\s*\{?\s*(?P<set>[A-Z])\}?)"
     r"|(?P<environment>\\(?:begin|end)\s*\{(?P<name>[A-Za-z]+\*?)\}(?:\{[clr|]*\})?)"
     r"|(?P<command>\\[A-Za-z]+\*?)"
@@ -104,15 +115,20 @@ _TOKEN = re.compile(
 )
 
 FUNCTIONS = frozenset(
-    ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "coth", "asin", "acos", "atan", "ln", "log", "exp", "lg", "sqrt", "abs", "gcd", "lcm", "max", "min", "floor", "ceil", "cbrt"]
+    ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "coth", "asin",
+     "acos", "atan", "ln", "log", "exp", "lg", "sqrt", "abs", "gcd", "lcm", "max", "min", "floor", "ceil", "cbrt"]
 )
 CONSTANTS = {"pi": r"\pi", "infinity": r"\infty", "inf": r"\infty", "oo": r"\infty", "infty": r"\infty"}
 GREEK = frozenset(
-    ["alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "upsilon", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Sigma", "Phi", "Psi", "Omega", "ell", "hbar"]
+    ["alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa",
+     "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "upsilon", "phi", "varphi", "chi", "psi", "omega", "Gamma",
+     "Delta", "Theta", "Lambda", "Xi", "Sigma", "Phi", "Psi", "Omega", "ell", "hbar"]
 )
 CONNECTIVES = {"and": "and", "or": "or", "in": r"\in", "cup": r"\cup", "union": r"\cup", "U": r"\cup", "cap": r"\cap"}
 _SHORT_WORDS = frozenset(
-    ["yes", "no", "dne", "odd", "even", "one", "two", "six", "ten", "not", "all", "any", "the", "none", "both", "only", "is", "are", "of", "to", "at", "by", "for", "on", "as", "it", "be", "he", "she", "his", "her", "man", "day", "mon", "tue", "wed", "thu", "fri", "sat", "sun", "am", "pm", "red"]
+    ["yes", "no", "dne", "odd", "even", "one", "two", "six", "ten", "not", "all", "any", "the", "none", "both",
+     "only", "is", "are", "of", "to", "at", "by", "for", "on", "as", "it", "be", "he", "she", "his", "her", "man",
+     "day", "mon", "tue", "wed", "thu", "fri", "sat", "sun", "am", "pm", "red"]
 )
 
 
@@ -168,6 +184,8 @@ def tokenise(text: str) -> list[Token]:
             tokens.append(Token("function", name) if name in FUNCTIONS and name != "sqrt" else Token("command", value))
         elif kind == "number":
             tokens.append(Token("number", value))
+        elif kind == "based":
+            tokens.append(Token("based", value.replace(" ", "")))
         elif kind in ("op", "escaped"):
             tokens.append(Token("op", value))
         elif kind == "other":

@@ -42,11 +42,11 @@ _RELATIONS: dict[str, Relation] = {
 }
 _SET_OPERATIONS = {r"\cup": "union", r"\bigcup": "union", r"\cap": "intersection", r"\setminus": "minus",
                    r"\backslash": "minus"}
-_NAMED_SETS = {r"\R": "R", r"\Z": "Z", r"\N": "N", r"\Q": "Q", r"\C": "C", r"\emptyset": "empty", r"\varnothing": "empty",
-               r"\reals": "R"}
+_NAMED_SETS = {r"\R": "R", r"\Z": "Z", r"\N": "N", r"\Q": "Q", r"\C": "C", r"\emptyset": "empty",
+               r"\varnothing": "empty", r"\reals": "R"}
 _CLOSERS = {"(": (")", "]"), "[": ("]", ")"), r"\{": (r"\}",), r"\langle": (r"\rangle",)}
-_JOINTS = {",": ",", ";": ",", "and": "and", "or": "or", r"\lor": "or", r"\vee": "or", r"\land": "and", r"\wedge": "and",
-           "&&": "and", "||": "or"}
+_JOINTS = {",": ",", ";": ",", "and": "and", "or": "or", r"\lor": "or", r"\vee": "or", r"\land": "and",
+           r"\wedge": "and", "&&": "and", "||": "or"}
 
 
 def parse(text: str) -> Value:
@@ -141,7 +141,7 @@ class _Parser:
         self.depth -= 1
         if isinstance(value, Leaf):
             written = self.tokens[start : self.at]
-            value = _with_plus_minus(value.expr) if value.expr.has(PM) else _as_literal(value, written)
+            value = _with_plus_minus(value.expr) if value.expr.has(PM) else functions.as_literal(value, written)
         return value
 
     # -------------------------------------------------------------------------------------------- arithmetic
@@ -149,7 +149,8 @@ class _Parser:
     def sum(self) -> Value:
         sign = self.accept("+", "-", r"\pm", r"\mp")
         first = self.term()
-        if sign is None and not (self.token.kind in ("op", "command") and self.token.value in ("+", "-", r"\pm", r"\mp")):
+        more = self.token.kind in ("op", "command") and self.token.value in ("+", "-", r"\pm", r"\mp")
+        if sign is None and not more:
             return first
         if sign == "+" and not isinstance(first, Leaf):
             return first
@@ -185,10 +186,7 @@ class _Parser:
             return self.at > 0 and self.tokens[self.at - 1].value in (")", "}", "]")
         if token.kind == "op":
             return token.value in ("(", "{", "[") or (token.value == "|" and not self.bars)
-        return token.kind == "command" and token.value not in _RELATIONS and token.value not in _SET_OPERATIONS and (
-            token.value in (r"\frac", r"\sqrt", r"\pi", r"\infty", r"\binom", r"\overline", r"\lfloor", r"\lceil", r"\imath")
-            or token.value[1:] in functions.SYMBOL_COMMANDS
-        )
+        return token.kind == "command" and token.value[1:] in functions.FACTOR_COMMANDS
 
     def mixed_number(self) -> Leaf | None:
         """`1\\frac{2}{3}` and `1 2/3`: an integer followed directly by a proper fraction of integers."""
@@ -250,7 +248,8 @@ class _Parser:
         return Based(digits.lstrip("0") or "0", int(base))
 
     def argument(self, *, exponent: bool = False) -> Value:
-        """What follows `^`, `_` or a command: a brace group, or one token (one *digit* after a command, as in LaTeX)."""
+        """What follows `^`, `_` or a command: a brace group, or one token (one *digit* after a command, as in LaTeX).
+        """
         if self.accept("{"):
             value = self.sum()
             self.expect("}")
@@ -275,6 +274,11 @@ class _Parser:
                 return Leaf(number(token.value).expr)
             case "letter":
                 return functions.symbol(self, token.value)
+            case "based":
+                digits, _, base = token.value.replace("{", "").replace("}", "").partition("_")
+                if any(int(digit, 36) >= int(base) for digit in digits):
+                    raise MathSyntaxError("not a number in that base")
+                return Based(digits.lstrip("0") or "0", int(base))
             case "function":
                 return Leaf(functions.named(self, token.value))
             case "op" if token.value in _CLOSERS or token.value == "{":
@@ -380,26 +384,3 @@ def _signed(sign: str | None, expr: Expr) -> Expr:
 
 def _with_plus_minus(expr: Expr) -> Value:
     return Items("list", (Leaf(expr.subs(PM, Integer(1))), Leaf(expr.subs(PM, Integer(-1)))))
-
-
-_LITERAL = re.compile(
-    r"(?:[-+] )?((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
-    r"(?: (?:\\times|\\cdot|\*) 10 (?:\^|\*\*) (?:\{ )?([-+]? ?\d+)(?: \})?)?"
-)
-
-
-def _as_literal(value: Leaf, written: list[Token]) -> Leaf:
-    """The same value, marked as a decimal when it was written as one (`-2.50`, `1.5 \\times 10^{-9}`)."""
-    if len(written) > 10 or not value.expr.is_Rational:
-        return value
-    match = _LITERAL.fullmatch(" ".join(token.value for token in written))
-    if match is None:
-        return value
-    literal = number(match.group(1))
-    exponent = int(match.group(2).replace(" ", "")) if match.group(2) else 0
-    if literal.ulp is None and not exponent:
-        return value
-    if abs(exponent) > 5000:
-        return value
-    ulp = (literal.ulp or Integer(1)) * Rational(10) ** exponent
-    return Leaf(value.expr, ulp, literal.digits or len(match.group(1)))

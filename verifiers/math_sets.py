@@ -18,7 +18,7 @@ def region(value: Value, depth: int = 0) -> tuple[sympy.Set, str] | None:
         case NamedSet(name=name) if name in _NAMED:
             return _NAMED[name], ""
         case Items(kind="tuple", items=(Leaf() as low, Leaf() as high), brackets=brackets) if brackets != "::":
-            if not (_real(low) and _real(high)) or not (low.expr < high.expr) == True:  # noqa: E712 (sympy's own truth)
+            if not (_real(low) and _real(high)) or (low.expr < high.expr) != sympy.true:
                 return None
             return Interval(low.expr, high.expr, brackets[0] == "(", brackets[1] == ")"), ""
         case Items(kind="set", items=items):

@@ -32,11 +32,18 @@ _define("temperature", celsius=1)
 _define("temperature_f", fahrenheit=1)
 _CASED = {"L", "mL", "J", "kJ", "N", "W", "kW"}
 _SPEEDS = {"mph": "mile per hour", "kph": "km per hour", "kmh": "km per hour", "mps": "m per s"}
-_MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
-                "half": None, "halves": None, "third": None, "thirds": None, "quarter": None, "quarters": None}
+_MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _NEVER = frozenset(
-    ["or", "and", "to", "less", "more", "than", "times", "plus", "minus", "over", "by", "is", "not", "negative", "no", "x", "y", "z", "e", "i", "pi", "if", "else", "either", "neither", "about", "approximately", "least", "most", "between", "except", "greater", "fewer", "under", "above", "below", "up", "down", "mod", "factorial", "squared", "cubed", "base"]
+    ["or", "and", "to", "less", "more", "than", "times", "plus", "minus", "over", "by", "is", "not", "negative", "no",
+     "x", "y", "z", "e", "i", "pi", "if", "else", "either", "neither", "about", "approximately", "least", "most",
+     "between", "except", "greater", "fewer", "under", "above", "below", "up", "down", "mod", "modulo", "factorial",
+     "squared", "cubed", "base", "root", "choose", "divided", "multiplied", "power", "remainder", "sin", "cos", "tan",
+     "log", "ln", "exp", "sqrt", "infinity", "maybe", "perhaps", "probably", "wrong", "incorrect", "false", "true",
+     "but", "third", "thirds", "quarter", "quarters", "fourth", "fourths", "fifth", "fifths", "sixth", "sixths",
+     "seventh", "sevenths", "eighth", "eighths", "ninth", "ninths", "tenth", "tenths", "hundredth", "hundredths",
+     "thousandth", "thousandths", "half", "halves"]
 )
+_FILLERS = frozenset(["long", "tall", "wide", "high", "deep", "old", "away", "total", "each", "left", "remaining"])
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,14 @@ class Split:
 
 
 _ROMAN_TAIL = re.compile(
-    r"((?:(?:/\s*)?\\(?:text|mathrm|textbf|textit|mbox|operatorname|textrm)\s*\{[^{}]{0,80}\}\s*(?:\^\s*\{?\s*-?\d\s*\}?\s*)?(?:/\s*)?)+)$"
+    r"((?:\\(?:text|mathrm|textbf|textit|mbox|operatorname|textrm)\s*\{[^{}]{0,80}\}\s*"
+    r"(?:\^\s*\{?\s*-?\d\s*\}?\s*)?(?:/\s*)?)+)$"
 )
-_PLAIN_TAIL = re.compile(r"(?<=[\d\s)}])\s*([A-Za-z][A-Za-z.'-]*(?:(?:\s+|\s*/\s*|\s*\^\s*\{?-?\d\}?)[A-Za-z.'-]*)*)$")
-_NUMERIC_CORE = re.compile(r"[-+]?(?:[\d.,\s/]|\\frac\s*\{?\s*\d+\s*\}?\s*\{?\s*\d+\s*\}?|\\pi|\\sqrt\s*\{?\d+\}?|[-+*^{}()]|\\times|\\cdot)+")
+_PLAIN_TAIL = re.compile(r"(?<=[\d\s)}])\s*([A-Za-z][A-Za-z.'\s/-]*(?:\^\s*\{?-?\d\}?[A-Za-z.'\s/-]*)*)$")
+"""Both tails can be split in one way only, or a hostile answer would make the match exponential."""
+_NUMERIC_CORE = re.compile(
+    r"(?:[\d.,\s/+*^{}()-]|\\frac(?![A-Za-z])|\\pi(?![A-Za-z])|\\sqrt(?![A-Za-z])|\\times|\\cdot)+"
+)
 _CURRENCY = re.compile(r"([-+]?)\s*(?:\\\$|\$|£|€|USD|US\\?\$)\s*(?=[-\d.(\\])")
 
 
@@ -83,10 +94,13 @@ def split_unit(text: str, *, numeric_only: bool = True) -> Split:
             return Split(text, unit)
         words, core = tail.group(1), text[: tail.start(1)].rstrip()
         letters = words.split()[0]
-        if len(letters.rstrip(".")) == 1 and (text[tail.start(1) - 1] != " " or letters not in _BASE):
+        temperature = letters in ("C", "F") and core.endswith((r"\circ", "circ}"))
+        spaced_unit = text[tail.start(1) - 1] == " " and letters in _BASE
+        if len(letters.rstrip(".")) == 1 and not temperature and not spaced_unit:
             return Split(text, unit)
     core = re.sub(r"\^\s*\{?\s*\\circ\s*\}?$", "", core) if re.match(r"\s*[CF]\b", words) else core
-    if not core or not any(mark.isdigit() for mark in core) or not _NUMERIC_CORE.fullmatch(core):
+    label, _, value = core.rpartition("=")
+    if not any(mark.isdigit() for mark in value) or not _NUMERIC_CORE.fullmatch(value) or len(label) > 40:
         return Split(text, unit)
     return _with_words(text, core, " ".join(words.split()), unit)
 
@@ -98,15 +112,17 @@ def _with_words(text: str, core: str, words: str, unit: Unit | None) -> Split:
     parts = re.findall(r"[a-z]+", folded)
     scale = 1
     while parts and parts[0] in _MULTIPLIERS:
-        factor = _MULTIPLIERS[parts.pop(0)]
-        if factor is None:
-            return Split(text, unit)
-        scale *= factor
+        scale *= _MULTIPLIERS[parts.pop(0)]
         folded = folded.split(None, 1)[1] if " " in folded else ""
         words = words.split(None, 1)[1] if " " in words else ""
-    if any(part in _NEVER and part not in ("squared", "cubed") for part in parts) or len(parts) > 8:
+    while len(parts) > 1 and parts[-1] in _FILLERS:
+        parts.pop()
+        words = words.rsplit(None, 1)[0]
+    if any(part in _NEVER and (part not in ("squared", "cubed") or not place) for place, part in enumerate(parts)):
         return Split(text, unit)
-    return Split(core, parse_unit(words) if parts else unit, scale=scale)
+    if len(parts) > 8:
+        return Split(text, unit)
+    return Split(core, parse_unit(words) if parts and unit is None else unit, scale=scale)
 
 
 def _base(word: str) -> tuple[str, Fraction] | None:

@@ -1,7 +1,8 @@
 """What an answer can be, and arithmetic that cannot explode.
 
-Numbers and formulas are sympy expressions built by the guarded functions below: a power, factorial or binomial too large
-to write out stays an *opaque* function of its arguments, which equals only itself. So `9^{9^{9}}` costs nothing.
+Numbers and formulas are sympy expressions built by the guarded functions below: a power, factorial or binomial too
+large to write out stays an *opaque* function of its arguments, which equals only itself. So `9^{9^{9}}` costs
+nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ Relation = Literal["=", "!=", "<", "<=", ">", ">=", "in", "~"]
 
 @dataclass(frozen=True)
 class Leaf:
-    """A number or formula. `ulp` and `digits` are set when it was written as a decimal: the worth of one unit in its last
-    place, and how many significant digits it has."""
+    """A number or formula. `ulp` and `digits` are set when it was written as a decimal: the worth of one unit in its
+    last place, and how many significant digits it has."""
 
     expr: Expr
     ulp: Rational | None = None
@@ -104,9 +105,6 @@ def power(base: Expr, exponent: Expr) -> Expr:
             return _opaque("power", base, exponent)
     elif exponent.is_Rational and (abs(exponent.p) > BITS_LIMIT or exponent.q > BITS_LIMIT):
         return _opaque("power", base, exponent)
-    elif base.is_number and exponent.is_number and not base.is_Rational:
-        if not exponent.is_Rational and exponent.has(sympy.Function("opaque_power")):
-            return _opaque("power", base, exponent)
     if base.is_zero and exponent.is_negative:
         raise MathSyntaxError("division by zero")
     return base**exponent
@@ -127,9 +125,8 @@ def factorial(value: Expr) -> Expr:
 
 
 def binomial(top: Expr, bottom: Expr) -> Expr:
-    if top.is_Integer and bottom.is_Integer:
-        if not 0 <= bottom <= top or top > 5000:
-            return _opaque("binomial", top, bottom)
+    if top.is_Integer and bottom.is_Integer and (not 0 <= bottom <= top or top > 5000):
+        return _opaque("binomial", top, bottom)
     return sympy.binomial(top, bottom)
 
 
@@ -143,7 +140,7 @@ def number(text: str) -> Leaf:
     value = Rational(int((whole + fraction) or "0")) * Rational(10) ** (scale - len(fraction))
     if (not dot or not fraction) and scale >= 0:
         return Leaf(value)
-    digits = len((whole + fraction).lstrip("0"))
+    digits = len((whole + fraction).strip("0"))  # 10.0 and 2.50 say no more than 10 and 2.5
     return Leaf(value, Rational(10) ** (scale - len(fraction)), max(digits, 1))
 
 

@@ -1,8 +1,8 @@
 """Many completions at once, in order, with a proof that grading works here before a run may start.
 
-The threads below only wait; what is killed at a deadline are the worker processes and sandboxes behind the verifier. This
-is the one place where an exception becomes a verdict: an `infra_error`, which carries no score, so that a broken grader
-can never look like a wrong answer.
+The threads below only wait; what is killed at a deadline are the worker processes and sandboxes behind the verifier.
+This is the one place where an exception becomes a verdict: an `infra_error`, which carries no score, so that a broken
+grader can never look like a wrong answer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class VerifierPool:
     def __init__(
         self, *, verifier: Verifier, probes: Sequence[Probe], concurrency: int = 2, retries: int = 1
     ) -> None:
-        """Proves the verifier in this very process first. Raises GradingBroken if it fails, ValueError without probes."""
+        """Proves the verifier in this very process first. Raises GradingBroken if it fails, ValueError without
+        probes.
+        """
         if not probes:
             raise ValueError("VerifierPool needs at least one probe: a task with an answer known to be right")
         self._start(verifier, concurrency, retries)
@@ -109,7 +111,9 @@ class VerifierPool:
         wanted = [
             (probe, what, text, score)
             for probe in probes
-            for what, text, score in (("gold", probe.gold, 1.0), ("blank", probe.blank, 0.0), ("garbage", probe.garbage, 0.0))
+            for what, text, score in (
+                ("gold", probe.gold, 1.0), ("blank", probe.blank, 0.0), ("garbage", probe.garbage, 0.0)
+            )
         ]
         verdicts = self.verify([probe.task for probe, *_ in wanted], [text for _, _, text, _ in wanted])
         for (probe, what, _, score), verdict in zip(wanted, verdicts, strict=True):

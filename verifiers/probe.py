@@ -106,6 +106,7 @@ def sample_tasks(name: str) -> list[Task]:
             return [*puzzle_tasks(Puzzles(name="countdown", size=1)), *puzzle_tasks(Puzzles(name="chain_sum", size=1))]
     golds = ("72", r"\frac{3}{4}", r"x^2+2x+1", r"(-\infty,2)\cup(3,\infty)")
     return [
-        Task(id=f"sample/{number}", prompt="A question.", verifier=name, payload={"answer": gold, "solution": f"${gold}$"})
+        Task(id=f"sample/{number}", prompt="A question.", verifier=name,
+             payload={"answer": gold, "solution": f"${gold}$"})
         for number, gold in enumerate(golds)
     ]

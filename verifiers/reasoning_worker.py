@@ -1,15 +1,16 @@
 """Answers to reasoning-gym puzzles, judged inside a killable worker that serves one item and dies.
 
-The library's own scorers are not used as they are: the default pays for any answer that contains the right one, `game_of_
-life_halting` and a coin flip can be won by any word, `puzzle24` takes numbers that were not given, and several `eval` or
-`parse_expr` what the model wrote. So each puzzle is judged by one of four rules, and 1 is paid for a full solution only:
+The library's own scorers are not used as they are: the default pays for any answer that contains the right one,
+`game_of_life_halting` and a coin flip can be won by any word, `puzzle24` takes numbers that were not given, and
+several `eval` or `parse_expr` what the model wrote. So each puzzle is judged by one of four rules, and 1 is paid for
+a full solution only:
 
 * *exact*: the answer is the oracle's, white space at line ends and runs of blanks aside. Sound for every puzzle; the
   default.
 * *value*: the oracle is a number, compared as `math_judge` does.
 * *arithmetic*: countdown and puzzle24; our own exact evaluation, with just the given numbers, each once.
-* *scorer*: puzzles with many right answers whose scorers simulate the solution and do not evaluate text. Only their full
-  mark counts, and only for text made of the characters such an answer needs.
+* *scorer*: puzzles with many right answers whose scorers simulate the solution and do not evaluate text. Only their
+  full mark counts, and only for text made of the characters such an answer needs.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from typing import Any
 from cabochon.verifiers.math_extract import Extraction, extract, final_part
 
 VALUE = frozenset(
-    "chain_sum products basic_arithmetic decimal_arithmetic decimal_chain_sum gsm_symbolic leg_counting gcd lcm "
-    "simple_equations count_primes dice number_sequence letter_counting largest_island rectangle_count complex_arithmetic "
-    "simple_geometry polynomial_multiplication".split()
+    ["chain_sum", "products", "basic_arithmetic", "decimal_arithmetic", "decimal_chain_sum", "gsm_symbolic",
+     "leg_counting", "gcd", "lcm", "simple_equations", "count_primes", "dice", "number_sequence", "letter_counting",
+     "largest_island", "rectangle_count", "complex_arithmetic", "simple_geometry", "polynomial_multiplication"]
 )
 ARITHMETIC = frozenset(["countdown", "puzzle24"])
 SCORER = {
@@ -74,8 +75,8 @@ def same_text(oracle: str, answer: str) -> bool:
 
 
 def items(name: str, size: int, seed: int, config: list[list[Any]]) -> dict[str, Any]:
-    """Question and answer of every item; made here because several datasets depend on Python's hash seed, which is fixed
-    in a worker and random elsewhere. `unusable` says what is wrong with the name or the settings."""
+    """Question and answer of every item; made here because several datasets depend on Python's hash seed, which is
+    fixed in a worker and random elsewhere. `unusable` says what is wrong with the name or the settings."""
     import reasoning_gym.factory
 
     if name not in reasoning_gym.factory.DATASETS:
@@ -103,7 +104,7 @@ def judge(
         source = dataset(name, size, seed, tuple((key, _frozen(value)) for key, value in config))
         entry = source[index]
         if not prompt.startswith(str(entry["question"])):
-            raise RuntimeError(f"item {index} of {name} is not the question that was asked: is reasoning-gym another version?")
+            raise RuntimeError(f"item {index} of {name} is not what was asked: is reasoning-gym another version?")
         oracle = None if entry["answer"] is None else str(entry["answer"])
         answer = answer_of(text)
         evidence = {"answer": answer[:500], "gold": (oracle or "")[:500], "rule": rule_of(name)}

@@ -1,8 +1,8 @@
 """Tasks out of JSONL files, and a split into training and held-out tasks that cannot leak.
 
 Known shapes are recognised by their columns: GSM8K (`question`, `answer` ending in `#### 72`), MATH (`problem`,
-`solution` with a box, or `answer`), MBPP (`text` or `prompt`, `test_list`), HumanEval (`prompt`, `test`, `entry_point`).
-Anything else needs a `Columns` map.
+`solution` with a box, or `answer`), MBPP (`text` or `prompt`, `test_list`), HumanEval (`prompt`, `test`,
+`entry_point`). Anything else needs a `Columns` map.
 """
 
 from __future__ import annotations

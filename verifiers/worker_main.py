@@ -1,8 +1,8 @@
 """What runs in the killable processes: a zygote that imports once and forks, and the loop of one worker.
 
 The zygote is started by `workers.WorkerPool` with a clean environment, imports the heavy modules (sympy), and forks a
-worker per request of the owner, so that a replacement costs milliseconds instead of seconds. It reaps a worker only when
-the owner asks for it: a process id that the owner still holds can therefore never be reused for a stranger.
+worker per request of the owner, so that a replacement costs milliseconds instead of seconds. It reaps a worker only
+when the owner asks for it: a process id that the owner still holds can therefore never be reused for a stranger.
 
 Requests and replies are length-prefixed JSON: a worker may have been turned by what a model wrote, so the owner never
 unpickles anything from it. Standard library only, since this file is imported before anything else.
@@ -43,6 +43,21 @@ def read_exactly(connection: socket.socket, count: int) -> bytes:
         chunk = connection.recv(min(count - len(parts), 1 << 20))
         if not chunk:
             raise EOFError("the other side closed the connection")
+        parts += chunk
+    return bytes(parts)
+
+
+def read_until(connection: socket.socket, count: int, until: float) -> bytes:
+    """Like `read_exactly`, against one deadline for all of it."""
+    parts = bytearray()
+    while len(parts) < count:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connection.settimeout(left)
+        chunk = connection.recv(min(count - len(parts), 1 << 20))
+        if not chunk:
+            raise EOFError
         parts += chunk
     return bytes(parts)
 

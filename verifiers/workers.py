@@ -1,10 +1,10 @@
 """Killable worker processes: one function call, one deadline, and a verdict on what happened to it.
 
-Why not threads or SIGALRM: a thread cannot be killed inside `9**9**9`, and a signal works on the main thread only, which
-is not where a Ray actor runs. Why not multiprocessing: its children inherit the environment (secrets) and import the
-caller's `__main__`, and forking a process in which JAX has started threads can deadlock. Here a fresh interpreter with a
-clean environment (the *zygote*, see `worker_main`) imports once and forks; nothing of the owner is in it but its
-`sys.path`. A pool can be used from any thread of the process that made it.
+Why not threads or SIGALRM: a thread cannot be killed inside `9**9**9`, and a signal works on the main thread only,
+which is not where a Ray actor runs. Why not multiprocessing: its children inherit the environment (secrets) and
+import the caller's `__main__`, and forking a process in which JAX has started threads can deadlock. Here a fresh
+interpreter with a clean environment (the *zygote*, see `worker_main`) imports once and forks; nothing of the owner is
+in it but its `sys.path`. A pool can be used from any thread of the process that made it.
 
 A deadline starts when a worker starts on the item: waiting for a free worker costs nothing. What is killed is replaced.
 """
@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from cabochon.verifiers.worker_main import HEADER, REPLY_LIMIT, encode, read_exactly
+from cabochon.verifiers.worker_main import HEADER, REPLY_LIMIT, encode, read_exactly, read_until
 
 _BOOT = (
     "import json,sys; fd,path,preload,memory=json.loads(sys.argv[1]); sys.path[:]=path; "
@@ -38,9 +38,9 @@ _BOOT = (
 class Outcome:
     """What became of one call.
 
-    `done` carries the function's value. `timeout`, `oom`, `crash` (a fault such as a segmentation fault) and `recursion`
-    are put down to the input. `infra_error` is the machine: the worker was killed from outside, was starved of CPU, could
-    not be started, or the function itself raised.
+    `done` carries the function's value. `timeout`, `oom`, `crash` (a fault such as a segmentation fault) and
+    `recursion` are put down to the input. `infra_error` is the machine: the worker was killed from outside, was
+    starved of CPU, could not be started, or the function itself raised.
     """
 
     status: Literal["done", "timeout", "oom", "crash", "recursion", "infra_error"]
@@ -185,11 +185,11 @@ class WorkerPool:
         try:
             worker.connection.settimeout(deadline)
             worker.connection.sendall(request)
-            header = _read(worker.connection, HEADER.size, until)
+            header = read_until(worker.connection, HEADER.size, until)
             (length,) = HEADER.unpack(header)
             if length > REPLY_LIMIT:
                 return Outcome(status="crash", detail="the worker sent an oversized reply")
-            reply = json.loads(_read(worker.connection, length, until))
+            reply = json.loads(read_until(worker.connection, length, until))
         except TimeoutError:
             used = _cpu_seconds(worker.pid) - cpu
             if used < 0.2 * deadline and not stall_is_timeout:
@@ -354,21 +354,6 @@ class WorkerPool:
             self._zygote.kill()  # its workers die with it
             self._zygote.wait()
             self._zygote = None
-
-
-def _read(connection: socket.socket, count: int, until: float) -> bytes:
-    """Like `read_exactly`, against one deadline for all of it."""
-    parts = bytearray()
-    while len(parts) < count:
-        left = until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        connection.settimeout(left)
-        chunk = connection.recv(min(count - len(parts), 1 << 20))
-        if not chunk:
-            raise EOFError
-        parts += chunk
-    return bytes(parts)
 
 
 def _cpu_seconds(pid: int) -> float:
