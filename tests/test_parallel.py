@@ -13,8 +13,10 @@ from cabochon.learner import Learner, LearnerConfig, cross_entropy
 from cabochon.model import transformer as tf
 from cabochon.testing import tiny_moe
 
-MODEL = tiny_moe()
-MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 4, 1), (2, 1, 2, 2), (1, 2, 2, 2), (1, 4, 1, 2), (1, 1, 4, 2)]
+MODEL = tiny_moe(num_layers=2, layer_kinds=("dense", "moe"))
+ALWAYS = [(1, 2, 2, 2), (2, 1, 4, 1), (1, 8, 1, 1)]
+MORE = [(8, 1, 1, 1), (1, 2, 4, 1), (2, 1, 2, 2), (1, 4, 1, 2), (1, 1, 4, 2), (2, 2, 1, 2)]
+MESHES = [*ALWAYS, *(pytest.param(m, marks=pytest.mark.slow) for m in MORE)]
 
 
 def batch(rows=8, length=16):
@@ -27,16 +29,15 @@ def one_step(mesh):
     cfg = LearnerConfig(
         model=MODEL,
         step=StepConfig(batch_size=8, sequence_length=16),
-        optim=OptimConfig(learning_rate=1e-2, clip_norm=0, eps=1e-3),
+        # the first Adam update with eps = 1 is g / (|g| + 1): new parameters show the gradient itself
+        optim=OptimConfig(learning_rate=1.0, clip_norm=0, eps=1.0),
         aux=AuxLossConfig(balance=0.1, router_z=0.01),
     )
     learner = Learner(cfg, cross_entropy, mesh)
     state = learner.init_state(tf.init(MODEL, jax.random.key(0)))
     data = batch() if mesh is None else jax.device_put(batch(), parallel.rows(mesh))
-    gradient = jax.jit(jax.grad(lambda p, b: -(learner.outputs(p, b)[0].logp_BT * b.mask_BT).mean()))
-    grads = jax.device_get(gradient(state.params, data))
     state, report = learner.step(state, data)
-    return learner, state, report, grads
+    return state, report
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +45,21 @@ def alone():
     return one_step(None)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_mesh_equals_one_device(shape, alone):
     mesh = parallel.make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "expert", "tensor"), shape, strict=True))))
-    _, want_state, want, want_grads = alone
-    learner, state, report, grads = one_step(mesh)
+    want_state, want = alone
+    state, report = one_step(mesh)
     for name in want.loss:
         np.testing.assert_allclose(report.loss[name].value, want.loss[name].value, atol=1e-5)
     np.testing.assert_allclose(report.grad_norm, want.grad_norm, rtol=1e-4)
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(np.abs(b).max())))  # noqa: E731
-    jax.tree.map(close, grads, want_grads)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
     jax.tree.map(close, jax.device_get(state.params), jax.device_get(want_state.params))
     gate_up = state.params["blocks"]["0"]["1"]["moe"]["gate_up"]
     parts = np.prod([mesh.shape[a] for a in ("fsdp", "expert", "tensor")])
     assert gate_up.addressable_shards[0].data.size * parts == gate_up.size
     moment = state.opt_state[0].mu["blocks"]["0"]["1"]["moe"]["gate_up"]
     assert moment.sharding == gate_up.sharding, "optimiser moments lie as their parameters do"
-    assert learner.mesh is mesh
 
 
 def test_dims_that_do_not_divide_are_replicated():
@@ -77,7 +76,7 @@ def test_sizes_that_do_not_multiply_up():
 def test_rows_that_do_not_divide():
     mesh = parallel.make_mesh(MeshConfig(fsdp=8))
     cfg = LearnerConfig(model=MODEL, step=StepConfig(batch_size=8, micro_batches=2))
-    with pytest.raises(UserError, match="step.batch_size=8 must be a multiple of step.micro_batches=2 x 8"):
+    with pytest.raises(UserError, match=r"step\.batch_size=8 must be a multiple of step\.micro_batches=2 x 8"):
         Learner(cfg, cross_entropy, mesh)
 
 

@@ -1,0 +1,199 @@
+"""The one train step: micro-batches, LoRA, router losses, non-finite stops, and that it learns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cabochon.batch import Batch, best_fit, from_sequences
+from cabochon.config import AuxLossConfig, LoraConfig, OptimConfig, PrecisionConfig, StepConfig
+from cabochon.errors import UserError
+from cabochon.learner import Learner, LearnerConfig, Loss, NonFiniteError, check, cross_entropy
+from cabochon.model import transformer as tf
+from cabochon.model.config import MoeConfig
+from cabochon.ops import Mean
+from cabochon.testing import tiny_config, tiny_moe
+
+MODEL = tiny_moe(num_layers=2, layer_kinds=("moe", "moe"))
+PLAIN = OptimConfig(learning_rate=1.0, clip_norm=0, eps=1.0)  # first update g / (|g| + 1): parameters show the gradient
+
+
+def sequences(n=8, length=12, vocab=64, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab, k).astype(np.int32) for k in rng.integers(3, length + 1, n)]
+
+
+def batch(n=8, length=12, rows=None):
+    tokens = sequences(n, length)
+    masks = [(np.arange(len(t)) % 3 > 0).astype(np.float32) for t in tokens]
+    return from_sequences(tokens, masks, length, rows=rows)
+
+
+def config(model=MODEL, micro=1, **changes):
+    base = {"optim": PLAIN, "step": StepConfig(batch_size=8, sequence_length=12, micro_batches=micro)}
+    return LearnerConfig(model=model, **(base | changes))
+
+
+def run(cfg, data, loss=cross_entropy, seed=0):
+    learner = Learner(cfg, loss)
+    state = learner.init_state(tf.init(cfg.model, jax.random.key(seed)))
+    return learner.step(state, data)
+
+
+def assert_same_update(a, b, seed=0, tolerance=1e-6):
+    """The two updates from the same start differ by at most `tolerance` of their size (Euclidean, over all tensors)."""
+    flat = lambda params: np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(params)])  # noqa: E731
+    start = flat(tf.init(a[0], jax.random.key(seed)))
+    update, other = flat(a[1].params) - start, flat(b[1].params) - start
+    assert np.linalg.norm(update) > 0.1
+    assert np.linalg.norm(update - other) <= tolerance * np.linalg.norm(update)
+
+
+@pytest.mark.parametrize(
+    "aux",
+    [AuxLossConfig(balance=0.5, router_z=0.1, simbal=0.01)],
+    ids=["all router losses, balance over the whole batch"],
+)
+def test_micro_batches_equal_one_big_batch(aux):
+    one, want = run(config(aux=aux), batch())
+    four, got = run(config(micro=4, aux=aux), batch())
+    assert_same_update((MODEL, one), (MODEL, four))
+    for name in ("nll", "router_z"):
+        np.testing.assert_allclose(got.loss[name].value, want.loss[name].value, rtol=1e-6)
+    np.testing.assert_allclose(got.router.natural_E, want.router.natural_E, atol=1e-4)
+    micro, _ = run(config(micro=4, aux=aux.model_copy(update={"balance_scope": "micro"})), batch())
+    router = lambda s: s.params["blocks"]["0"]["0"]["moe"]["router"]["w"]  # noqa: E731
+    assert float(jnp.abs(router(micro) - router(one)).max()) > 1e-5, "balance per micro-batch is another objective"
+
+
+def test_packed_rows_give_the_loss_and_update_of_padded_ones():
+    tokens = sequences(6, 8)
+    masks = [np.ones(len(t)) for t in tokens]
+    bins = best_fit([len(t) for t in tokens], 24)
+    padded = from_sequences(tokens, masks, 24)
+    packed = from_sequences(tokens, masks, 24, rows=bins)
+    aux = AuxLossConfig(balance=0.5)
+    a, ra = run(config(step=StepConfig(batch_size=6, sequence_length=24), aux=aux), padded)
+    b, rb = run(config(step=StepConfig(batch_size=len(bins), sequence_length=24), aux=aux), packed)
+    np.testing.assert_allclose(ra.loss["nll"].value, rb.loss["nll"].value, rtol=1e-6)
+    assert_same_update((MODEL, a), (MODEL, b), tolerance=1e-5)
+
+
+def test_cross_entropy_is_the_mean_over_masked_tokens_of_the_whole_batch():
+    data = batch()
+    state = Learner(config(), cross_entropy).init_state(tf.init(MODEL, jax.random.key(0)))
+    out = tf.forward(
+        MODEL, state.params, *(jnp.asarray(x) for x in (data.tokens_BT, data.position_BT, data.segment_BT))
+    )
+    logp = jax.nn.log_softmax(tf.logits(MODEL, state.params, out.hidden_BTD))
+    picked = np.take_along_axis(np.asarray(logp)[:, :-1], data.tokens_BT[:, 1:, None], -1)[..., 0]
+    want = -(picked * data.mask_BT[:, 1:]).sum() / data.mask_BT.sum()
+    _, report = run(config(), data)
+    np.testing.assert_allclose(report.loss["nll"].value, want, rtol=1e-5)
+
+
+def test_logit_chunks_change_nothing():
+    a, _ = run(config(), batch())
+    b, _ = run(config(step=StepConfig(batch_size=8, sequence_length=12, logit_chunk=40)), batch())
+    assert_same_update((MODEL, a), (MODEL, b))
+
+
+def test_lora_trains_its_own_leaves_alone_and_starts_as_the_same_function():
+    cfg = config(model=tiny_config(), lora=LoraConfig(rank=2, targets=("qkv", "down")))
+    params = tf.init(cfg.model, jax.random.key(0))
+    before = jax.tree.map(np.asarray, params)
+    state, report = run(cfg, batch())
+    plain, plain_report = run(config(model=tiny_config()), batch())
+    np.testing.assert_allclose(report.loss["nll"].value, plain_report.loss["nll"].value, rtol=1e-6)
+    block = state.params["blocks"]["0"]["0"]
+    np.testing.assert_array_equal(block["attn"]["qkv"]["w"], before["blocks"]["0"]["0"]["attn"]["qkv"]["w"])
+    np.testing.assert_array_equal(state.params["embed"]["table"], before["embed"]["table"])
+    assert float(jnp.abs(block["attn"]["qkv"]["lora_b"]).max()) > 0
+    assert "lora_a" not in block["attn"]["out"]
+    sizes = [x.size for x in jax.tree.leaves(state.opt_state)]
+    assert sum(sizes) < 0.2 * sum(x.size for x in jax.tree.leaves(plain.opt_state))
+
+
+def test_lora_target_that_is_no_matrix():
+    cfg = config(model=tiny_config(), lora=LoraConfig(targets=("q_proj",)))
+    with pytest.raises(
+        UserError, match="'q_proj' names no matrix of this model; expected some of down, gate_up, out, qkv"
+    ):
+        Learner(cfg, cross_entropy).init_state(tf.init(cfg.model, jax.random.key(0)))
+
+
+def test_selection_bias_moves_by_the_rule_and_not_by_gradient():
+    model = tiny_moe(
+        num_layers=2, layer_kinds=("moe", "moe"), moe=MoeConfig(num_experts=4, top_k=2, ffn_dim=8, aux_free_bias=True)
+    )
+    state, report = run(config(model=model, aux=AuxLossConfig(bias_update_rate=0.01)), batch())
+    natural = np.asarray(report.router.natural_E)
+    step = 0.01 * np.sign(natural.mean(-1, keepdims=True) - natural)
+    want = step - step.mean(-1, keepdims=True)
+    np.testing.assert_allclose(state.params["blocks"]["0"]["0"]["moe"]["router"]["bias"], want, atol=1e-7)
+    still, _ = run(config(model=model), batch())
+    assert not np.asarray(still.params["blocks"]["0"]["0"]["moe"]["router"]["bias"]).any()
+
+
+def test_non_finite_stops_with_step_and_tensor_and_keeps_the_state():
+    cfg = config(model=tiny_config())
+    learner = Learner(cfg, cross_entropy)
+    params = tf.init(cfg.model, jax.random.key(0))
+    state = learner.init_state(params)
+    state, report = learner.step(state, batch())
+    check(report, 0)
+    params = jax.tree.map(np.asarray, state.params)
+    params["blocks"]["0"]["0"]["mlp"]["down"]["w"] = np.full_like(
+        params["blocks"]["0"]["0"]["mlp"]["down"]["w"], np.nan
+    )
+    bad = learner.init_state(params)
+    bad, report = learner.step(bad, batch())
+    with pytest.raises(
+        NonFiniteError, match=r"step 7: loss term 'nll' is not finite; first of \d+ tensors .*: blocks\.0\.0\.attn"
+    ):
+        check(report, 7)
+    assert int(bad.step) == 0
+    np.testing.assert_array_equal(bad.params["embed"]["table"], params["embed"]["table"])
+
+
+def test_a_term_without_tokens_adds_nothing():
+    data = batch()
+    empty = Batch(**{**vars(data), "mask_BT": np.zeros_like(data.mask_BT)})
+    _, report = run(config(model=tiny_config()), empty)
+    assert float(report.loss["nll"].value) == 0
+    assert float(report.grad_norm) == 0
+    check(report, 0)
+
+
+def test_two_terms_have_counts_of_their_own():
+    def two(outputs, data):
+        first = data.mask_BT * (data.position_BT < 4)
+        return Loss(
+            {
+                "all": Mean((-outputs.logp_BT * data.mask_BT).sum(), data.mask_BT.sum()),
+                "early": Mean(0.5 * (-outputs.logp_BT * first).sum(), first.sum()),
+            },
+            {"tokens": Mean(data.mask_BT.sum(), jnp.ones(()))},
+        )
+
+    model = tiny_config()
+    one, want = run(config(model=model), batch(), two)
+    four, got = run(config(model=model, micro=4), batch(), two)
+    assert_same_update((model, one), (model, four))
+    np.testing.assert_allclose(got.loss["early"].value, want.loss["early"].value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_it_learns_a_repeating_text(compute):
+    tokens = [np.tile(np.arange(s, s + 4), 3).astype(np.int32) for s in range(8)]
+    data = from_sequences(tokens, [np.ones(12)] * 8, 12)
+    optim = OptimConfig(learning_rate=1e-2, warmup_steps=5)
+    learner = Learner(config(optim=optim, precision=PrecisionConfig(compute=compute)), cross_entropy)
+    state = learner.init_state(tf.init(MODEL, jax.random.key(0)))
+    losses = []
+    for _ in range(60):
+        state, report = learner.step(state, data)
+        losses.append(float(report.loss["nll"].value))
+    assert losses[0] > 3
+    assert losses[-1] < 0.5
+    assert state.params["embed"]["table"].dtype == jnp.float32
