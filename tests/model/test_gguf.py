@@ -275,7 +275,11 @@ def transformers_smollm2():
 
 @pytest.mark.smollm2
 def test_smollm2_answers_in_english() -> None:
-    """The whole way in: weights, config, tokenizer and chat template of the file, decoded greedily by transformers."""
+    """The whole way in: weights, config, tokenizer and chat template of the file, run by transformers.
+
+    One forward pass over prompt and answer: the likeliest next token at each place is the answer's, so greedy decoding
+    writes it.
+    """
     import torch
 
     from cabochon.chat import encode_chat
@@ -285,8 +289,10 @@ def test_smollm2_answers_in_english() -> None:
     prompt = encode_chat(
         tok, [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True
     )
-    ids = transformers_smollm2().generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0].tolist()
-    assert tok.decode(ids[len(prompt) :]) == "The capital of France is Paris.<|im_end|>"
+    answer = tok.encode("The capital of France is Paris.<|im_end|>")
+    with torch.no_grad():
+        logits = transformers_smollm2()(torch.tensor([prompt + answer])).logits[0]
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
 
 
 @pytest.mark.smollm2
