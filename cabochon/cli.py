@@ -11,6 +11,7 @@ import typer
 
 from cabochon import cli_weights
 from cabochon.errors import UserError
+from cabochon.verifiers import cli as verifiers_cli
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -28,6 +29,7 @@ app = typer.Typer(
 MACHINE = "This machine"
 CONFIGS = "Configs"
 WEIGHTS = "Weights"
+REWARDS = "Rewards"
 
 RecipeAndSettings = Annotated[
     list[str] | None,
@@ -64,6 +66,16 @@ def config(parts: RecipeAndSettings = None) -> None:
 app.command(rich_help_panel=WEIGHTS)(cli_weights.inspect)
 app.command(rich_help_panel=WEIGHTS)(cli_weights.export)
 app.command(rich_help_panel=WEIGHTS)(cli_weights.upcycle)
+
+app.command("verify", rich_help_panel=REWARDS)(verifiers_cli.verify_command)
+reward = typer.Typer(no_args_is_help=True, help="Rewards: test one before a run trusts it.")
+@reward.callback()
+def _reward() -> None:
+    """Keeps `reward` a group while it has one command only."""
+
+
+reward.command("test")(verifiers_cli.reward_test_command)
+app.add_typer(reward, name="reward", rich_help_panel=REWARDS)
 
 
 def main() -> None:

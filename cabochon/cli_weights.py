@@ -96,8 +96,8 @@ def upcycle(
     refuse_occupied(destination, overwrite)
     made = open_policy(policy)
     save(destination, made.config, made.params, tokenizer=made.tokenizer, dtype=dtype, overwrite=overwrite)
+    print(table(config), flush=True)
     print(f"{destination}: {describe(config)}, {dtype}, in {time.monotonic() - start:.1f} s", file=sys.stderr)
-    print(table(config))
 
 
 def refuse_occupied(destination: Path, overwrite: bool) -> None:
