@@ -227,7 +227,7 @@ def _one(sandbox: Inhabited, verifier: CodeVerifier, host: Host, neighbour: Neig
     return Finding(attack=attack, verdict=verdict, problem=problem)
 
 
-def _left(sandbox: Inhabited, seconds: float = 5.0) -> str:
+def _left(sandbox: Inhabited, seconds: float = 15.0) -> str:
     """Whether more sandboxes live than wait, the neighbour aside. A container is counted out a little after it ended."""
     until = time.monotonic() + seconds
     while (extra := sandbox.alive() - 1) > 0:

@@ -33,7 +33,7 @@ ESCAPES: dict[str, str] = {
     "unmounts": _LIBC + "def solve():\n    return 'escaped' if c.umount2(b'/proc', 2) == 0 or c.umount2(b'/tmp', 2) == 0 else ''",
     "chroot": "import os\ndef solve():\n    os.chroot('/tmp')\n    return 'escaped'",
     "traces process 1": _LIBC + "def solve():\n    return 'escaped' if c.ptrace(16, 1, 0, 0) == 0 else ''",
-    "memory of process 1": "def solve():\n    f = open('/proc/1/mem', 'r+b', 0)\n    return 'escaped'",
+    "memory of process 1": "import re\ndef solve():\n    want = b'HOST' + b'-SECRET'\n    m = open('/proc/1/mem', 'rb', 0)\n    for line in open('/proc/1/maps'):\n        a, b = (int(n, 16) for n in line.split()[0].split('-'))\n        try: m.seek(a); d = m.read(min(b - a, 1 << 24))\n        except (OSError, OverflowError, ValueError): continue\n        if d and want in d: return 'escaped'\n    return ''",
     "joins process 1's namespaces": _LIBC + "def solve():\n    for n in ('user', 'mnt', 'net', 'pid'):\n        try: fd = os.open('/proc/1/ns/' + n, 0)\n        except OSError: continue\n        if c.setns(fd, 0) == 0: return 'escaped'\n    return ''",
     "device node": "import os, stat\ndef solve():\n    os.mknod('/tmp/disk', 0o600 | stat.S_IFBLK, os.makedev(254, 0))\n    open('/tmp/disk', 'rb').read(16)\n    return 'escaped'",
     "raw devices": "import os\ndef solve():\n    for p in ('/dev/mem', '/dev/kmsg', '/dev/vda', '/dev/sda', '/dev/kvm', '/dev/fuse'):\n        try: open(p, 'rb').read(1); return 'escaped'\n        except OSError: pass\n    return ''",

@@ -161,8 +161,16 @@ def _supervise(wall_seconds: float) -> None:
             break
         if pid == child:
             code = os.waitstatus_to_exitcode(status)
+    words = TRAILER + struct_pack("<ii", code, _oom_kills())
     for fd in (1, 2):  # each stream travels alone, so each has to say that it is at its end
-        os.write(fd, TRAILER + struct_pack("<ii", code, _oom_kills()))
+        os.set_blocking(fd, False)  # a stream may be full and its reader gone
+        room = select.poll()
+        room.register(fd, select.POLLOUT)
+        if room.poll(1000):
+            try:
+                os.write(fd, words)
+            except OSError:
+                continue
     os._exit(0)
 
 

@@ -70,7 +70,9 @@ def build(target: pathlib.Path, packages: tuple[str, ...] = ()) -> None:
     for name in packages:
         _bring(name, site)
     for library in sorted(libraries([executable, *stdlib.rglob("*.so")])):
-        place = target / library.relative_to("/")
+        usual = library.parts[1] in ("lib", "lib64", "usr")
+        # elsewhere means beside an interpreter in somebody's home; /usr/lib is searched too, and says nothing of the home
+        place = target / library.relative_to("/") if usual else prefix / "lib" / library.name
         place.parent.mkdir(parents=True, exist_ok=True)
         if not place.exists():
             shutil.copy2(library.resolve(), place)
@@ -124,7 +126,7 @@ def cached(packages: tuple[str, ...] = ()) -> pathlib.Path:
     """The root folder of this interpreter with `packages`, built at the first call on a machine (about 2 s)."""
     executable = pathlib.Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     stat = executable.stat()
-    key = f"4 {executable} {stat.st_mtime_ns} {stat.st_size} {sys.version} {sorted(packages)} {sys.prefix if packages else ''}"
+    key = f"5 {executable} {stat.st_mtime_ns} {stat.st_size} {sys.version} {sorted(packages)} {sys.prefix if packages else ''}"
     folder = cache_folder() / f"root-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     return _fill_once(folder, lambda draft: build(draft, packages))
 
