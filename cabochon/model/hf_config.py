@@ -112,7 +112,7 @@ def from_hf(raw: Mapping[str, Any], *, file: str = "config.json") -> ModelConfig
     eos = get("eos_token_id")
     try:
         return ModelConfig(
-            family=family,  # type: ignore[arg-type]
+            family=family,
             vocab_size=get.int("vocab_size"),
             dim=dim,
             num_layers=layers,
@@ -124,7 +124,7 @@ def from_hf(raw: Mapping[str, Any], *, file: str = "config.json") -> ModelConfig
             moe=moe,
             rope=_rope(get, raw, file),
             norm_eps=get("rms_norm_eps"),
-            qk_norm={"qwen3": "head", "qwen3_moe": "head", "olmoe": "full"}.get(family, "none"),  # type: ignore[arg-type]
+            qk_norm={"qwen3": "head", "qwen3_moe": "head", "olmoe": "full"}.get(family, "none"),
             qkv_bias=True if family == "qwen2" else bias and family != "mixtral",
             out_bias=bias and family not in ("qwen2", "mixtral"),
             mlp_bias=bool(get("mlp_bias", False)) and family == "llama",
@@ -193,13 +193,14 @@ def _refuse_what_we_do_not_compute(raw: Mapping[str, Any], file: str) -> None:
 
 def _feed_forward(get: _Reader, family: str, layers: int) -> tuple[tuple[LayerKind, ...], MoeConfig | None]:
     """One kind per layer, and the sparse block if any layer has one."""
+    kinds: tuple[LayerKind, ...] = ("dense",) * layers
     if family in ("llama", "qwen2", "qwen3"):
-        return ("dense",) * layers, None
+        return kinds, None
     experts = get.raw.get("num_local_experts", get("num_experts"))
-    kinds: tuple[LayerKind, ...] = ("moe",) * layers
+    step, dense = 1, set()
     if family == "qwen3_moe":
         step, dense = get("decoder_sparse_step", 1), set(get("mlp_only_layers") or ())
-        kinds = tuple("moe" if i not in dense and experts and (i + 1) % step == 0 else "dense" for i in range(layers))
+    kinds = tuple("moe" if i not in dense and experts and (i + 1) % step == 0 else "dense" for i in range(layers))
     if "moe" not in kinds:
         return kinds, None
     renormalised = family == "mixtral" or bool(get("norm_topk_prob", False))
