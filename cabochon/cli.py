@@ -12,6 +12,7 @@ import typer
 from cabochon import cli_weights
 from cabochon.errors import UserError
 from cabochon.verifiers import cli as verifiers_cli
+from cabochon.verifiers.sandbox import cli as sandbox_cli
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -76,6 +77,10 @@ def _reward() -> None:
 
 reward.command("test")(verifiers_cli.reward_test_command)
 app.add_typer(reward, name="reward", rich_help_panel=REWARDS)
+sandbox = typer.Typer(no_args_is_help=True, help="Sandboxes: attack the one on this machine, or build its image.")
+sandbox.command("attack")(sandbox_cli.attack_command)
+sandbox.command("image")(sandbox_cli.image_command)
+app.add_typer(sandbox, name="sandbox", rich_help_panel=REWARDS)
 
 
 def main() -> None:

@@ -46,8 +46,10 @@ def test_parameter_counts(name):
     assert (counts.total, counts.active) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [*((pytest.param(p.values[0], False, marks=p.marks)) for p in NAMES), ("tiny-dense", True), ("tiny-moe", True)],
+)
 def test_the_train_step_traces_and_keeps_the_shape_of_its_state(name, lora):
     cfg = load(TrainConfig, [name], ["lora.rank=4"] if lora else [])
     learner = Learner(learner_config(cfg), cross_entropy, make_mesh(cfg.mesh))
