@@ -11,7 +11,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 TORCH = torch==2.13.0
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test test-all bench lint constraints clean
