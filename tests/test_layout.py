@@ -6,9 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("sft", "reward", "rl", "verifiers", "rollouts")
@@ -177,3 +180,33 @@ def test_every_module_is_reached_from_a_test():
         reached |= todo
         todo = set().union(*(named_in(files[name]) for name in todo if name in files)) - reached
     assert [name_of(path) for name, path in files.items() if name not in reached] == []
+
+
+USED_BY_OTHERS = {"rich": "typer's help", "ray": "the doctor's child process"}
+"""dependencies no module imports, and who needs them"""
+NOT_A_DEPENDENCY = {"cabochon", "pydantic_core"}
+"""itself, and the half of pydantic that pydantic pins"""
+
+
+def test_dependencies_and_imports_agree():
+    """Nothing is imported that is not declared, and nothing is declared that is not used."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    base = {canonical(Requirement(line).name) for line in project["dependencies"]}
+    optional = [line for lines in project["optional-dependencies"].values() for line in lines]
+    extras = {canonical(Requirement(line).name) for line in optional}
+    imported: set[str] = set()
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    owners = packages_distributions()
+    third_party = imported - set(sys.stdlib_module_names) - NOT_A_DEPENDENCY
+    used = {canonical(owner) for module in third_party for owner in owners.get(module, [module])}
+    assert used - base - extras == set()
+    assert base - used == set(USED_BY_OTHERS)
+
+
+def canonical(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
