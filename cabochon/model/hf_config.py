@@ -193,14 +193,15 @@ def _refuse_what_we_do_not_compute(raw: Mapping[str, Any], file: str) -> None:
 
 def _feed_forward(get: _Reader, family: str, layers: int) -> tuple[tuple[LayerKind, ...], MoeConfig | None]:
     """One kind per layer, and the sparse block if any layer has one."""
-    kinds: tuple[LayerKind, ...] = ("dense",) * layers
     if family in ("llama", "qwen2", "qwen3"):
-        return kinds, None
+        return _repeat("dense", layers), None
     experts = get.raw.get("num_local_experts", get("num_experts"))
-    step, dense = 1, set()
+    kinds = _repeat("moe", layers)
     if family == "qwen3_moe":
         step, dense = get("decoder_sparse_step", 1), set(get("mlp_only_layers") or ())
-    kinds = tuple("moe" if i not in dense and experts and (i + 1) % step == 0 else "dense" for i in range(layers))
+        if not experts:
+            dense = set(range(layers))
+        kinds = tuple(_kind(i not in dense and (i + 1) % step == 0) for i in range(layers))
     if "moe" not in kinds:
         return kinds, None
     renormalised = family == "mixtral" or bool(get("norm_topk_prob", False))
@@ -215,6 +216,14 @@ def _feed_forward(get: _Reader, family: str, layers: int) -> tuple[tuple[LayerKi
         gate="topk_softmax" if renormalised else "softmax_topk",
     )
     return kinds, moe
+
+
+def _kind(sparse: bool) -> LayerKind:
+    return "moe" if sparse else "dense"
+
+
+def _repeat(kind: LayerKind, layers: int) -> tuple[LayerKind, ...]:
+    return (kind,) * layers
 
 
 def _windows(get: _Reader, family: str, layers: int, file: str) -> tuple[int, ...]:
