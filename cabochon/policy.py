@@ -61,8 +61,18 @@ def open_policy(cfg: PolicyConfig, seed: int = 0, mesh: Mesh | None = None) -> P
     # A dense model that is to be upcycled is laid out as what it is; the learner moves the result.
     source = model_config(cfg.model_copy(update={"upcycle": None}))
     config, params, tokenizer = open_model(cfg.address, config=source, shardings=_shardings(source, mesh))
-    if cfg.upcycle is not None:
-        config, params = upcycle(config, params, **cfg.upcycle.model_dump())
+    if (up := cfg.upcycle) is not None:
+        config, params = upcycle(
+            config,
+            params,
+            num_experts=up.num_experts,
+            top_k=up.top_k,
+            layers=up.layers,
+            noise=up.noise,
+            router=up.router,
+            router_std=up.router_std,
+            seed=up.seed,
+        )
     return Policy(config=config, params=params, tokenizer=tokenizer)
 
 
