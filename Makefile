@@ -59,7 +59,7 @@ test-all: setup-dev
 	@$(RUN_TESTS) -m "" || code=$$?; echo $$code > .cache/pytest-exit; exit $$code
 
 bench: setup-dev
-	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python -P "$$file"; done
 
 lint: setup-dev
 	$(BIN)/ruff check .
