@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -293,6 +294,49 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     with pytest.raises(UserError, match=r"disk full: it takes .* GB are free\); step 1 is intact"):
         saver.save(2, {"w": jnp.ones(10)}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["0001-step-1"]
+
+
+TWO = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+me = int(sys.argv[1])
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, me)
+import numpy as np, jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from cabochon.checkpoint import Checkpointer
+mesh = Mesh(np.array(jax.devices()), ("x",))
+rows, columns, whole = (NamedSharding(mesh, p) for p in (P("x"), P(None, "x"), P()))
+full = np.arange(64, dtype=np.float32).reshape(8, 8)
+state = {"w": jax.make_array_from_callback((8, 8), rows, lambda at: full[at]),
+         "s": jax.make_array_from_callback((), whole, lambda at: np.float32(3))}
+saver = Checkpointer(sys.argv[3], keep_last=1)
+saver.save(1, state, {"n": 1})
+saver.save(2, state, {"n": 2})
+got = saver.restore({"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=columns),
+                     "s": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)})
+for shard in got.state["w"].addressable_shards:
+    np.testing.assert_array_equal(np.asarray(shard.data), full[shard.index])
+print(got.step, got.meta, [p.name for p in saver.directory.iterdir()], len(got.state["w"].addressable_shards))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_checkpoint(tmp_path):
+    """Two real JAX processes with two devices each, on one directory; restored in another cut."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "ignore", "-c", TWO]
+    both = [
+        subprocess.Popen([*command, str(i), str(port), str(tmp_path / "ck")], env=env, text=True, stdout=subprocess.PIPE)
+        for i in range(2)
+    ]
+    for child in both:
+        out, _ = child.communicate(timeout=120)
+        assert child.returncode == 0
+        assert out.splitlines()[-1] == "2 {'n': 2} ['0002-step-2'] 2"
 
 
 def test_plain_values_in_the_state_are_pointed_out(tmp_path):
