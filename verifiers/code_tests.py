@@ -161,6 +161,7 @@ def _assert_plan(
     trees = [_parse(s, "tests") for s in sources]
     setup_tree, helper_tree = _parse(setup, "set-up"), _parse(helpers, "helpers")
     wanted, imports = _names([*trees, setup_tree], _defined([helper_tree]), entry)
+    attributes = _attribute_roots([*trees, setup_tree])  # before assertions are rewritten, which adds one
     units = [Unit(label="", source=s) for s in ("\n".join(imports), helpers, ast.unparse(setup_tree)) if s.strip()]
     if listed:
         for tree in trees:
@@ -170,8 +171,7 @@ def _assert_plan(
         units += _split(trees[0], entry)
     if not any(unit.label for unit in units):
         raise ValueError("the task's tests have no assertion and no call: nothing would be judged")
-    attributes = _attribute_roots([*trees, setup_tree])
-    classes = tuple(n for n in wanted if n[0].isupper() and attributes) or ((entry,) if entry[:1].isupper() else ())
+    classes = tuple(n for n in wanted if n[0].isupper() and attributes)
     return FunctionPlan(wanted=wanted, classes=classes, units=tuple(units), mutates=mutates)
 
 

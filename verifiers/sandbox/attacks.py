@@ -195,14 +195,16 @@ class Neighbour:
         self.session.close()
 
 
-def run(sandbox: Inhabited, attacks: list[Attack] | None = None) -> Iterator[Finding]:
-    """Runs `attacks` one after another. Raises SandboxError where the machine fails."""
-    verifier = CodeVerifier(sandbox, limits=LIMITS)
+def run(sandbox: Inhabited, attacks: list[Attack] | None = None, *, limits: Limits = LIMITS) -> Iterator[Finding]:
+    """Runs `attacks` one after another; honest ones get four times the wall time. Raises SandboxError where the machine
+    fails."""
+    verifier = CodeVerifier(sandbox, limits=limits)
+    patient = CodeVerifier(sandbox, limits=replace(limits, wall_seconds=4 * limits.wall_seconds))
     host = Host()
     neighbour = Neighbour(sandbox)
     try:
         for attack in suite() if attacks is None else attacks:
-            yield _one(sandbox, verifier, host, neighbour, attack)
+            yield _one(sandbox, patient if attack.pay == "always" else verifier, host, neighbour, attack)
     finally:
         neighbour.close()
         host.close()
@@ -221,7 +223,7 @@ def _one(sandbox: Inhabited, verifier: CodeVerifier, host: Host, neighbour: Neig
         problem = f"paid {verdict.score}"
     elif attack.pay == "always" and verdict.score != 1.0:
         problem = f"an honest program was judged {verdict.status}: {verdict.detail}"
-    elif verdict.seconds > attack.times * (len(FORMS[attack.form].get("cases", [0])) * LIMITS.wall_seconds + 2.0):
+    elif verdict.seconds > len(FORMS[attack.form].get("cases", [0])) * verifier.limits.wall_seconds + 2.0:
         problem = f"took {verdict.seconds:.1f} s"
     problem = problem or host.touched() or neighbour.touched() or _left(sandbox)
     return Finding(attack=attack, verdict=verdict, problem=problem)

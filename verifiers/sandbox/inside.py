@@ -286,7 +286,8 @@ class Candidate:
         if isinstance(value, ModuleType):
             return ("module",)
         if callable(value):
-            return ("function",)
+            is_async = getattr(getattr(value, "__code__", None), "co_flags", 0) & 0x80
+            return ("coroutine" if is_async else "function",)
         try:
             return ("value", unpack(pack(value)))
         except WireError:

@@ -258,6 +258,13 @@ def stand_in(host: Host, name: str, about: Any) -> Any:
 
         function.__name__ = function.__qualname__ = name
         return function
+    if kind == "coroutine":
+
+        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+            return await host.ask(name, "call", *args, **kwargs)
+
+        coroutine.__name__ = coroutine.__qualname__ = name
+        return coroutine
     if kind == "class":
         made = _RemoteClass(name, (), {})
         made._host_ = host  # type: ignore[attr-defined]

@@ -1,0 +1,56 @@
+"""Programs in completions."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cabochon.verifiers.code_extract import blocks, program
+
+CODE = "def f(x):\n    return x\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        (f"Here:\n```python\n{CODE}```\nDone.", CODE),
+        (f"```py\nold\n```\nbetter:\n```Python\n{CODE}```", CODE),
+        (f"```\n{CODE}```", CODE),
+        (f"~~~python\n{CODE}~~~", CODE),
+        (f"````python\n{CODE}```` \n", CODE),
+        (f"```python\n{CODE}", CODE),
+        (f"```python\n{CODE}```\nOutput:\n```\n3\n```", CODE),
+        (f"```python\n{CODE}```\nRun it:\n```bash\npython f.py\n```", CODE),
+        ("```bash\nls\n```", "ls\n"),
+        (f"1. so:\n   ```python\n   {CODE.replace(chr(10), chr(10) + '   ').rstrip()}\n   ```", CODE),
+        (f"<think>\n```python\nwrong\n```\n</think>\n```python\n{CODE}```", CODE),
+        (f"<think>hm</think>{CODE}", CODE),
+        (CODE, CODE),
+        ("x = 5", "x = 5"),
+        ("print('hi')", "print('hi')"),
+        ("I cannot solve this.", ""),
+        ("", ""),
+        ("<think>\n```python\nx = 1\n```\n</think>\nNo idea.", ""),
+        ("```python\n```\n", ""),
+        ("```python\r\nx = 1\r\n```", "x = 1\r\n"),
+    ],
+)
+def test_program(text, want):
+    assert program(text) == want
+
+
+def test_blocks_in_order():
+    assert blocks("```a\n1\n```\n```b\n2\n```") == [("a", "1\n"), ("b", "2\n")]
+
+
+@given(st.text(st.sampled_from("`~ \npython<think>/=()\x00\ud800é"), max_size=300))
+def test_any_text_gives_a_text(text):
+    assert isinstance(program(text), str)
+
+
+@pytest.mark.parametrize("text", ["`" * 10**6, "```\n" * 200_000, "~" * 10**6 + "\n", "[" * 10**7, "</think>" * 10**5, "a" * 10**7])
+def test_large_texts_are_quick(text):
+    began = time.monotonic()
+    program(text)
+    assert time.monotonic() - began < 2.0

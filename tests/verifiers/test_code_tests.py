@@ -1,0 +1,112 @@
+"""Which names are the program's, what is rewritten, and which tasks are refused."""
+
+import pytest
+
+from cabochon.verifiers.code_tests import Case, plan_of
+
+
+def names(*tests, **more):
+    return plan_of({"tests": list(tests), **more}).wanted
+
+
+@pytest.mark.parametrize(
+    ("tests", "want"),
+    [
+        (["assert f(1) == 2"], ("f",)),
+        (["assert set(f([1])) == {1}", "assert sorted(f([2])) == [2]"], ("f",)),
+        (["assert sum(10, 15) == 6"], ("sum",)),
+        (["assert math.isclose(f(1), 2.0)"], ("f",)),
+        (["assert isclose(f(1), 2.0)"], ("f",)),
+        (["assert sqrt(4) == 2"], ("sqrt",)),
+        (["assert size((1,)) == sys.getsizeof((1,))"], ("size",)),
+        (["assert g(f(1)) == 2"], ("f", "g")),
+        (["x = [1]\nassert f(x) == [y for y in x]"], ("f",)),
+        (["import math\nassert f(math.pi) == 3"], ("f",)),
+        (["def helper(a):\n    return a\nassert helper(f(1)) == 1"], ("f",)),
+        (["assert f(lambda q: q, 1) == 1"], ("f",)),
+    ],
+)
+def test_names(tests, want):
+    assert names(*tests) == want
+
+
+def test_entry_point_is_the_only_doubtful_name():
+    plan = plan_of({"tests": ["assert isclose(gcd(4, 6), 2)"], "entry_point": "gcd"})
+    assert plan.wanted == ("gcd",)
+    assert plan.units[0].source == "from math import isclose"
+
+
+def test_helpers_of_a_prompt_stay_with_the_tests():
+    prompt = "import math\n\ndef poly(xs, x):\n    return sum(c * x**i for i, c in enumerate(xs))\n\ndef find_zero(xs):\n    '''Finds it.'''\n"
+    test = "def check(candidate):\n    assert math.fabs(poly([1, 2], candidate([1, 2]))) < 1e-4\n"
+    plan = plan_of({"prompt": prompt, "test": test, "entry_point": "find_zero"})
+    assert plan.wanted == ("find_zero",)
+    assert "def poly" in plan.units[0].source
+    assert "find_zero" not in plan.units[0].source
+    assert plan.units[-1].source == "check(find_zero)"
+
+
+def test_only_classes_that_are_used_as_such_are_open():
+    assert plan_of({"tests": ["s = Stack()\nassert s.size() == 0"]}).classes == ("Stack",)
+    assert plan_of({"tests": ["assert abs(Diff(1) - 3) < 1e-6"]}).classes == ()
+    assert plan_of({"tests": ["assert abs(Diff(1) - math.pi) < 1e-6"]}).classes == ()
+
+
+def test_assertions_keep_their_meaning():
+    plan = plan_of({"tests": ["try:\n    f(1)\n    assert False\nexcept ValueError:\n    pass", "assert f(2) == 3, 'why'"]})
+    assert [u.label.splitlines()[0] for u in plan.units] == ["try:", "assert f(2) == 3, 'why'"]
+
+    class Recorder:
+        def raise_failed(self, source, *shown):
+            raise AssertionError(source, *shown)
+
+    def f(x):
+        if x == 1:
+            raise ValueError
+        return 4
+
+    exec(plan.units[0].source, {"f": f, "_cabochon_": Recorder()})
+    with pytest.raises(AssertionError) as error:
+        exec(plan.units[1].source, {"f": f, "_cabochon_": Recorder()})
+    assert error.value.args == ("assert f(2) == 3, 'why'", 4, 3)
+
+
+def test_calls_become_assertions():
+    calls = [{"args": [[1, 2], "x"], "expected": {"a": None}}, {"args": [], "kwargs": {"k": True}, "expected": 1.5}]
+    plan = plan_of({"calls": calls, "entry_point": "Solution.run"})
+    assert plan.wanted == ("Solution",)
+    assert [u.label for u in plan.units] == ["assert Solution().run([1, 2], 'x') == {'a': None}", "assert Solution().run(k=True) == 1.5"]
+
+
+def test_cases():
+    want = (Case(stdin="1", stdout="2"),)
+    assert plan_of({"cases": [{"stdin": "1", "stdout": "2"}]}).cases == want
+    assert plan_of({"cases": [{"input": "1", "output": "2"}]}).cases == want
+    assert plan_of({"inputs": ["1"], "outputs": ["2"]}).cases == want
+
+
+def test_test_files():
+    plan = plan_of({"tests": "import unittest\nfrom solution import f, Box\nclass T(unittest.TestCase): pass"})
+    assert (plan.wanted, plan.classes, plan.bare_names, plan.collect) == (("Box", "f"), ("Box",), False, True)
+    plan = plan_of({"tests": "import mine as m\ndef test_a():\n    assert m.f(1) == m.g(2)", "module": "mine"})
+    assert plan.wanted == ("f", "g")
+
+
+@pytest.mark.parametrize(
+    ("payload", "words"),
+    [
+        ({}, "needs payload\\['tests'\\]"),
+        ({"tests": []}, "needs payload\\['tests'\\]"),
+        ({"tests": ["assert f( == 2"]}, "tests do not parse"),
+        ({"tests": "x = f(1)"}, "nothing would be judged"),
+        ({"cases": []}, "without tests"),
+        ({"cases": [{"stdin": 5, "stdout": "x"}]}, "needs the texts"),
+        ({"calls": [{"args": []}], "entry_point": "f"}, "'expected'"),
+        ({"calls": [{"args": [], "expected": 1}]}, "entry_point"),
+        ({"kind": "odd", "tests": ["assert f()"]}, "must be asserts, calls, stdio or unittest"),
+        ({"kind": "unittest", "tests": "def test_a():\n    assert 1"}, "uses nothing of the program"),
+    ],
+)
+def test_unusable_tasks(payload, words):
+    with pytest.raises(ValueError, match=words):
+        plan_of(payload)
