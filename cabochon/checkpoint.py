@@ -246,8 +246,9 @@ def _named(state: Any) -> dict[str, Any]:
 
 def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     stored = {name: jnp.asarray(a) for name, a in arrays.items() if 0 not in a.shape}  # Orbax refuses empty arrays
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
-        orbax.save(path.absolute(), args=ocp.args.StandardSave(stored))
+    # Uncompressed: zstd saved a quarter of 1.6 GB of f32 state and took twice the time to write, four times to read.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as orbax:
+        orbax.save(path.absolute(), args=ocp.args.PyTreeSave(stored))
 
 
 def _read_arrays(path: Path, abstract: Any) -> Any:
@@ -259,8 +260,9 @@ def _read_arrays(path: Path, abstract: Any) -> Any:
         sharding = leaf.sharding if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else None
         targets[name] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding or default)
     wanted = {name: target for name, target in targets.items() if 0 not in target.shape}
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
-        got = orbax.restore(path.absolute(), args=ocp.args.StandardRestore(wanted))
+    places = ocp.checkpoint_utils.construct_restore_args(wanted)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        got = orbax.restore(path.absolute(), args=ocp.args.PyTreeRestore(wanted, restore_args=places))
     out = []
     for name, leaf in zip(named, leaves, strict=True):
         value = got[name] if name in got else jnp.zeros(targets[name].shape, targets[name].dtype)

@@ -330,7 +330,7 @@ def test_two_processes_write_one_checkpoint(tmp_path):
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "ignore", "-c", TWO]
     both = [
-        subprocess.Popen([*command, str(i), str(port), str(tmp_path / "ck")], env=env, text=True, stdout=subprocess.PIPE)
+        subprocess.Popen([*command, str(i), str(port), str(tmp_path)], env=env, text=True, stdout=subprocess.PIPE)
         for i in range(2)
     ]
     for child in both:
