@@ -23,10 +23,14 @@ stop() {
         for _ in $(seq 100); do alive || break; sleep 0.1; done
         if alive; then kill -9 "$(cat "$RUN/docker.pid")" 2> /dev/null || true; fi
     fi
-    # containerd outlives an engine that was killed
-    if [ -s "$RUN/exec/containerd/containerd.pid" ]; then
-        kill "$(cat "$RUN/exec/containerd/containerd.pid")" 2> /dev/null || true
-    fi
+    # containerd, shims and mounts outlive an engine that was killed; all of ours name our folder
+    local process
+    for process in /proc/[0-9]*; do
+        if tr '\0' ' ' < "$process/cmdline" 2> /dev/null | grep -qE "^[^ ]*containerd[^ ]* .*$RUN/exec/"; then
+            kill -9 "${process#/proc/}" 2> /dev/null || true
+        fi
+    done
+    awk '{print $2}' /proc/mounts | grep -E "^($DATA-|$RUN/)" | sort -r | xargs -r umount -l 2> /dev/null || true
     rm -f "$RUN/docker.pid" "$SOCKET"
 }
 

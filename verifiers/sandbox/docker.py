@@ -29,10 +29,14 @@ from cabochon.verifiers.sandbox.image import PUBLIC
 from cabochon.verifiers.sandbox.inside import TRAILER
 from cabochon.verifiers.sandbox.running import check_size, retried, run_in
 from cabochon.verifiers.sandbox.session import START_SECONDS, Ended, Lost, Session
+from cabochon.verifiers.sandbox.wire import frame
 
 LABEL = "cabochon.sandbox"
 MAX_AGE_SECONDS = 1800.0
 """A container older than this is nobody's, whoever its label says owns it."""
+IDLE_SECONDS = 20.0
+"""A waiting container that has heard nothing for so long ends itself: its engine died, whose other ends stay open, or its
+owner is stopped. The owner says it is there every fifth of it."""
 _TRAILER_SIZE = len(TRAILER) + 8
 _OVERHEAD_BYTES = 24 << 20
 """Process 1's own memory, on top of the program's limit."""
@@ -76,6 +80,18 @@ class DockerSession(Session):
         """Process 1 sees its standard input end and ends everything."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
+
+    def beat(self) -> None:
+        """Tells a waiting container that its owner is there."""
+        with contextlib.suppress(OSError):
+            self.sock.send(frame(b""))
+
+    def stale(self) -> bool:
+        """Whether a waiting container has ended meanwhile."""
+        try:
+            return self.pump(time.monotonic() + 0.001, lambda: self.over)
+        except Lost:
+            return True
 
     def _on_pieces(self, data: bytes) -> None:
         if not data:
@@ -173,6 +189,7 @@ class DockerSandbox:
             self._open = True
             for _ in range(self.starters):
                 threading.Thread(target=self._starter, name="cabochon-docker-start", daemon=True).start()
+            threading.Thread(target=self._beater, name="cabochon-docker-beat", daemon=True).start()
             threading.Thread(target=self._undertaker, name="cabochon-docker-reap", daemon=True).start()
             atexit.register(self.close)
 
@@ -189,7 +206,7 @@ class DockerSandbox:
             ulimits=[docker.types.Ulimit(name="core", soft=0, hard=0),
                      docker.types.Ulimit(name="nofile", soft=max(limits.nofile, 64), hard=max(limits.nofile, 64))],
         )  # fmt: skip
-        script = rootfs.agent_script() + f"main(True, {MAX_AGE_SECONDS / 2})"
+        script = rootfs.agent_script() + f"main(True, {IDLE_SECONDS})"
         container = api.create_container(
             self.image, entrypoint=["python3", "-I", "-S", "-X", "utf8", "-c"], command=[script], user="65534:65534",
             stdin_open=True, environment={"HOME": "/tmp", "LANG": "C.UTF-8"}, working_dir="/tmp", hostname="sandbox",
@@ -251,16 +268,27 @@ class DockerSandbox:
             except FAILURES as e:
                 self._drop_api()
                 raise Lost(f"docker: {type(e).__name__}: {str(e)[:300]}") from e
-        with self._state:
-            self._failure = ""
-            self._state.notify_all()
-            arrived = self._state.wait_for(lambda: self._waiting or self._failure or not self._open, START_SECONDS)
-            if self._waiting:
+        until = time.monotonic() + START_SECONDS
+        while True:
+            with self._state:
+                self._failure = ""
+                self._state.notify_all()
+                self._state.wait_for(lambda: self._waiting or self._failure or not self._open, until - time.monotonic())
+                if not self._waiting:
+                    raise Lost(self._failure or "no container was ready in time")
                 session = self._waiting.popleft()
                 self._state.notify_all()
-                self._gone.put((time.monotonic(), session.container))
+            self._gone.put((time.monotonic(), session.container))
+            if not session.stale():
                 return session
-            raise Lost(self._failure or ("no container was ready in time" if not arrived else "the sandbox was closed"))
+            session.close()
+
+    def _beater(self) -> None:
+        with self._state:
+            while self._open:
+                self._state.wait_for(lambda: not self._open, IDLE_SECONDS / 5)
+                for session in self._waiting:
+                    session.beat()
 
     def _undertaker(self) -> None:
         """Sees to it that every container that was handed out is gone in the end."""

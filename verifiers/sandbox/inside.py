@@ -59,16 +59,22 @@ class Channel:
 
 
 def main(supervised: bool = False, idle_seconds: float = 3600.0) -> None:
-    """Reads the order from standard input. `supervised`: this is process 1 of a container and outlives the program."""
+    """Reads the order from standard input. `supervised`: this is process 1 of a container and outlives the program; it
+    ends when it has not heard from its owner, by an order or an empty frame, for `idle_seconds`."""
     channel = Channel(0, 1)
     channel.send(READY)
     if supervised:
         import select
 
         _dumpable(False)
-        if not select.select([0], [], [], idle_seconds)[0]:
-            os._exit(0)
-    order = unpack(channel.read())
+        payload = b""
+        while not payload:
+            if not select.select([0], [], [], idle_seconds)[0]:
+                os._exit(0)
+            payload = channel.read()
+    else:
+        payload = channel.read()
+    order = unpack(payload)
     if supervised:
         _supervise(order["limits"]["wall_seconds"])
     _limit(order["limits"])

@@ -164,13 +164,13 @@ def test_docker_engine_killed_in_the_middle(tmp_path_factory):
     address = started.stdout.strip()
     try:
         image = build(base_url=address) and "cabochon-sandbox:host"
-        box = DockerSandbox(image=image, base_url=address, warm=2, limits=Limits(wall_seconds=60.0))
+        box = DockerSandbox(image=image, base_url=address, warm=2, limits=Limits(wall_seconds=20.0))
         box.fill()
         pids = {box._api().inspect_container(c["Id"])["State"]["Pid"] for c in box._api().containers()}
         results = []
         sleeper = Task(id="t", prompt="", verifier="code", payload={"tests": ["assert f() == 1"]})
         thread = threading.Thread(
-            target=lambda: results.append(CodeVerifier(box).verify(sleeper, "```python\nimport time\ndef f(): time.sleep(60)\n```"))
+            target=lambda: results.append(CodeVerifier(box, limits=box.limits).verify(sleeper, "```python\nimport time\ndef f(): time.sleep(60)\n```"))
         )
         thread.start()
         time.sleep(1.5)
@@ -179,7 +179,7 @@ def test_docker_engine_killed_in_the_middle(tmp_path_factory):
         os.kill(int((folder / "run" / "docker.pid").read_text()), signal.SIGKILL)
         thread.join(45)
         assert [(r.status, r.score) for r in results] == [("infra_error", None)]
-        assert until(lambda: not living(pids), 30), f"processes are left: {living(pids)}"
+        assert until(lambda: not living(pids), 40), f"processes are left: {living(pids)}"
         with pytest.raises(SandboxError, match="after 3 attempts"):
             box.run(python_program("print(1)"))
         assert engine(folder).returncode == 0
