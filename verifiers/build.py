@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from cabochon.errors import UserError
 from cabochon.protocols import Verifier
@@ -80,6 +80,7 @@ def probes_for(tasks: Iterable[Task]) -> list[Probe]:
 
 
 def _probe(name: str, task: Task) -> Probe:
+    payload: dict[str, Any]
     match name:
         case "math":
             payload, gold = {"answer": r"\frac{3}{4}"}, r"The answer is \boxed{\frac{6}{8}}."

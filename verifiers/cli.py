@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -77,10 +77,11 @@ def reward_test_command(
         raise typer.Exit(1)
 
 
-def _sandbox(name: str):  # type: ignore[no-untyped-def]
-    if name not in ("bubblewrap", "docker"):
-        raise UserError(f"--sandbox is bubblewrap or docker, got {name!r}")
-    return name
+def _sandbox(name: str) -> Literal["bubblewrap", "docker"]:
+    match name:
+        case "bubblewrap" | "docker":
+            return name
+    raise UserError(f"--sandbox is bubblewrap or docker, got {name!r}")
 
 
 def _rows(file: pathlib.Path, column: str, reward: str | None) -> tuple[list[Task], list[str]]:
@@ -88,7 +89,8 @@ def _rows(file: pathlib.Path, column: str, reward: str | None) -> tuple[list[Tas
 
     from cabochon.verifiers.tasks import read_rows, task_of_row
 
-    tasks, texts = [], []
+    tasks: list[Task] = []
+    texts: list[str] = []
     for where, row in read_rows(file):
         text = row.pop(column, None)
         if not isinstance(text, str):

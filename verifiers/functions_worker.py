@@ -20,14 +20,14 @@ def load(address: str) -> Callable[..., Any]:
     """
     place, _, name = address.rpartition(":")
     if not place.endswith(".py"):
-        return getattr(importlib.import_module(place), name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(place), name)
     spec = importlib.util.spec_from_file_location(f"reward_file_{abs(hash(place))}", place)
     if spec is None or spec.loader is None:
         raise ImportError(f"cannot load {place}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return getattr(module, name)  # type: ignore[no-any-return]
+    return getattr(module, name)
 
 
 def _accepted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:

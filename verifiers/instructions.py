@@ -16,7 +16,7 @@ from cabochon.verifiers.base import verdict_of_outcome
 from cabochon.verifiers.math_extract import Extraction, final_part
 from cabochon.verifiers.workers import WorkerConfig, shared_pool
 
-INSTRUCTION_WORKERS = WorkerConfig(preload=("cabochon.verifiers.instructions_check",), memory_mib=1024)
+INSTRUCTION_WORKERS = WorkerConfig(preload=("cabochon.verifiers.instructions_check:warm",), memory_mib=1024)
 
 LENGTH_LIMIT = 1_000_000
 """Characters; a longer response is malformed, whatever it was asked to be."""

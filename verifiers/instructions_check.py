@@ -167,3 +167,8 @@ def judge(text: str, constraints: list[list[Any]], loose: bool, partial: bool) -
         "detail": "all constraints kept" if not broken else f"not kept: {', '.join(broken)}"[:300],
         "evidence": {"constraints": parts, "reading": "loose" if loose else "strict"},
     }
+
+
+def warm() -> None:
+    """Load langdetect's profiles before the workers are forked."""
+    ifeval.language("The profiles of all languages are read at the first call.")

@@ -98,11 +98,11 @@ def nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int,
 
 
 def placeholders(text: str, num_placeholders: int) -> bool:
-    return len(re.findall(r"\[[^\]\n]*\]", text)) >= num_placeholders
+    return len(re.findall(r"\[[^\[\]\n]*\]", text)) >= num_placeholders
 
 
 def postscript(text: str, postscript_marker: str) -> bool:
-    patterns = {"P.P.S": r"\s*p\.\s?p\.\s?s.*$", "P.S.": r"\s*p\.\s?s\..*$"}
+    patterns = {"P.P.S": r"p\.\s?p\.\s?s.*$", "P.S.": r"p\.\s?s\..*$"}
     pattern = patterns.get(postscript_marker, re.escape(postscript_marker.lower()) + ".*$")
     return re.search(pattern, text.lower(), re.MULTILINE) is not None
 

@@ -18,7 +18,7 @@ from cabochon.verifiers.base import verdict_of_outcome
 from cabochon.verifiers.math_extract import Extraction
 from cabochon.verifiers.workers import WorkerConfig, shared_pool
 
-MATH_WORKERS = WorkerConfig(preload=("cabochon.verifiers.math_judge",), memory_mib=1024)
+MATH_WORKERS = WorkerConfig(preload=("cabochon.verifiers.math_judge:warm",), memory_mib=1024)
 
 SEND_LIMIT = 400_000
 """The end of a completion that is sent to the worker, in characters."""

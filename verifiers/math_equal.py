@@ -18,6 +18,8 @@ from cabochon.verifiers.math_sets import region, same_region, same_relation
 from cabochon.verifiers.math_values import DEGREE, Based, Chain, Grid, Items, Leaf, NamedSet, SetOperation, Value, Words
 
 _ITEMS_LIMIT = 60
+_FALSE = Words("an equation that does not hold")
+"""What `x = 4 = 5` comes to: equal to nothing."""
 _SAME_WORDS = (
     {"dne", "does not exist", "do not exist", "the limit does not exist", "undefined"},
     {"no solution", "no solutions", "none", "no real solutions", "no real solution", "empty set",
@@ -31,6 +33,8 @@ def equal(gold: Value, answer: Value) -> bool:
     """Whether `answer` is the same value as `gold`."""
     gold_label, gold_bare = unlabel(gold)
     label, bare = unlabel(answer)
+    if gold_bare == _FALSE or bare == _FALSE:
+        return False
     if gold_label is None and label is None:
         return _same(gold_bare, bare)
     if gold_label is not None and label is not None:
@@ -50,8 +54,8 @@ def unlabel(value: Value) -> tuple[Expr | None, Value]:
     if isinstance(value, Items) and value.kind == "list":
         parts = [unlabel(item) for item in value.items]
         labels = {label for label, _ in parts}
-        if len(labels) == 1 and (label := next(iter(labels))) is not None:
-            return label, Items("list", tuple(bare for _, bare in parts), value.brackets)
+        if len(labels) == 1 and None not in labels:
+            return labels.pop(), Items("list", tuple(bare for _, bare in parts), value.brackets)
         return None, value
     if not isinstance(value, Chain):
         return None, value
@@ -73,7 +77,7 @@ def unlabel(value: Value) -> tuple[Expr | None, Value]:
         _same(two, one) or _same(one, two) for one, two in itertools.pairwise(values)
     )
     if not steps_hold:
-        return None, Words("an equation that does not hold")
+        return None, _FALSE
     return label, values[-1]
 
 

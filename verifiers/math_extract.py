@@ -69,7 +69,7 @@ def extract(text: str, rules: Extraction = Extraction()) -> Found | None:
 
 # ---------------------------------------------------------------------------------------------------------- boxes
 
-_BOX = re.compile(r"\\f?boxed(?![A-Za-z])\s*")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _ESCAPED = re.compile(r"\\.|[{}]", re.DOTALL)
 
 

@@ -74,7 +74,8 @@ def _subscript(parser: _Parser) -> str:
         if token.kind not in ("number", "letter", "text", "word"):
             raise MathSyntaxError("cannot read a subscript")
         return token.value
-    parts, depth = [], 1
+    parts: list[str] = []
+    depth = 1
     while True:
         token = parser.next()
         if token.kind == "end":

@@ -173,11 +173,8 @@ def gold_answer(gold: str) -> str:
 @lru_cache(maxsize=4096)
 def check_gold(gold: str) -> str:
     """Empty if the gold equals itself, else what is wrong with it."""
-    reading = read(gold)
     if not gold.strip():
         return "the gold answer is empty"
-    if isinstance(reading.value, Words) and reading.value.text == "an equation that does not hold":
-        return "the gold answer does not hold"
     return "" if matches(gold, gold)[0] else f"the gold answer {gold[:80]!r} cannot be compared with itself"
 
 
@@ -238,3 +235,10 @@ def _verdict(status: str, detail: str, evidence: dict[str, Any]) -> dict[str, An
     return {"score": 1.0 if status == "ok" else 0.0, "status": status, "detail": detail[:300], "evidence": evidence}
 
 
+def warm() -> None:
+    """Judge a few answers before the workers are forked: sympy's first evaluation of each kind takes 0.1 s."""
+    for gold, answer in (
+        ("x^2+2x+1", "(x+1)^2"), (r"\sin 2x", r"2\sin x\cos x"), ("y=2x+1", "2y=4x+2"), ("(1,3)", "1<x<3"), (r"\sqrt{8}", "5"),
+        (r"\ln 8", r"3\ln 2"), ("3.14", r"\pi"), ("5 cm", "50 mm"), (r"\frac{x}{2}", "x^2"), ("e^{2x}", r"\tan x"),
+    ):
+        matches(gold, answer)

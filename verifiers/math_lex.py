@@ -59,7 +59,7 @@ def clean(text: str) -> str:
             if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing) \
                     and opening not in inner and not (opening == "$" and inner.endswith("\\")):
                 text, changed = inner.strip(), True
-        if (box := re.fullmatch(r"\\f?boxed\s*\{(.*)\}", text, re.DOTALL)) and _balanced(box.group(1)):
+        if (box := re.fullmatch(r"\\(?:boxed|fbox)\s*\{(.*)\}", text, re.DOTALL)) and _balanced(box.group(1)):
             text, changed = box.group(1).strip(), True
         if text and text[-1] in ".," and not text.endswith((r"\,", "..")):
             text, changed = text[:-1].rstrip(), True
@@ -109,7 +109,7 @@ _TOKEN = re.compile(
     r"|(?P<command>\\[A-Za-z]+\*?)"
     r"|(?P<escaped>\\[{}|\\_&#$])"
     r"|(?P<letters>[A-Za-z]+)"
-    r"|(?P<op>\*\*|<=|>=|!=|==|&&|\|\||[-+*/^_=<>!%|()\[\]{},;:'&])"
+    r"|(?P<op>\*\*|<=|>=|!=|==|[-+*/^_=<>!%|()\[\]{},;:'&])"
     r"|(?P<other>.)",
     re.DOTALL,
 )

@@ -46,7 +46,7 @@ _NAMED_SETS = {r"\R": "R", r"\Z": "Z", r"\N": "N", r"\Q": "Q", r"\C": "C", r"\em
                r"\varnothing": "empty", r"\reals": "R"}
 _CLOSERS = {"(": (")", "]"), "[": ("]", ")"), r"\{": (r"\}",), r"\langle": (r"\rangle",)}
 _JOINTS = {",": ",", ";": ",", "and": "and", "or": "or", r"\lor": "or", r"\vee": "or", r"\land": "and",
-           r"\wedge": "and", "&&": "and", "||": "or"}
+           r"\wedge": "and"}
 
 
 def parse(text: str) -> Value:
@@ -54,6 +54,8 @@ def parse(text: str) -> Value:
     parser = _Parser(tokenise(clean(text)))
     try:
         return parser.everything()
+    except RecursionError as error:
+        raise MathSyntaxError("nested too deeply") from error
     except (TypeError, AttributeError, OverflowError, ZeroDivisionError, NotImplementedError) as error:
         raise MathSyntaxError(f"cannot be worked out: {type(error).__name__}") from error
 

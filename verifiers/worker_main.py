@@ -71,7 +71,7 @@ def encode(message: Any) -> bytes:
 def resolve(target: str) -> Callable[..., Any]:
     """`package.module:function` as a callable."""
     module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), name)
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -141,11 +141,14 @@ def _reap(pid: int, patience: float = 10.0) -> int:
 
 
 def zygote(control_fd: int, preload: list[str], memory_bytes: int) -> None:
-    """Import `preload`, then obey the owner: `F` with a socket forks a worker on it, `R` and a pid reaps one."""
+    """Import `preload` (and call what has a colon in it), then obey the owner: `F` with a socket forks a worker on it, `R` and a pid reaps one."""
     control = socket.socket(fileno=control_fd)
     owner = os.getppid()
-    for module in preload:
-        importlib.import_module(module)
+    for target in preload:
+        if ":" in target:
+            resolve(target)()
+        else:
+            importlib.import_module(target)
     gc.collect()
     gc.freeze()  # keeps the imported pages shared after a fork
     control.send(b"K")

@@ -76,7 +76,7 @@ class WorkerConfig:
     memory_mib: int = 2048
     """cap on the address space of one worker"""
     preload: tuple[str, ...] = ()
-    """modules the zygote imports before it forks"""
+    """modules the zygote imports before it forks, and functions ("module:function") it calls to warm them up"""
     keep_environment: tuple[str, ...] = ()
     """names passed on from the environment; everything else is withheld, so that no secret is in reach"""
     start_seconds: float = 120.0
@@ -141,7 +141,7 @@ class WorkerPool:
             request = encode({"target": target, "arguments": dict(arguments)})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{target}: arguments must be plain data: {error}") from error
-        failure = ""
+        failed = Outcome(status="infra_error")
         for _ in range(self.config.retries + 1):
             worker = None
             start = time.monotonic()
@@ -151,7 +151,7 @@ class WorkerPool:
                 fresh = worker.items == 0
                 outcome = self._converse(worker, request, deadline, stall_is_timeout)
             except (_MachineFailure, OSError) as error:
-                failure = str(error)
+                failed = Outcome(status="infra_error", detail=str(error))
                 if worker is not None:
                     self._discard(worker)
                 continue
@@ -160,11 +160,12 @@ class WorkerPool:
             else:
                 self._discard(worker)
                 if outcome.status == "oom" and not fresh:  # memory left over from earlier items may be to blame
+                    failed = outcome
                     continue
-            self._count(outcome)
-            return replace(outcome, seconds=time.monotonic() - start)
-        self._add(calls=1, infra_errors=1)
-        return Outcome(status="infra_error", detail=failure, seconds=time.monotonic() - start)
+            failed = outcome
+            break
+        self._count(failed)
+        return replace(failed, seconds=time.monotonic() - start)
 
     def close(self) -> None:
         """Kill every worker and the zygote. Calls in flight come back as `infra_error`."""

@@ -1,0 +1,99 @@
+"""`cabochon verify` and `cabochon reward test` as a user runs them."""
+
+import json
+import pathlib
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cabochon.errors import UserError
+from cabochon.verifiers.cli import reward_test_command, verify_command
+
+APP = typer.Typer()
+APP.command("verify")(verify_command)
+APP.command("reward-test")(reward_test_command)
+RUN = CliRunner()
+
+ROWS = [
+    {"question": "1+1?", "answer": "so\n#### 2", "completion": "\\boxed{2}"},
+    {"question": "1+2?", "answer": "so\n#### 3", "completion": "\\boxed{2}"},
+    {"question": "1+3?", "answer": "so\n#### 4", "completion": ""},
+    {"prompt": "Speak.", "verifier": "instructions", "payload": {"constraints": [{"kind": "length:words", "maximum": 1}]},
+     "completion": "Hello"},
+]
+
+
+def write(path: pathlib.Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_verify_writes_rows_and_a_table(tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "out.jsonl"
+    done = RUN.invoke(APP, ["verify", write(tmp_path / "rows.jsonl", ROWS), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    verdicts = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["score"] for row in verdicts] == [1.0, 0.0, 0.0, 1.0]
+    assert [row["status"] for row in verdicts] == ["ok", "wrong", "no_answer", "ok"]
+    assert verdicts[1]["evidence"] == {"gold": "3", "answer": "2", "method": "boxed"}
+    lines = done.output.splitlines()
+    assert lines[1].split()[:4] == ["instructions", "1", "1", "1.0000"]
+    assert lines[2].split()[:4] == ["math", "3", "3", "0.3333"]
+    assert lines[2].endswith("no_answer 1, ok 1, wrong 1")
+
+
+def test_verify_with_a_reward_function(tmp_path: pathlib.Path) -> None:
+    reward = tmp_path / "mine.py"
+    reward.write_text("def score(completions, **kwargs): return [float(len(c)) / 10 for c in completions]\n")
+    rows = write(tmp_path / "rows.jsonl", [{**ROWS[0], "text": "abcde"}])
+    out = tmp_path / "out.jsonl"
+    done = RUN.invoke(APP, ["verify", rows, "--column", "text", "--reward", f"{reward}:score", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(out.read_text())["score"] == 0.5
+
+
+def test_verify_tells_what_is_wrong_with_a_row(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [ROWS[0], {"question": "Q", "answer": "#### 1"}])
+    done = RUN.invoke(APP, ["verify", path])
+    assert isinstance(done.exception, UserError)
+    assert str(done.exception).startswith(f"{path}:2: column 'completion'")
+    unknown = write(tmp_path / "unknown.jsonl", [{"prompt": "p", "verifier": "maths", "completion": "x"}])
+    done = RUN.invoke(APP, ["verify", unknown])
+    assert "nearest is 'math'" in str(done.exception)
+
+
+@pytest.mark.parametrize("name", ["math", "instructions", "thinking"])
+def test_the_built_in_rewards_look_sound(name: str) -> None:
+    done = RUN.invoke(APP, ["reward-test", name])
+    assert done.exit_code == 0, done.output
+    assert "0 suspicious: the reward looks sound" in done.output
+
+
+BAD = '''
+import random, time
+def substring(completions, solution, **kwargs):
+    return [float(s.strip("$") in c) for c, s in zip(completions, solution)]
+def chance(completions, **kwargs): return [random.random()]
+def always(completions, **kwargs): return [1.0]
+def crashes(completions, **kwargs): return [1.0 / len(completions[0])]
+'''
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("substring", "gold while thinking only scores 1"), ("chance", "not deterministic"), ("always", "blank scores 1"),
+    ("crashes", "infra_error: ZeroDivisionError"),
+])
+def test_bad_rewards_are_found_out(tmp_path: pathlib.Path, name: str, says: str) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text(BAD)
+    done = RUN.invoke(APP, ["reward-test", f"{path}:{name}"])
+    assert done.exit_code == 1
+    assert says in done.output
+
+
+def test_probing_with_ones_own_tasks(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "tasks.jsonl", [{"question": "1+1?", "answer": "#### 2"}, {"question": "1+2?", "answer": "#### 3"}])
+    done = RUN.invoke(APP, ["reward-test", "math", "--tasks", path, "--limit", "2"])
+    assert done.exit_code == 0, done.output
+    assert "another task's gold" in done.output

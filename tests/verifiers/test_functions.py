@@ -1,0 +1,156 @@
+"""Reward functions from elsewhere: TRL's and verl's, plain, chat and async, hanging, raising and out of range."""
+
+import pathlib
+import time
+
+import pytest
+
+from cabochon.errors import UserError
+from cabochon.types import Task
+from cabochon.verifiers.functions import FunctionVerifier, VerlVerifier
+
+REWARDS = '''
+import asyncio, os, time
+
+def length(prompts, completions, **kwargs):
+    return [float(len(c) > 3) for c in completions]
+
+def chat(completions, solution, **kwargs):
+    return [1.0 if c[0]["content"] == s else 0.0 for c, s in zip(completions, solution)]
+
+async def slow_but_async(prompts, completions, weight):
+    await asyncio.sleep(0.01)
+    return [weight[0]]
+
+def abstains(completions, **kwargs): return [None]
+def minus(completions, **kwargs): return [-1.0]
+def minus_half(completions, **kwargs): return [-0.5]
+def not_a_number(completions, **kwargs): return [float("nan")]
+def two(completions, **kwargs): return [1.0, 0.0]
+def raises(completions, **kwargs): raise ConnectionError("judge is down")
+def spins(completions, **kwargs):
+    while True: pass
+def secret(completions, **kwargs): return [float("JUDGE_KEY" in os.environ)]
+def factory(bonus):
+    def reward(completions, **kwargs): return [bonus]
+    return reward
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": float(ground_truth in solution_str), "source": data_source, "index": (extra_info or {}).get("index")}
+def plain_score(data_source, solution_str, ground_truth, extra_info=None):
+    return solution_str == ground_truth
+'''
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("rewards") / "rewards.py"
+    path.write_text(REWARDS)
+    return str(path)
+
+
+def task(prompt: object = "Q", **payload: object) -> Task:
+    return Task(id="f/0", prompt=prompt, verifier="function", payload=payload)
+
+
+def test_a_plain_function(rewards: str) -> None:
+    verifier = FunctionVerifier(address=f"{rewards}:length")
+    assert verifier.verify(task(), "long enough").score == 1.0
+    found = verifier.verify(task(), "no")
+    assert (found.score, found.status) == (0.0, "wrong")
+
+
+def test_chat_completions_and_columns(rewards: str) -> None:
+    verifier = FunctionVerifier(address=f"{rewards}:chat")
+    chat = task([{"role": "user", "content": "Q"}], solution="42", other="unused")
+    assert verifier.verify(chat, "42").score == 1.0
+    assert verifier.verify(chat, "43").score == 0.0
+    forced = FunctionVerifier(address=f"{rewards}:chat", chat=True)
+    assert forced.verify(task(solution="42"), "42").score == 1.0
+
+
+def test_async_and_only_the_columns_it_names(rewards: str) -> None:
+    assert FunctionVerifier(address=f"{rewards}:slow_but_async").verify(task(weight=0.25, unused=1), "x").score == 0.25
+
+
+def test_a_function_may_abstain(rewards: str) -> None:
+    found = FunctionVerifier(address=f"{rewards}:abstains").verify(task(), "x")
+    assert (found.score, found.status) == (None, "ok")
+
+
+def test_the_declared_range_is_mapped_to_a_score(rewards: str) -> None:
+    assert FunctionVerifier(address=f"{rewards}:minus_half", low=-1.0).verify(task(), "x").score == 0.25
+    found = FunctionVerifier(address=f"{rewards}:minus").verify(task(), "x")
+    assert (found.score, found.status) == (None, "infra_error")
+    assert "declare its range" in found.detail
+    assert found.evidence["reward"] == -1.0
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("raises", "ConnectionError: judge is down"), ("not_a_number", "nan"), ("two", "2 rewards for one"),
+    ("no_such", "no_such"),
+])
+def test_a_function_that_fails_is_an_infra_error_not_a_zero(rewards: str, name: str, says: str) -> None:
+    found = FunctionVerifier(address=f"{rewards}:{name}").verify(task(), "x")
+    assert (found.score, found.status) == (None, "infra_error")
+    assert says in found.detail
+
+
+def test_a_function_that_hangs_is_killed(rewards: str) -> None:
+    start = time.monotonic()
+    found = FunctionVerifier(address=f"{rewards}:spins", deadline=0.5).verify(task(), "x")
+    assert found.status == "timeout"
+    assert time.monotonic() - start < 6
+
+
+def test_the_environment_is_withheld_unless_named(rewards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "k")
+    assert FunctionVerifier(address=f"{rewards}:secret").verify(task(), "x").score == 0.0
+    named = FunctionVerifier(address=f"{rewards}:secret", keep_environment=("JUDGE_KEY",))
+    assert named.verify(task(), "x").score == 1.0
+
+
+def test_a_factory_with_its_arguments(rewards: str) -> None:
+    made = FunctionVerifier(address=f"{rewards}:factory", arguments=(("bonus", 0.75),))
+    assert made.verify(task(), "x").score == 0.75
+
+
+def test_trls_own_rewards_plug_in() -> None:
+    pytest.importorskip("trl")
+    verifier = FunctionVerifier(address="trl.rewards:think_format_reward", chat=True)
+    assert verifier.verify(task(), "<think>a</think>b").score == 1.0
+    assert verifier.verify(task(), "b").score == 0.0
+
+
+def test_trls_accuracy_reward_plugs_in() -> None:
+    pytest.importorskip("trl")
+    verifier = FunctionVerifier(address="trl.rewards:accuracy_reward", chat=True)
+    assert verifier.verify(task(solution="$5$"), "so $\\boxed{5}$").score == 1.0
+    assert verifier.verify(task(solution="$5$"), "so $\\boxed{6}$").score == 0.0
+
+
+def test_verls_compute_score(rewards: str) -> None:
+    verifier = VerlVerifier(address=f"{rewards}:compute_score")
+    found = verifier.verify(task(data_source="gsm8k", ground_truth="72", extra_info={"index": 3}), "#### 72")
+    assert (found.score, found.evidence["source"], found.evidence["index"]) == (1.0, "gsm8k", 3)
+    assert VerlVerifier(address=f"{rewards}:plain_score").verify(task(ground_truth="a"), "a").score == 1.0
+    with pytest.raises(ValueError, match="ground_truth"):
+        verifier.verify(task(), "x")
+
+
+@pytest.mark.parametrize(("address", "says"), [
+    ("nonsense", '"module:function"'), ("no/such/file.py:f", "no such file"), ("a.b:not a name", '"module:function"'),
+])
+def test_addresses_that_are_none(address: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        FunctionVerifier(address=address)
+
+
+def test_a_range_that_is_none(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="low must be less"):
+        FunctionVerifier(address="math:sqrt", low=1.0, high=1.0)
+
+
+def test_a_payload_that_is_not_plain_data_is_the_tasks_fault(rewards: str) -> None:
+    with pytest.raises(ValueError, match="plain data"):
+        FunctionVerifier(address=f"{rewards}:length").verify(task(bad=object()), "x")

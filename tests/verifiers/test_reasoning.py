@@ -1,0 +1,98 @@
+"""reasoning-gym puzzles: the oracle's answer is paid, what the library pays besides is not."""
+
+import time
+
+import pytest
+
+from cabochon.errors import UserError
+from cabochon.verifiers.reasoning import Puzzles, ReasoningVerifier, puzzle_tasks
+from cabochon.verifiers.reasoning_worker import answer_of, arithmetic, rule_of, same_text
+
+pytest.importorskip("reasoning_gym")
+VERIFIER = ReasoningVerifier()
+NAMES = ("chain_sum", "countdown", "puzzle24", "game_of_life_halting", "coin_flip", "n_queens", "shortest_path",
+         "word_sorting", "spiral_matrix", "string_insertion")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_oracle_is_paid_and_cheap_tricks_are_not(name: str) -> None:
+    task, other = puzzle_tasks(Puzzles(name=name, size=2, seed=5))
+    gold = str(task.payload["answer"])
+    assert VERIFIER.verify(task, f"<think>hm</think>\n<answer>{gold}</answer>").score == 1.0
+    tricks = ["", "zzz", f"{gold} zzz", f"zzz {gold}", f"{gold}\n{gold}", "[]", f"'{gold}' if True else 0"]
+    if other.payload["answer"] != gold:
+        tricks.append(str(other.payload["answer"]))
+    for trick in tricks:
+        found = VERIFIER.verify(task, f"<answer>{trick}</answer>")
+        assert found.score == 0.0, (trick, found)
+        assert found.status in ("wrong", "no_answer", "malformed")
+
+
+def test_tasks_are_the_same_every_time_and_differ_by_seed_and_difficulty() -> None:
+    one = puzzle_tasks(Puzzles(name="chain_sum", size=3, seed=1))
+    assert one == puzzle_tasks(Puzzles(name="chain_sum", size=3, seed=1))
+    assert one != puzzle_tasks(Puzzles(name="chain_sum", size=3, seed=2))
+    hard = puzzle_tasks(Puzzles(name="chain_sum", size=3, seed=1, config={"min_terms": 9, "max_terms": 9}))
+    assert all(str(task.prompt).count("+") + str(task.prompt).count("-") >= 8 for task in hard)
+    assert VERIFIER.verify(hard[2], f"<answer>{hard[2].payload['answer']}</answer>").score == 1.0
+
+
+def test_several_right_answers() -> None:
+    (task,) = puzzle_tasks(Puzzles(name="puzzle24", size=1, seed=3))
+    gold = str(task.payload["answer"])
+    assert VERIFIER.verify(task, f"<answer>({gold}) = 24</answer>").score == 1.0
+    assert VERIFIER.verify(task, "<answer>12+12</answer>").score == 0.0
+    assert VERIFIER.verify(task, f"<answer>{gold} + 0</answer>").score == 0.0
+
+
+def test_code_in_an_answer_is_not_run(tmp_path) -> None:
+    marker = tmp_path / "owned"
+    for name in ("spiral_matrix", "n_queens", "string_insertion", "countdown", "polynomial_multiplication"):
+        (task,) = puzzle_tasks(Puzzles(name=name, size=1))
+        code = f"__import__('pathlib').Path({str(marker)!r}).write_text('x')"
+        assert VERIFIER.verify(task, f"<answer>{code}</answer>").score == 0.0
+    assert not marker.exists()
+
+
+def test_hostile_answers_end_in_time() -> None:
+    for name in ("countdown", "chain_sum", "word_ladder", "rubiks_cube"):
+        (task,) = puzzle_tasks(Puzzles(name=name, size=1))
+        for text in ("9**9**9**9", "(" * 10_000, "\x00\ud800", "R" * 19_000, "1+" * 9_000 + "1", "a" * 3_000_000):
+            start = time.monotonic()
+            assert VERIFIER.verify(task, f"<answer>{text}</answer>").score == 0.0
+            assert time.monotonic() - start < VERIFIER.deadline + 1
+
+
+def test_an_item_that_is_not_the_one_asked_has_no_score() -> None:
+    from dataclasses import replace
+
+    (task,) = puzzle_tasks(Puzzles(name="chain_sum", size=1))
+    found = VERIFIER.verify(replace(task, prompt="Another question"), "<answer>1</answer>")
+    assert (found.score, found.status) == (None, "infra_error")
+
+
+def test_unknown_names_settings_and_unsound_puzzles_are_refused() -> None:
+    with pytest.raises(UserError, match="'countdwn'; the nearest is 'countdown'"):
+        puzzle_tasks(Puzzles(name="countdwn"))
+    with pytest.raises(UserError, match="max_numers"):
+        puzzle_tasks(Puzzles(name="countdown", config={"max_numers": 3}))
+    with pytest.raises(UserError, match="no answers to compare with"):
+        puzzle_tasks(Puzzles(name="propositional_logic", size=1))
+
+
+def test_where_the_answer_stands() -> None:
+    assert answer_of("<think><answer>1</answer></think><answer>2</answer> or <answer> 3 </answer>") == "3"
+    assert answer_of("so \\boxed{4}") == "4"
+    assert answer_of("<think>a</think> 5 ") == "5"
+    assert same_text("1 2\n3", " 1  2 \n3\n")
+    assert not same_text("1 2\n3", "1 2 3")
+    assert rule_of("gcd") == "value"
+    assert rule_of("sudoku") == "exact"
+
+
+@pytest.mark.parametrize(("text", "right"), [
+    ("(1+2)*3", True), ("1*3+2*3", False), ("3*(2+1)", True), ("3*2+1", False), ("3\\times(2+1)=9", True), ("9", False),
+    ("-(-3)*(1+2)", True), ("(1+2)*3)", False), ("3/(1-1)", False), ("", False), ("3*(2+1", False), ("1 2 3", False),
+])
+def test_arithmetic_over_given_numbers(text: str, right: bool) -> None:
+    assert arithmetic(text, [1, 2, 3], 9)[0] is right

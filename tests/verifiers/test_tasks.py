@@ -1,0 +1,107 @@
+"""JSONL into tasks, errors that name file and line, and a split that cannot leak."""
+
+import json
+import pathlib
+
+import pytest
+
+from cabochon.errors import UserError
+from cabochon.types import Task
+from cabochon.verifiers.tasks import Columns, content_hash, normalised, read_rows, read_tasks, split
+
+GSM8K = {"question": "One and one?", "answer": "1+1=2\n#### 2"}
+MATH = {"problem": "Half of one?", "solution": "It is \\boxed{\\frac{1}{2}}.", "level": "Level 1", "type": "Algebra"}
+MBPP = {"text": "Write add.", "code": "def add(a, b): return a+b", "task_id": 7, "test_setup_code": "",
+        "test_list": ["assert add(1, 2) == 3"], "challenge_test_list": []}
+HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x\n",
+             "test": "def check(f):\n    assert f(1) == 1"}
+
+
+def write(path: pathlib.Path, *rows: object) -> pathlib.Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+def test_known_shapes(tmp_path: pathlib.Path) -> None:
+    gsm8k, mathematics, mbpp, human = read_tasks(write(tmp_path / "mixed.jsonl", GSM8K, MATH, MBPP, HUMANEVAL))
+    assert (gsm8k.id, gsm8k.prompt, gsm8k.verifier) == ("mixed/0", "One and one?", "math")
+    assert gsm8k.payload == {"answer": "2"}
+    assert gsm8k.domain == "mixed"
+    assert (mathematics.payload["answer"], mathematics.domain) == ("\\frac{1}{2}", "Algebra")
+    assert (mbpp.id, mbpp.verifier) == ("mbpp/7", "code")
+    assert mbpp.payload["test_list"] == ["assert add(1, 2) == 3"]
+    assert mbpp.prompt == "Write add.\nYour code should pass this test:\nassert add(1, 2) == 3"
+    assert (human.id, human.payload["entry_point"]) == ("HumanEval/0", "f")
+    assert human.payload["reference"] == "def f(x):\n    return x\n"
+
+
+def test_our_own_rows(tmp_path: pathlib.Path) -> None:
+    row = {"id": "a/1", "prompt": [{"role": "user", "content": "Hi"}], "verifier": "thinking", "domain": "d"}
+    (task,) = read_tasks(write(tmp_path / "own.jsonl", row, ""))
+    assert task == Task(id="a/1", prompt=({"role": "user", "content": "Hi"},), verifier="thinking", domain="d")
+
+
+def test_a_column_map(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "x.jsonl", {"q": "What?", "a": 5, "k": "id-1", "topic": "t"})
+    columns = Columns(prompt="q", verifier="math", payload={"answer": "a"}, id="k", domain="topic")
+    assert read_tasks(path, columns) == [
+        Task(id="id-1", prompt="What?", verifier="math", payload={"answer": 5}, domain="t")
+    ]
+
+
+@pytest.mark.parametrize(("row", "says"), [
+    ("{not json", "not JSON"), ("[1]", "expected a JSON object, got list"), ({"a": 1}, "give a column map"),
+    ({"question": "Q", "answer": "no hashes"}, "#### NUMBER"), ({"question": "", "answer": "#### 1"}, "column 'question'"),
+    ({"problem": "P", "solution": "no box"}, "no \\boxed answer"), ({"text": "t", "test_list": []}, "test_list"),
+    ({"prompt": 3, "verifier": "math"}, "list of messages"), ({"prompt": "p", "verifier": "m", "payload": 3}, "payload"),
+    ("[" * 100_000, "not JSON"),
+])
+def test_errors_name_file_and_line(tmp_path: pathlib.Path, row: object, says: str) -> None:
+    path = write(tmp_path / "bad.jsonl", GSM8K, "", row)
+    with pytest.raises(UserError) as raised:
+        read_tasks(path)
+    assert str(raised.value).startswith(f"{path}:3: ")
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_other_errors(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        list(read_rows(tmp_path / "absent.jsonl"))
+    with pytest.raises(UserError, match="holds no rows"):
+        read_tasks(write(tmp_path / "empty.jsonl", ""))
+    twice = write(tmp_path / "twice.jsonl", MBPP, MBPP)
+    with pytest.raises(UserError, match=r"twice.jsonl:2: the id 'mbpp/7' was used at .*:1"):
+        read_tasks(twice)
+    with pytest.raises(UserError, match=r":1: no column 'z'; the row has \['answer', 'question'\]"):
+        read_tasks(write(tmp_path / "map.jsonl", GSM8K), Columns(prompt="z", verifier="math"))
+
+
+def make(prompt: object) -> Task:
+    return Task(id="x", prompt=prompt, verifier="math")
+
+
+def test_the_split_depends_on_the_words_of_the_prompt_alone() -> None:
+    copies = ["What is 3 + 4?", "what is 3+4", "  WHAT   is\n3 + 4 ?!", "What is ３ + ４?",
+              [{"role": "user", "content": "What is 3 + 4?"}]]
+    assert len({content_hash(copy) for copy in copies}) == 1
+    for different in ("What is 3 - 4?", "What is 34?", "What is 3 + 5?", "What is 3 * 4?"):
+        assert normalised(different) != normalised(copies[0])
+    for share in (0.05, 0.5, 0.95):
+        training, held = split([make(copy) for copy in copies], share)
+        assert not training or not held
+
+
+def test_the_split_is_the_share_asked_for_and_stays_when_tasks_are_added() -> None:
+    tasks = [make(f"How much is {n} and {n * n}?") for n in range(4000)]
+    training, held = split(tasks, 0.1)
+    assert len(training) + len(held) == 4000
+    assert abs(len(held) - 400) < 5 * (4000 * 0.1 * 0.9) ** 0.5  # five standard deviations
+    again_training, again_held = split(tasks[::-1][:2000], 0.1)
+    assert {task.prompt for task in again_held} <= {task.prompt for task in held}
+    assert {task.prompt for task in again_training} <= {task.prompt for task in training}
+    wider = split(tasks, 0.2)[1]
+    assert {task.prompt for task in held} <= {task.prompt for task in wider}
+    assert split(tasks, 0.0)[1] == []
+    with pytest.raises(ValueError, match="held_out"):
+        split(tasks, 1.0)

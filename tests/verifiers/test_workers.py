@@ -1,0 +1,261 @@
+"""Killable workers: deadlines, kills, caps, a clean environment, and what is counted."""
+
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import pytest
+
+from cabochon.verifiers.workers import WorkerConfig, WorkerPool, shared_pool
+
+JOBS = '''
+import ctypes, os, time
+
+def add(a, b): return a + b
+def pid(): return os.getpid()
+def spin(): 
+    while True: pass
+def nap(seconds): time.sleep(seconds); return seconds
+def busy(seconds):
+    until = time.process_time() + seconds
+    while time.process_time() < until: pass
+    return seconds
+def eat(): return len([bytearray(1 << 20) for _ in range(4096)])
+def fault(): ctypes.string_at(0)
+def fail(): raise KeyError("no such grader")
+def dive(n=0): return dive(n + 1)
+def environment(): return dict(os.environ)
+def unplain(): return object()
+def huge(): return "x" * (9 << 20)
+def echo(text): return text
+def die(): os._exit(3)
+def suicide(): os.kill(os.getpid(), 9)
+def child():
+    pid = os.fork()
+    if pid == 0: time.sleep(60); os._exit(0)
+    return pid
+'''
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("jobs")
+    (folder / "cabochon_test_jobs.py").write_text(JOBS)
+    return str(folder)
+
+
+@pytest.fixture
+def pool(jobs: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(jobs)
+    made = WorkerPool(WorkerConfig(size=2, memory_mib=512, retries=2))
+    yield made
+    made.close()
+
+
+def run(pool: WorkerPool, name: str, deadline: float = 5.0, **arguments):
+    return pool.call(f"cabochon_test_jobs:{name}", arguments, deadline=deadline)
+
+
+def gone(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if stat.rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_value_comes_back_and_the_worker_is_used_again(pool: WorkerPool) -> None:
+    assert run(pool, "add", a=2, b=40).value == 42
+    assert run(pool, "pid").value == run(pool, "pid").value
+    assert pool.stats.replaced == 0
+
+
+def test_text_of_every_kind_survives_the_way_there_and_back(pool: WorkerPool) -> None:
+    for text in ("\x00", "\ud800", "é∑\U0001f600", "a" * 3_000_000, "\\" * 1000):
+        assert run(pool, "echo", text=text).value == text
+
+
+def test_an_endless_loop_is_a_timeout_within_a_second_of_the_deadline(pool: WorkerPool) -> None:
+    start = time.monotonic()
+    outcome = run(pool, "spin", deadline=0.5)
+    assert outcome.status == "timeout"
+    assert 0.45 < time.monotonic() - start < 1.5
+    assert pool.stats.timeouts == pool.stats.replaced == 1
+    assert run(pool, "add", a=1, b=1).value == 2
+
+
+def test_a_deadline_missed_without_cpu_is_the_machines_doing_unless_said_otherwise(pool: WorkerPool) -> None:
+    assert run(pool, "nap", deadline=0.2, seconds=30).status == "infra_error"
+    assert pool.stats.stalled == 3  # one try and two retries
+    outcome = pool.call("cabochon_test_jobs:nap", {"seconds": 30}, deadline=0.2, stall_is_timeout=True)
+    assert outcome.status == "timeout"
+
+
+def test_waiting_for_a_free_worker_does_not_count(jobs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(jobs)
+    pool = WorkerPool(WorkerConfig(size=1))
+    try:
+        run(pool, "add", a=1, b=1)
+        results = []
+        threads = [
+            threading.Thread(target=lambda: results.append(run(pool, "nap", deadline=0.6, seconds=0.3).status))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == ["done"] * 4  # the last one waited 0.9 s for its turn
+    finally:
+        pool.close()
+
+
+def test_a_worker_killed_mid_item_is_replaced_and_the_item_tried_again(pool: WorkerPool) -> None:
+    first = run(pool, "pid").value
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(pool, "nap", deadline=5, seconds=0.6)))
+    thread.start()
+    time.sleep(0.2)
+    os.kill(first, signal.SIGKILL)
+    thread.join()
+    assert results[0].status == "done"
+    assert results[0].value == 0.6
+    assert pool.stats.killed == 1
+    assert pool.stats.replaced == 1
+    assert run(pool, "pid").value != first
+
+
+def test_an_item_whose_workers_are_always_killed_ends_as_infra_error(pool: WorkerPool) -> None:
+    outcome = run(pool, "suicide")
+    assert outcome.status == "infra_error"
+    assert "killed" in outcome.detail
+    assert pool.stats.killed == 3
+
+
+def test_a_killed_zygote_is_started_again(pool: WorkerPool) -> None:
+    worker = run(pool, "pid").value
+    zygote = pool._zygote.pid
+    os.kill(zygote, signal.SIGKILL)
+    assert gone(worker)  # its workers die with it
+    assert run(pool, "add", a=20, b=1).value == 21
+    assert pool._zygote.pid != zygote
+
+
+def test_memory_is_capped(pool: WorkerPool) -> None:
+    assert run(pool, "eat").status == "oom"
+    assert run(pool, "add", a=1, b=2).value == 3
+
+
+def test_a_fault_is_a_crash(pool: WorkerPool) -> None:
+    outcome = run(pool, "fault")
+    assert outcome.status == "crash"
+    assert "SIGSEGV" in outcome.detail
+
+
+def test_a_function_that_raises_is_infra_error_and_says_what(pool: WorkerPool) -> None:
+    outcome = run(pool, "fail")
+    assert outcome.status == "infra_error"
+    assert "KeyError: 'no such grader'" in outcome.detail
+    assert "in fail" in outcome.value
+
+
+@pytest.mark.parametrize(("name", "status"), [("dive", "recursion"), ("unplain", "infra_error"), ("huge", "infra_error")])
+def test_other_ends(pool: WorkerPool, name: str, status: str) -> None:
+    assert run(pool, name).status == status
+    assert run(pool, "add", a=1, b=2).value == 3
+
+
+def test_no_secret_of_the_environment_reaches_a_worker(
+    jobs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(jobs)
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("JUDGE_URL", "http://judge")
+    pool = WorkerPool(WorkerConfig(size=1, keep_environment=("JUDGE_URL",)))
+    try:
+        seen = run(pool, "environment").value
+    finally:
+        pool.close()
+    assert "secret" not in str(seen)
+    assert "HOME" not in seen
+    assert seen["JUDGE_URL"] == "http://judge"
+
+
+def test_a_single_use_worker_dies_after_its_item_with_what_it_started(pool: WorkerPool) -> None:
+    worker = pool.call("cabochon_test_jobs:pid", {}, deadline=5, single_use=True).value
+    assert gone(worker)
+    child = pool.call("cabochon_test_jobs:child", {}, deadline=5, single_use=True).value
+    assert gone(child)
+    assert pool.stats.replaced == 0
+
+
+def test_the_pool_works_off_the_main_thread_from_its_first_call(jobs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(jobs)
+    results = []
+
+    def work() -> None:
+        pool = WorkerPool(WorkerConfig(size=1))
+        results.append(run(pool, "add", a=40, b=2).value)
+        results.append(run(pool, "spin", deadline=0.3).status)
+        pool.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results == [42, "timeout"]
+
+
+def test_closing_leaves_no_process(jobs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(jobs)
+    pool = WorkerPool(WorkerConfig(size=2))
+    pids = [run(pool, "pid").value, pool._zygote.pid]
+    pool.close()
+    assert all(gone(pid) for pid in pids)
+    assert run(pool, "pid").status == "infra_error"
+
+
+def test_workers_die_with_an_owner_that_is_killed(jobs: str, tmp_path: pathlib.Path) -> None:
+    import subprocess
+    import sys
+
+    script = (
+        f"import sys, time; sys.path.insert(0, {jobs!r})\n"
+        "from cabochon.verifiers.workers import WorkerConfig, WorkerPool\n"
+        "pool = WorkerPool(WorkerConfig(size=1))\n"
+        "print(pool.call('cabochon_test_jobs:pid', {}, deadline=5).value, pool._zygote.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in owner.stdout.readline().split()]
+    owner.kill()
+    owner.wait()
+    assert all(gone(pid) for pid in pids)
+
+
+def test_a_module_that_cannot_be_imported_is_one_clear_line() -> None:
+    pool = WorkerPool(WorkerConfig(preload=("no_such_module_of_ours",), retries=0))
+    outcome = pool.call("math:factorial", {}, deadline=1)
+    pool.close()
+    assert outcome.status == "infra_error"
+    assert "No module named 'no_such_module_of_ours'" in outcome.detail
+
+
+def test_equal_configs_share_a_pool() -> None:
+    assert shared_pool(WorkerConfig(size=1)) is shared_pool(WorkerConfig(size=1))
+    assert shared_pool(WorkerConfig(size=1)) is not shared_pool(WorkerConfig(size=2))
+
+
+def test_arguments_must_be_plain_data(pool: WorkerPool) -> None:
+    with pytest.raises(ValueError, match="plain data"):
+        pool.call("math:factorial", {"x": object()}, deadline=1)
+
+
+def test_nonsense_configs_are_refused() -> None:
+    with pytest.raises(ValueError, match="size >= 1"):
+        WorkerConfig(size=0)
