@@ -4,13 +4,17 @@
 
 - `kind`: "asserts", "calls", "stdio" or "unittest"; guessed from the other keys where it is absent.
 - `tests`: a text, or a list of texts of which each is one test. MBPP's `test_list`, HumanEval's `test` are read too.
-- `setup`: test source that runs first (MBPP's `test_setup_code`). `helpers`: trusted source the prompt gave; with HumanEval's
+- `setup`: test source that runs first (MBPP's `test_setup_code`). `helpers`: trusted source the prompt gave; with
+HumanEval's
   `prompt` and `entry_point` it is derived.
-- `entry_point`: the program's function, `Class.method` for calls. `module`: what a test file imports (default `solution`).
+- `entry_point`: the program's function, `Class.method` for calls. `module`: what a test file imports (default
+`solution`).
 - `calls`: `[{"args": [...], "kwargs": {...}, "expected": ...}]`. `cases`: `[{"stdin": "...", "stdout": "..."}]`.
-- `mutates`: true where the tests look at arguments a function changed *and* at what it returned; where it returned None,
+- `mutates`: true where the tests look at arguments a function changed *and* at what it returned; where it returned
+None,
   changes are always carried back.
-- `prefix`: source a completion goes on from (HumanEval's prompt), used where the completion does not define `entry_point`.
+- `prefix`: source a completion goes on from (HumanEval's prompt), used where the completion does not define
+`entry_point`.
 
 Trust: see code_judge. Standard output is compared in this process, as text.
 """
@@ -33,8 +37,9 @@ from cabochon.verifiers.sandbox.running import retried
 class CodeVerifier:
     """`CodeVerifier(BubblewrapSandbox()).verify(task, completion)`.
 
-    `score`: "all" pays 1 where every test passes and 0 otherwise; "fraction" pays the share that passed. `limits` hold for
-    the judgement as a whole, except for `stdio`, where each case is a run of its own and `case_seconds` bounds it.
+    `score`: "all" pays 1 where every test passes and 0 otherwise; "fraction" pays the share that passed. `limits`
+    hold for the judgement as a whole, except for `stdio`, where each case is a run of its own and `case_seconds`
+    bounds it.
     """
 
     def __init__(
@@ -55,7 +60,9 @@ class CodeVerifier:
         plan = plan_of(task.payload)
         source = _source(task, text)
         if not source.strip():
-            return self._verdict(Outcome(status="no_answer", detail="no program in the completion"), plan, source, started)
+            return self._verdict(
+                Outcome(status="no_answer", detail="no program in the completion"), plan, source, started
+            )
         if len(source) > MAX_PROGRAM:
             detail = f"a program of {len(source)} characters, over the limit of {MAX_PROGRAM}"
             return self._verdict(Outcome(status="malformed", detail=detail), plan, source[:1000], started)
@@ -76,7 +83,11 @@ class CodeVerifier:
         score = fraction if self.score == "fraction" else float(good)
         found: dict[str, Any] = {**evidence(outcome), "fraction": fraction, "all_pass": good, "program": source[:4000]}
         return Verdict(
-            score=score, status=outcome.status, detail=outcome.detail, evidence=found, seconds=time.monotonic() - started
+            score=score,
+            status=outcome.status,
+            detail=outcome.detail,
+            evidence=found,
+            seconds=time.monotonic() - started,
         )
 
     def _cases(self, plan: CasePlan, source: str) -> Outcome:
@@ -87,7 +98,9 @@ class CodeVerifier:
             printed = result.stdout.decode("utf-8", "replace")
             if status == "ok" and not same_output(printed, case.stdout):
                 status = "wrong"
-            if status == "crash" and re.search(rb"^(\w*Syntax|Indentation|Tab)Error: ", result.stderr[-2000:], re.MULTILINE):
+            if status == "crash" and re.search(
+                rb"^(\w*Syntax|Indentation|Tab)Error: ", result.stderr[-2000:], re.MULTILINE
+            ):
                 status = "malformed"
             outcome.total += 1
             outcome.passed += status == "ok"
@@ -108,16 +121,25 @@ class CodeVerifier:
 def _source(task: Task, text: str) -> str:
     """The program, with the prompt's own code in front where the completion only goes on from it."""
     found = program(text)
-    prefix = str(task.payload.get("prefix") or (task.payload.get("prompt") if "entry_point" in task.payload else "") or "")
+    prefix = str(
+        task.payload.get("prefix") or (task.payload.get("prompt") if "entry_point" in task.payload else "") or ""
+    )
     entry = str(task.payload.get("entry_point") or "").partition(".")[0]
-    if prefix and entry and not re.search(rf"^\s*(async\s+def|def|class)\s+{re.escape(entry)}\b|^{re.escape(entry)}\s*=", found, re.M):
-        return f"{prefix}{'' if prefix.endswith(chr(10)) else chr(10)}{found or text}" if (found or text).strip() else ""
+    if (
+        prefix
+        and entry
+        and not re.search(rf"^\s*(async\s+def|def|class)\s+{re.escape(entry)}\b|^{re.escape(entry)}\s*=", found, re.M)
+    ):
+        return (
+            f"{prefix}{'' if prefix.endswith(chr(10)) else chr(10)}{found or text}" if (found or text).strip() else ""
+        )
     return found
 
 
 def same_output(got: str, want: str) -> bool:
-    """Equal but for trailing spaces, trailing blank lines and line ends; failing that, equal word by word, where a word of
-    the expected output with a decimal point may differ by 1e-6 (relative or absolute), so `0.1` and `0.10` agree."""
+    """Equal but for trailing spaces, trailing blank lines and line ends; failing that, equal word by word, where a
+    word of the expected output with a decimal point may differ by 1e-6 (relative or absolute), so `0.1` and `0.10`
+    agree."""
     got_lines = [line.rstrip() for line in got.rstrip().splitlines()]
     want_lines = [line.rstrip() for line in want.rstrip().splitlines()]
     if got_lines == want_lines:

@@ -51,7 +51,20 @@ def _dedented(content: str) -> str:
 
 
 def _looks_like_code(text: str) -> bool:
-    starts = ("def ", "class ", "import ", "from ", "async def ", "@", "print(", "for ", "while ", "if ", "return ", "    ")
+    starts = (
+        "def ",
+        "class ",
+        "import ",
+        "from ",
+        "async def ",
+        "@",
+        "print(",
+        "for ",
+        "while ",
+        "if ",
+        "return ",
+        "    ",
+    )
     return any(
         line.startswith(starts) or re.match(r"\w[\w, ]* ?[-+*/]?= ?\S", line) or re.match(r"[\w.]+\(.*\)\s*$", line)
         for line in text[:MAX_PROGRAM].splitlines()

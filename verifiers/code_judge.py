@@ -1,7 +1,7 @@
 """One judgement: the program in one sandbox, its tests in another, and this host carrying plain data between them.
 
-The host reads one letter of each message and its length, no more. The verdict is a message of the tests' side with a number
-only that side was given; everything the program's side says is an answer to a call.
+The host reads one letter of each message and its length, no more. The verdict is a message of the tests' side with a
+number only that side was given; everything the program's side says is an answer to a call.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def _converse(program: Session, tests: Session, nonce: str, outcome: Outcome, li
             message = tests.receive()
         except Stopped as e:
             if e.reason == "ended" and not answered and program.ended is None:
-                raise Lost(f"the tests' process ended before the program had said anything: {tests.error_tail(300)}") from e
+                raise Lost(
+                    f"the tests' process ended before the program had said anything: {tests.error_tail(300)}"
+                ) from e
             detail = "the time was over while the tests worked" if e.reason == "timeout" else (
                 "the tests' process did not survive the program's values")  # fmt: skip
             outcome.status = "timeout" if e.reason == "timeout" else "malformed"
@@ -158,6 +160,9 @@ def _plain(data: bytes) -> Any:
 
 def evidence(outcome: Outcome) -> dict[str, Any]:
     """The evidence of an outcome as plain data."""
-    return {"passed": outcome.passed, "total": outcome.total, "first_failure": outcome.first_failure, "stderr": outcome.stderr}
-
-
+    return {
+        "passed": outcome.passed,
+        "total": outcome.total,
+        "first_failure": outcome.first_failure,
+        "stderr": outcome.stderr,
+    }

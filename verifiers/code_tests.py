@@ -1,7 +1,8 @@
-"""A coding task's tests, made ready for the tests' sandbox: which names are the program's, and one piece of source per test.
+"""A coding task's tests, made ready for the tests' sandbox: which names are the program's, and one piece of source
+per test.
 
-The task is trusted and parsed here; nothing a model wrote comes near this file. Assertions are rewritten so that a failing
-one can say what it got and expected, without changing when it fails.
+The task is trusted and parsed here; nothing a model wrote comes near this file. Assertions are rewritten so that a
+failing one can say what it got and expected, without changing when it fails.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def _cases(payload: Mapping[str, Any]) -> CasePlan:
 
 
 def _call_tests(calls: Any, entry: str) -> list[str]:
-    """`{"args": [...], "kwargs": {...}, "expected": value}` as assertions; values are JSON-like and written as literals."""
+    """`{"args": [...], "kwargs": {...}, "expected": value}` as assertions; values are JSON-like and written as
+    literals."""
     if not entry or not calls:
         raise ValueError("payload['calls'] needs at least one call and payload['entry_point'], the function's name")
     owner, _, method = entry.partition(".")
@@ -131,7 +133,9 @@ def _call_tests(calls: Any, entry: str) -> list[str]:
     out = []
     for i, call in enumerate(calls):
         if not isinstance(call, Mapping) or "expected" not in call:
-            raise ValueError(f"payload['calls'][{i}] needs 'args' and 'expected', got {json.dumps(call, default=repr)[:80]}")
+            raise ValueError(
+                f"payload['calls'][{i}] needs 'args' and 'expected', got {json.dumps(call, default=repr)[:80]}"
+            )
         words = [repr(a) for a in call.get("args", ())] + [f"{k}={v!r}" for k, v in call.get("kwargs", {}).items()]
         out.append(f"assert {head}({', '.join(words)}) == {call['expected']!r}")
     return out
@@ -145,7 +149,8 @@ def _parse(source: str, what: str) -> ast.Module:
 
 
 def _helpers(prompt: str, entry: str) -> str:
-    """What a HumanEval prompt defines beside the function asked for: the tests may use it, and must not take the program's."""
+    """What a HumanEval prompt defines beside the function asked for: the tests may use it, and must not take the
+    program's."""
     try:
         tree = ast.parse(prompt)
     except SyntaxError:
@@ -183,7 +188,9 @@ def _split(tree: ast.Module, entry: str) -> list[Unit]:
     for node in tree.body:
         if isinstance(node, ast.Assert):
             label = ast.unparse(node)[:500]
-            units.append(Unit(label=label, source=ast.unparse(_Asserts().visit(ast.Module(body=[node], type_ignores=[])))))
+            units.append(
+                Unit(label=label, source=ast.unparse(_Asserts().visit(ast.Module(body=[node], type_ignores=[]))))
+            )
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             units.append(Unit(label=ast.unparse(node)[:500], source=ast.unparse(node), whole=False))
         else:
@@ -198,8 +205,8 @@ def _split(tree: ast.Module, entry: str) -> list[Unit]:
 
 
 def _reported(node: ast.Assert) -> ast.stmt:
-    """An assertion that says how it went and lets the next one have its turn. Only for direct children of `check`, where
-    nothing around it could have caught the failure."""
+    """An assertion that says how it went and lets the next one have its turn. Only for direct children of `check`,
+    where nothing around it could have caught the failure."""
     label = ast.unparse(node)[:500]
     wrapped = ast.parse(
         f"try:\n    pass\n    _cabochon_.ok({label!r})\nexcept Exception as _cabochon_error:\n"
@@ -226,7 +233,9 @@ class _Asserts(ast.NodeTransformer):
             )
             shown = [ast.Name(left, ast.Load()), ast.Name(right, ast.Load())]
         call = ast.Call(
-            func=ast.Attribute(ast.Name("_cabochon_", ast.Load()), "raise_failed", ast.Load()), args=[label, *shown], keywords=[]
+            func=ast.Attribute(ast.Name("_cabochon_", ast.Load()), "raise_failed", ast.Load()),
+            args=[label, *shown],
+            keywords=[],
         )
         new = ast.If(test=ast.UnaryOp(ast.Not(), test), body=[ast.Expr(call)], orelse=[])
         return ast.fix_missing_locations(ast.copy_location(new, node))
@@ -267,8 +276,8 @@ def _names(trees: Sequence[ast.AST], known: set[str], entry: str) -> tuple[tuple
     """The program's names among the free names of the tests, and the imports that supply the others.
 
     A name the tests could mean from a standard module (`math.isclose`, a bare `isclose`) is never the program's while
-    another name is: a program that defines `isclose` must not judge itself. A builtin name is the program's only where the
-    tests use nothing else (MBPP has a function called `sum`).
+    another name is: a program that defines `isclose` must not judge itself. A builtin name is the program's only
+    where the tests use nothing else (MBPP has a function called `sum`).
     """
     free = {n.id for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Name)} - _defined(trees) - known
     modules = {

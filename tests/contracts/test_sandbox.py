@@ -1,4 +1,5 @@
-"""What every sandbox promises. Docker and bubblewrap keep all of it; process, no boundary, keeps the part on outcomes."""
+"""What every sandbox promises. Docker and bubblewrap keep all of it; process, no boundary, keeps the part on
+outcomes."""
 
 import os
 import time
@@ -13,7 +14,9 @@ from cabochon.verifiers.sandbox.testing import sandbox
 from cabochon.verifiers.sandbox.wire import pack, unpack
 
 ISOLATED = [pytest.param("bubblewrap", marks=pytest.mark.bubblewrap), pytest.param("docker", marks=pytest.mark.docker)]
-SMALL = Limits(wall_seconds=20.0, cpu_seconds=20.0, memory_bytes=128 << 20, pids=24, file_bytes=8 << 20, output_bytes=100_000)
+SMALL = Limits(
+    wall_seconds=20.0, cpu_seconds=20.0, memory_bytes=128 << 20, pids=24, file_bytes=8 << 20, output_bytes=100_000
+)
 
 
 def made(kind):
@@ -80,7 +83,9 @@ def test_exit_handlers_and_threads_finish(any_box):
 
 def test_wall_time(any_box):
     began = time.monotonic()
-    result = any_box.run(python_program("import time\nprint('up', flush=True)\ntime.sleep(60)"), short(wall_seconds=1.0))
+    result = any_box.run(
+        python_program("import time\nprint('up', flush=True)\ntime.sleep(60)"), short(wall_seconds=1.0)
+    )
     assert (result.status, result.exit_code, result.stdout) == ("timeout", None, b"up\n")
     assert time.monotonic() - began < 4.0
 
@@ -118,7 +123,9 @@ def test_nothing_persists(any_box):
 
 def test_dialogue(any_box):
     with any_box.open() as session:
-        session.begin("candidate", SMALL, source=b"def f(a, b=1): return [a + b, {'k': (a,)}]", wanted=["f", "g"], classes=[])
+        session.begin(
+            "candidate", SMALL, source=b"def f(a, b=1): return [a + b, {'k': (a,)}]", wanted=["f", "g"], classes=[]
+        )
         assert unpack(session.receive()[1:]) == {"f": ("function",), "g": ("missing",)}
         session.send(b"C" + pack((1, "f", "call", [2], {"b": 3})))
         assert unpack(session.receive()[1:]) == (1, "value", [5, {"k": (2,)}], None)
@@ -157,7 +164,11 @@ for path in ('/root/x', '/x', '/usr/x', '/etc/x'):
     except OSError: pass
 print(sorted(int(p) for p in os.listdir('/proc') if p.isdigit())[-1] < 1000, os.path.exists('/home'), os.path.exists('/work'))
 """
-    assert box.run(python_program(source)).stdout.decode().splitlines() == ["65534 65534 []", "refused", "True False False"]
+    assert box.run(python_program(source)).stdout.decode().splitlines() == [
+        "65534 65534 []",
+        "refused",
+        "True False False",
+    ]
 
 
 def test_no_new_privileges_and_seccomp(box):

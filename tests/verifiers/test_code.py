@@ -75,7 +75,9 @@ def test_is_a_verifier(verifier):
     ],
 )
 def test_statuses(both, source, status, passed):
-    quick = CodeVerifier(both.sandbox, limits=Limits(wall_seconds=4.0 if status == "timeout" else 30.0), score="fraction")
+    quick = CodeVerifier(
+        both.sandbox, limits=Limits(wall_seconds=4.0 if status == "timeout" else 30.0), score="fraction"
+    )
     verdict = quick.verify(F, fenced(source))
     assert verdict.status == status, verdict
     assert verdict.evidence["passed"] == passed
@@ -83,7 +85,9 @@ def test_statuses(both, source, status, passed):
 
 
 def test_evidence_names_the_first_failure(verifier):
-    verdict = verifier.verify(F, fenced("import sys\ndef f(x):\n    print('trace', x, file=sys.stderr)\n    return [x, 1]"))
+    verdict = verifier.verify(
+        F, fenced("import sys\ndef f(x):\n    print('trace', x, file=sys.stderr)\n    return [x, 1]")
+    )
     assert verdict.score == 0.0
     assert verdict.evidence["first_failure"] == {
         "test": "assert f(2) == 4", "call": "f(2)", "error": "AssertionError: assert f(2) == 4", "got": "[2, 1]", "expected": "4",
@@ -96,7 +100,9 @@ def test_evidence_names_the_first_failure(verifier):
     assert "does not define f" in missing.detail
 
 
-@pytest.mark.parametrize("text", ["", "I do not know.", "\x00", "\ud800" * 10, "[" * 10_000, "```python\n" + "(" * 50_000, "x" * 10_000_000])
+@pytest.mark.parametrize(
+    "text", ["", "I do not know.", "\x00", "\ud800" * 10, "[" * 10_000, "```python\n" + "(" * 50_000, "x" * 10_000_000]
+)
 def test_any_text_is_judged(verifier, text):
     verdict = verifier.verify(F, text)
     assert verdict.score == 0.0
@@ -128,7 +134,12 @@ def test_stdio_form(both):
     assert both.verify(rows, fenced(good)).status == "ok"
     verdict = both.verify(rows, fenced("input()\nprint(6)\nprint(0.5)"))
     assert (verdict.status, verdict.evidence["fraction"]) == ("wrong", 0.5)
-    assert verdict.evidence["first_failure"] == {"test": "case 2", "input": "1\n5\n", "expected": "5\n0.50", "got": "6\n0.5\n"}
+    assert verdict.evidence["first_failure"] == {
+        "test": "case 2",
+        "input": "1\n5\n",
+        "expected": "5\n0.50",
+        "got": "6\n0.5\n",
+    }
     assert both.verify(rows, fenced("print(")).status == "malformed"
     assert both.verify(rows, fenced("1/0")).status == "crash"
 
@@ -281,8 +292,8 @@ SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mul
 def mutants(code, names, rng):
     """Programs that differ in one place, then some that are surely wrong: another value, no value, a NaN."""
     tree = ast.parse(code)
-    spots = [n for n in ast.walk(tree) if isinstance(n, ast.BinOp | ast.BoolOp) and type(n.op) in SWAPS
-             or isinstance(n, ast.Compare) and type(n.ops[0]) in SWAPS]  # fmt: skip
+    spots = [n for n in ast.walk(tree) if (isinstance(n, ast.BinOp | ast.BoolOp) and type(n.op) in SWAPS)
+             or (isinstance(n, ast.Compare) and type(n.ops[0]) in SWAPS)]  # fmt: skip
     for spot in rng.sample(spots, min(2, len(spots))):
         holder = spot.ops if isinstance(spot, ast.Compare) else None
         old = holder[0] if holder else spot.op
@@ -317,7 +328,8 @@ def mbpp_jobs(table, seed):
 
 
 def check_mbpp(verifier, table, threads):
-    """Canonical solutions pass, sure mutants fail; what an operator swap does is reported for comparison of sandboxes."""
+    """Canonical solutions pass, sure mutants fail; what an operator swap does is reported for comparison of
+    sandboxes."""
     jobs = list(mbpp_jobs(table, 7))
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         verdicts = list(pool.map(lambda job: verifier.verify(job[0], fenced(job[2])), jobs))

@@ -49,7 +49,9 @@ def test_any_text_gives_a_text(text):
     assert isinstance(program(text), str)
 
 
-@pytest.mark.parametrize("text", ["`" * 10**6, "```\n" * 200_000, "~" * 10**6 + "\n", "[" * 10**7, "</think>" * 10**5, "a" * 10**7])
+@pytest.mark.parametrize(
+    "text", ["`" * 10**6, "```\n" * 200_000, "~" * 10**6 + "\n", "[" * 10**7, "</think>" * 10**5, "a" * 10**7]
+)
 def test_large_texts_are_quick(text):
     began = time.monotonic()
     program(text)

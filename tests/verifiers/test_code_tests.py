@@ -53,7 +53,9 @@ def test_only_classes_that_are_used_as_such_are_open():
 
 
 def test_assertions_keep_their_meaning():
-    plan = plan_of({"tests": ["try:\n    f(1)\n    assert False\nexcept ValueError:\n    pass", "assert f(2) == 3, 'why'"]})
+    plan = plan_of(
+        {"tests": ["try:\n    f(1)\n    assert False\nexcept ValueError:\n    pass", "assert f(2) == 3, 'why'"]}
+    )
     assert [u.label.splitlines()[0] for u in plan.units] == ["try:", "assert f(2) == 3, 'why'"]
 
     class Recorder:
@@ -75,7 +77,10 @@ def test_calls_become_assertions():
     calls = [{"args": [[1, 2], "x"], "expected": {"a": None}}, {"args": [], "kwargs": {"k": True}, "expected": 1.5}]
     plan = plan_of({"calls": calls, "entry_point": "Solution.run"})
     assert plan.wanted == ("Solution",)
-    assert [u.label for u in plan.units] == ["assert Solution().run([1, 2], 'x') == {'a': None}", "assert Solution().run(k=True) == 1.5"]
+    assert [u.label for u in plan.units] == [
+        "assert Solution().run([1, 2], 'x') == {'a': None}",
+        "assert Solution().run(k=True) == 1.5",
+    ]
 
 
 def test_cases():

@@ -1,8 +1,8 @@
 """Runs the shipped attack suite against an installed sandbox: forging, escaping, spying, exhausting, lingering, honest.
 
 Every program is judged as a completion would be. Around each one the runner checks what the program could have touched:
-a neighbour in a sandbox of its own that must keep answering, a file, a port, a socket, a process and a secret of the host,
-and that nothing it started is left.
+a neighbour in a sandbox of its own that must keep answering, a file, a port, a socket, a process and a secret of the
+host, and that nothing it started is left.
 """
 
 from __future__ import annotations
@@ -27,12 +27,18 @@ from cabochon.verifiers.sandbox.base import Limits, Sandbox
 from cabochon.verifiers.sandbox.session import Session
 from cabochon.verifiers.sandbox.wire import pack, unpack
 
-LIMITS = Limits(wall_seconds=6.0, cpu_seconds=4.0, memory_bytes=400 << 20, pids=40, file_bytes=32 << 20, output_bytes=1 << 20)
+LIMITS = Limits(
+    wall_seconds=6.0, cpu_seconds=4.0, memory_bytes=400 << 20, pids=40, file_bytes=32 << 20, output_bytes=1 << 20
+)
 """What the suite runs under."""
 SECRET_NAME = "CABOCHON_ATTACK_SECRET"
 
 _SQUARES = ["assert solve(3) == 9", "assert solve(-4) == 16", "assert solve(12) == 144"]
-_FLOATS = ["assert abs(solve(2) - 1.41421) < 1e-3", "assert math.isclose(solve(9), 3.0)", "assert isclose(solve(16), 4.0)"]
+_FLOATS = [
+    "assert abs(solve(2) - 1.41421) < 1e-3",
+    "assert math.isclose(solve(9), 3.0)",
+    "assert isclose(solve(16), 4.0)",
+]
 _SORTED = ["xs = [3, 1, 2]\nassert solve(xs) == sorted(xs)", "assert solve([2, 1]) == [1, 2]"]
 _IN_PLACE = ["xs = [3, 1, 2]\nsolve(xs)\nassert xs == [1, 2, 3]"]
 _STACK = [
@@ -83,7 +89,9 @@ def suite() -> list[Attack]:
     data, harm, honest = attacks_data, attacks_harm, attacks_honest
     out: list[Attack] = []
 
-    def add(group: Group, form: str, programs: Mapping[str, str], pay: Literal["never", "always", "either"] = "never") -> None:
+    def add(
+        group: Group, form: str, programs: Mapping[str, str], pay: Literal["never", "always", "either"] = "never"
+    ) -> None:
         out.extend(Attack(name=n, group=group, form=form, source=s, pay=pay) for n, s in programs.items())
 
     add("forging", "squares", data.FORGING)
@@ -144,7 +152,9 @@ class Host:
 
     def touched(self) -> str:
         """What is not as it was."""
-        if [p.name for p in self.folder.iterdir()] != ["secret"] or (self.folder / "secret").read_text() != "HOST-SECRET":
+        if [p.name for p in self.folder.iterdir()] != ["secret"] or (
+            self.folder / "secret"
+        ).read_text() != "HOST-SECRET":
             return f"host files changed: {sorted(p.name for p in self.folder.iterdir())}"
         for s in (self.port, self.abstract):
             with contextlib.suppress(BlockingIOError):
@@ -174,7 +184,13 @@ class Neighbour:
 
     def __init__(self, sandbox: Sandbox) -> None:
         self.session: Session = sandbox.open(LIMITS)
-        self.session.begin("candidate", replace(LIMITS, wall_seconds=36000.0, cpu_seconds=3600.0), source=_NEIGHBOUR, wanted=["beat"], classes=[])
+        self.session.begin(
+            "candidate",
+            replace(LIMITS, wall_seconds=36000.0, cpu_seconds=3600.0),
+            source=_NEIGHBOUR,
+            wanted=["beat"],
+            classes=[],
+        )
         self.session.deadline = time.monotonic() + 20
         self.session.receive()
         self.count = 0
@@ -230,7 +246,8 @@ def _one(sandbox: Inhabited, verifier: CodeVerifier, host: Host, neighbour: Neig
 
 
 def _left(sandbox: Inhabited, seconds: float = 15.0) -> str:
-    """Whether more sandboxes live than wait, the neighbour aside. A container is counted out a little after it ended."""
+    """Whether more sandboxes live than wait, the neighbour aside. A container is counted out a little after it
+    ended."""
     until = time.monotonic() + seconds
     while (extra := sandbox.alive() - 1) > 0:
         if time.monotonic() > until:

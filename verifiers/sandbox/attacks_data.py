@@ -69,11 +69,15 @@ FORGING: dict[str, str] = {
     "reads its memory": "import re\ndef solve(x):\n    pat = b'assert ' + b'solve('\n    for line in open('/proc/self/maps'):\n        m = re.match(r'(\\w+)-(\\w+) rw', line)\n        if not m: continue\n        try:\n            f = open('/proc/self/mem', 'rb'); a, b = int(m[1], 16), int(m[2], 16); f.seek(a); d = f.read(min(b - a, 1 << 24))\n        except (OSError, OverflowError, ValueError): continue\n        i = d.find(pat + str(x).encode() + b') == ')\n        if i >= 0: return int(re.search(rb'== (-?\\d+)', d[i:i + 60])[1])\n    return 0",
     "settrace": "import sys\nseen = []\ndef t(f, e, a):\n    seen.append(dict(f.f_locals)); return t\nsys.settrace(t); sys.setprofile(t)\ndef solve(x):\n    for d in seen:\n        for v in d.values():\n            if type(v) is str and 'assert' in v: return eval(v.split('==')[1])\n    return 0",
     "meta path": "import sys\nclass F:\n    def find_spec(self, *a): return None\n    def __eq__(self, o): return True\nsys.meta_path.insert(0, F()); sys.path_hooks.clear()\ndef solve(x): return F()",
-    "forged verdict on every descriptor": _FRAMES + "everywhere(frames(VERDICT))\ndef solve(x): everywhere(frames(VERDICT)); return 0",
-    "forged units on every descriptor": _FRAMES + "def solve(x): everywhere(frames(UNIT, UNIT, UNIT, VERDICT)); return 0",
-    "answers in advance": _FRAMES + "def solve(x):\n    everywhere(frames(reply(1, 0), reply(2, 0), reply(3, 0)))\n    return 0",
+    "forged verdict on every descriptor": _FRAMES
+    + "everywhere(frames(VERDICT))\ndef solve(x): everywhere(frames(VERDICT)); return 0",
+    "forged units on every descriptor": _FRAMES
+    + "def solve(x): everywhere(frames(UNIT, UNIT, UNIT, VERDICT)); return 0",
+    "answers in advance": _FRAMES
+    + "def solve(x):\n    everywhere(frames(reply(1, 0), reply(2, 0), reply(3, 0)))\n    return 0",
     "answers another question": _FRAMES + "def solve(x):\n    everywhere(frames(reply(99, 9)))\n    return 0",
-    "forged calls back": _FRAMES + "def solve(x):\n    everywhere(frames(b'K' + b't' + struct.pack('<I', 3) + INT3(7) + b'l' + struct.pack('<I', 0) + b'm' + struct.pack('<I', 0)))\n    return 0",
+    "forged calls back": _FRAMES
+    + "def solve(x):\n    everywhere(frames(b'K' + b't' + struct.pack('<I', 3) + INT3(7) + b'l' + struct.pack('<I', 0) + b'm' + struct.pack('<I', 0)))\n    return 0",
     "garbage on the channel": "import os\ndef solve(x):\n    for fd in range(3, 64):\n        try: os.write(fd, os.urandom(4000))\n        except OSError: pass\n    return 0",
     "patched codec": "import sys\nfor n, m in list(sys.modules.items()):\n    if n.startswith('cabochon'):\n        for k in ('pack', 'frame', 'unpack'):\n            if k in m.__dict__: m.__dict__[k] = lambda *a, **k: b'T'\ndef solve(x): return 0",
     "patched answer": "import sys\nC = sys.modules['cabochon.verifiers.sandbox.inside'].Candidate\nC.answer = lambda self, r: b'T'\ndef solve(x): return 0",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 from cabochon.verifiers.sandbox.limits import Limits
 from cabochon.verifiers.sandbox.session import Session
@@ -73,6 +73,7 @@ class Sandbox(Protocol):
     def close(self) -> None:
         """Ends every sandbox this one started. It can be used again afterwards."""
         ...
+
 
 __all__ = ["Limits", "Program", "RunResult", "RunStatus", "Sandbox", "SandboxError", "Session", "as_bytes",
            "python_program"]  # fmt: skip

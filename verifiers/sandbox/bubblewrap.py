@@ -1,7 +1,8 @@
-"""Sandboxes from bubblewrap: new namespaces, a root of just the interpreter, a seccomp filter, control groups; no daemon.
+"""Sandboxes from bubblewrap: new namespaces, a root of just the interpreter, a seccomp filter, control groups; no
+daemon.
 
-Every run gets namespaces of its own. What makes it quick is that they are made, and the interpreter in them started, before
-the run asks for them; each is used once. The launcher (see there) starts and ends them beside the caller.
+Every run gets namespaces of its own. What makes it quick is that they are made, and the interpreter in them started,
+before the run asks for them; each is used once. The launcher (see there) starts and ends them beside the caller.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class _Launcher:
         top = str(pathlib.Path(sys.modules["cabochon"].__path__[0]).parent)
         code = f"import sys; sys.path[:0] = [{top!r}, {root!r}]; from cabochon.verifiers.sandbox.launcher import main; main()"
         env = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG")}
-        self.process = subprocess.Popen([sys.executable, "-I", "-S", "-c", code, str(os.getpid())], stdin=theirs, env=env)
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", code, str(os.getpid())], stdin=theirs, env=env
+        )
         theirs.close()
         ours.settimeout(30)
         try:
@@ -199,7 +202,8 @@ class BubblewrapSandbox:
         self._checked = True
 
     def open(self, limits: Limits | None = None) -> Session:
-        """A fresh sandbox that waits for its order. Raises SandboxError, and UserError where the machine cannot do it."""
+        """A fresh sandbox that waits for its order. Raises SandboxError, and UserError where the machine cannot do
+        it."""
         limits = limits or self.limits
         return retried(lambda: self._take(limits))
 

@@ -20,7 +20,9 @@ def attack_command(
     image: Annotated[str, typer.Option(help="the docker image; default: the one built from this machine")] = "",
     runtime: Annotated[str, typer.Option(help="the docker runtime; runsc is gVisor")] = "",
     group: Annotated[list[str] | None, typer.Option(help="only these groups: forging, escaping, spying, ...")] = None,
-    every: Annotated[bool, typer.Option("--every", help="a line for every program, not only for those that won")] = False,
+    every: Annotated[
+        bool, typer.Option("--every", help="a line for every program, not only for those that won")
+    ] = False,
 ) -> None:
     """Run the shipped attack suite against this machine's sandbox; exit code 1 where one program won.
 
@@ -30,7 +32,9 @@ def attack_command(
 
     wanted = [a for a in attacks.suite() if not group or a.group in group]
     if not wanted:
-        raise UserError(f"--group is one of {', '.join(sorted({a.group for a in attacks.suite()}))}, got {', '.join(group or [])}")
+        raise UserError(
+            f"--group is one of {', '.join(sorted({a.group for a in attacks.suite()}))}, got {', '.join(group or [])}"
+        )
     findings = []
     started = time.monotonic()
     backend = _backend(sandbox, image, runtime)
@@ -83,9 +87,13 @@ def _backend(name: str, image: str, runtime: str) -> Inhabited:
 
 
 def image_command(
-    from_host: Annotated[bool, typer.Option("--from-host", help="pack this machine's Python; no registry is asked")] = False,
+    from_host: Annotated[
+        bool, typer.Option("--from-host", help="pack this machine's Python; no registry is asked")
+    ] = False,
     name: Annotated[str, typer.Option(help="the image's name")] = "",
-    package: Annotated[list[str] | None, typer.Option(help="an importable package to bring along; repeat for more")] = None,
+    package: Annotated[
+        list[str] | None, typer.Option(help="an importable package to bring along; repeat for more")
+    ] = None,
 ) -> None:
     """Build the image of the docker sandbox on this machine's engine.
 
@@ -94,7 +102,9 @@ def image_command(
     from cabochon.verifiers.sandbox import image
 
     if not from_host:
-        raise UserError(f"say --from-host to build from this machine, or `docker pull {image.PUBLIC}` for the public image")
+        raise UserError(
+            f"say --from-host to build from this machine, or `docker pull {image.PUBLIC}` for the public image"
+        )
     target = name or image.FROM_HOST
     identity = image.build(target, tuple(package or ()))
     print(f"{target} {identity.removeprefix('sha256:')[:12]} {image.root_size(tuple(package or ())) >> 20} MiB")

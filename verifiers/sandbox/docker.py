@@ -1,8 +1,8 @@
 """Sandboxes from Docker: a pool of containers that are started before they are needed and used once.
 
-Process 1 of a container is ours and holds the host's connection (see inside.py): when the host is gone, or the time over,
-it ends everything and the engine removes the container, so even `kill -9` of the owner leaves nothing. Threads of this
-class start containers and look after those that should be gone; a run itself talks to one socket only.
+Process 1 of a container is ours and holds the host's connection (see inside.py): when the host is gone, or the time
+over, it ends everything and the engine removes the container, so even `kill -9` of the owner leaves nothing. Threads
+of this class start containers and look after those that should be gone; a run itself talks to one socket only.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ LABEL = "cabochon.sandbox"
 MAX_AGE_SECONDS = 1800.0
 """A container older than this is nobody's, whoever its label says owns it."""
 IDLE_SECONDS = 20.0
-"""A waiting container that has heard nothing for so long ends itself: its engine died, whose other ends stay open, or its
-owner is stopped. The owner says it is there every fifth of it."""
+"""A waiting container that has heard nothing for so long ends itself: its engine died, whose other ends stay open, or
+its owner is stopped. The owner says it is there every fifth of it."""
 _TRAILER_SIZE = len(TRAILER) + 8
 _OVERHEAD_BYTES = 24 << 20
 """Process 1's own memory, on top of the program's limit."""
@@ -44,7 +44,9 @@ _OVERHEAD_BYTES = 24 << 20
 
 def owner_label() -> str:
     """This process, told apart from a later one with its number and from other machines' processes."""
-    return f"{pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{os.getpid()}:{_started(os.getpid())}"
+    return (
+        f"{pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{os.getpid()}:{_started(os.getpid())}"
+    )
 
 
 def _started(pid: int) -> str:
@@ -56,7 +58,7 @@ def _started(pid: int) -> str:
 
 def _alive(label: str) -> bool:
     """Whether the owner a label names still runs; an owner on another machine counts as alive."""
-    boot, pid, started = (label.split(":") + ["", "", ""])[:3]
+    boot, pid, started = ([*label.split(":"), "", "", ""])[:3]
     if boot != owner_label().split(":")[0] or not pid.isdigit():
         return True
     return bool(started) and _started(int(pid)) == started
@@ -65,7 +67,9 @@ def _alive(label: str) -> bool:
 class DockerSession(Session):
     """A container's streams, which the engine sends over one socket in pieces of (stream, length, bytes)."""
 
-    def __init__(self, sock: socket.socket, output_bytes: int, container: str, why_gone: Callable[[], Ended | str]) -> None:
+    def __init__(
+        self, sock: socket.socket, output_bytes: int, container: str, why_gone: Callable[[], Ended | str]
+    ) -> None:
         super().__init__(write_fd=sock.fileno(), output_bytes=output_bytes, kill=self._hang_up)
         self.sock = sock
         self.container = container
@@ -134,9 +138,10 @@ class DockerSession(Session):
 class DockerSandbox:
     """`DockerSandbox(image="cabochon-sandbox:host").run(python_program("print(1)"))`.
 
-    `image`: any with a Python 3.11 or newer on its PATH. `limits`: what waiting containers are born with. `warm`: how many
-    wait. `starters`: threads that start them. `runtime`: "" is the engine's own, "runsc" is gVisor. `base_url`: the engine,
-    else DOCKER_HOST, else the usual socket. Raises UserError at the first use where engine or image are missing.
+    `image`: any with a Python 3.11 or newer on its PATH. `limits`: what waiting containers are born with. `warm`: how
+    many wait. `starters`: threads that start them. `runtime`: "" is the engine's own, "runsc" is gVisor. `base_url`:
+    the engine, else DOCKER_HOST, else the usual socket. Raises UserError at the first use where engine or image are
+    missing.
     """
 
     def __init__(
@@ -177,7 +182,8 @@ class DockerSandbox:
                 api.close()
 
     def _ensure(self) -> None:
-        """Checks engine and image, reaps what dead owners left, starts the threads; once per process. Raises UserError."""
+        """Checks engine and image, reaps what dead owners left, starts the threads; once per process. Raises
+        UserError."""
         if self._pid != os.getpid():
             self._reset()
         with self._state:
@@ -224,10 +230,14 @@ class DockerSandbox:
         return DockerSession(sock, limits.output_bytes, container, lambda: self._why_gone(container, began))
 
     def _why_gone(self, container: str, began: float) -> Ended | str:
-        """A container's streams ended without its process 1 saying why: an OOM kill of process 1, or the engine's doing."""
+        """A container's streams ended without its process 1 saying why: an OOM kill of process 1, or the engine's
+        doing."""
         try:
             events = self._api().events(
-                since=int(began) - 1, until=int(time.time()) + 1, filters={"container": container, "event": "oom"}, decode=True
+                since=int(began) - 1,
+                until=int(time.time()) + 1,
+                filters={"container": container, "event": "oom"},
+                decode=True,
             )
             oom = any(True for _ in events)
         except FAILURES as e:
@@ -240,7 +250,9 @@ class DockerSandbox:
         state = self._state
         while True:
             with state:
-                state.wait_for(lambda: not self._open or (len(self._waiting) + self._starting < self.warm and not self._failure))
+                state.wait_for(
+                    lambda: not self._open or (len(self._waiting) + self._starting < self.warm and not self._failure)
+                )
                 if not self._open:
                     break
                 self._starting += 1
@@ -310,7 +322,8 @@ class DockerSandbox:
         self._drop_api()
 
     def open(self, limits: Limits | None = None) -> Session:
-        """A fresh container that waits for its order. Raises SandboxError, and UserError where there is no engine or image."""
+        """A fresh container that waits for its order. Raises SandboxError, and UserError where there is no engine or
+        image."""
         limits = limits or self.limits
         return retried(lambda: self._take(limits))
 
@@ -320,7 +333,8 @@ class DockerSandbox:
         return check_size(program) or retried(lambda: run_in(self._take(limits), program, limits))
 
     def alive(self) -> int:
-        """Containers in use, and any that outlived its use: what the engine has of this process's less the waiting ones."""
+        """Containers in use, and any that outlived its use: what the engine has of this process's less the waiting
+        ones."""
         with self._state:
             self._state.wait_for(lambda: self._starting == 0, 30.0)
             here = self._api().containers(all=True, filters={"label": f"{LABEL}.owner={owner_label()}"})
@@ -332,7 +346,10 @@ class DockerSandbox:
         with self._state:
             self._failure = ""
             self._state.notify_all()
-            if not self._state.wait_for(lambda: len(self._waiting) >= self.warm or self._failure, seconds) or self._failure:
+            if (
+                not self._state.wait_for(lambda: len(self._waiting) >= self.warm or self._failure, seconds)
+                or self._failure
+            ):
                 raise SandboxError(f"the pool did not fill: {self._failure or 'no answer'}")
             waiting = list(self._waiting)
         for session in waiting:
@@ -376,5 +393,3 @@ def reap(api: docker.APIClient, own: str = "") -> int:
 
 def _remake(image: str, limits: Limits, warm: int, starters: int, runtime: str, base_url: str | None) -> DockerSandbox:
     return DockerSandbox(image=image, limits=limits, warm=warm, starters=starters, runtime=runtime, base_url=base_url)
-
-

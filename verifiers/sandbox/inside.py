@@ -1,8 +1,9 @@
 """What runs inside a sandbox: waits, warm, for one order on standard input, carries it out and is never used again.
 
-Three orders. `run`: a program with files, arguments and standard input; its output goes straight out. `candidate`: load a
-program as the module `solution`, then answer calls. `tests`: see inside_tests. Nothing here is trusted by the host: the
-program shares this interpreter and can change all of it. What it can forge are its own return values and its own output.
+Three orders. `run`: a program with files, arguments and standard input; its output goes straight out. `candidate`:
+load a program as the module `solution`, then answer calls. `tests`: see inside_tests. Nothing here is trusted by the
+host: the program shares this interpreter and can change all of it. What it can forge are its own return values and
+its own output.
 
 Imports are few on purpose: start-up is most of what a run costs.
 """
@@ -132,8 +133,8 @@ def _oom_kills() -> int:
 
 def _supervise(wall_seconds: float) -> None:
     """Forks. The child returns; process 1 waits for it, for the host to hang up, or for the time to be over; then kills
-    everything, says how the child ended and exits. Process 1 cannot be killed from inside its own namespace, so no program
-    outlives its host or its time, whatever became of the host."""
+    everything, says how the child ended and exits. Process 1 cannot be killed from inside its own namespace, so no
+    program outlives its host or its time, whatever became of the host."""
     import select
     import signal
     import time
@@ -283,7 +284,8 @@ class Candidate:
             self.channel.send(b"R" + self.answer(request))
 
     def describe(self, name: str) -> Any:
-        """What `name` is in the program: ("missing",), ("function",), ("class",), ("exception", base), ("module",), ..."""
+        """What `name` is in the program: ("missing",), ("function",), ("class",), ("exception", base), ("module",),
+        ..."""
         if name not in self.module.__dict__:
             return ("missing",)
         value = self.module.__dict__[name]
@@ -308,7 +310,8 @@ class Candidate:
             before = [pack(a, self.number, self.keep) if type(a) in _MUTABLE else None for a in args]
             value = self.act(target, op, args, kwargs)
             changed = [
-                a if b is not None and pack(a, self.number, self.keep) != b else None for a, b in zip(args, before, strict=True)
+                a if b is not None and pack(a, self.number, self.keep) != b else None
+                for a, b in zip(args, before, strict=True)
             ]
             return pack((seq, "value", value, changed if any(c is not None for c in changed) else None),
                         self.number, self.keep)  # fmt: skip

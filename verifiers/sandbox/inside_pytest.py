@@ -88,7 +88,9 @@ class _Mark:
 
         def mark(function: Any) -> Any:
             sets = [dict(zip(words, row if len(words) > 1 else (row,), strict=True)) for row in rows]
-            function.cabochon_rows = [{**old, **new} for old in getattr(function, "cabochon_rows", [{}]) for new in sets]
+            function.cabochon_rows = [
+                {**old, **new} for old in getattr(function, "cabochon_rows", [{}]) for new in sets
+            ]
             return function
 
         return mark
@@ -105,7 +107,9 @@ class _Mark:
         return lambda *args, **kwargs: args[0] if len(args) == 1 and callable(args[0]) else (lambda function: function)
 
 
-def _fixture(function: Any = None, *, scope: str = "function", params: Any = None, autouse: bool = False, name: Any = None) -> Any:
+def _fixture(
+    function: Any = None, *, scope: str = "function", params: Any = None, autouse: bool = False, name: Any = None
+) -> Any:
     def mark(f: Any) -> Any:
         f.cabochon_fixture = True
         return f
@@ -191,7 +195,9 @@ def _rows(label: str, function: Any, fixtures: dict[str, Any], recorder: Recorde
         one = f"{label}[{i}]" if len(rows) > 1 else label
         undo: list[Iterator[Any]] = []
         try:
-            function(**{n: row[n] if n in row else _value(n, fixtures, undo) for n in inspect.signature(function).parameters})
+            function(
+                **{n: row[n] if n in row else _value(n, fixtures, undo) for n in inspect.signature(function).parameters}
+            )
             for generator in reversed(undo):
                 next(generator, None)
         except Skipped:

@@ -1,8 +1,9 @@
-"""The tests' side of a judgement, inside its own sandbox: runs the test source with the program's names as remote stand-ins.
+"""The tests' side of a judgement, inside its own sandbox: runs the test source with the program's names as remote
+stand-ins.
 
-The stand-ins call over the channel into the other sandbox and get plain data back, so every comparison happens here, between
-values of exact builtin types, with this process's own builtins. What cannot be plain data is a `Remote`: it may be held,
-handed back and asked, and it equals nothing but itself. How the host prepares the source is in code_tests.
+The stand-ins call over the channel into the other sandbox and get plain data back, so every comparison happens here,
+between values of exact builtin types, with this process's own builtins. What cannot be plain data is a `Remote`: it
+may be held, handed back and asked, and it equals nothing but itself. How the host prepares the source is in code_tests.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 else:
     ModuleType = type(sys)
 
-_PLAIN_METHODS = {n for t in (str, bytes, list, tuple, dict, set, frozenset, int, float) for n in dir(t)} - set(dir(object))
+_PLAIN_METHODS = {n for t in (str, bytes, list, tuple, dict, set, frozenset, int, float) for n in dir(t)} - set(
+    dir(object)
+)
 _SHOWN = 300
 """characters of a value in the evidence"""
 
@@ -106,7 +109,8 @@ class Host:
         raise WireError(str(answer[2]))
 
     def error(self, name: str, base: str, message: str) -> Exception:
-        """The program's exception as one of this process. What would end a process instead is an ordinary error here."""
+        """The program's exception as one of this process. What would end a process instead is an ordinary error
+        here."""
         self.last_error = name
         known = self.errors.get(name)
         if known is not None:
@@ -152,7 +156,8 @@ def show(value: Any, limit: int = _SHOWN) -> str:
 
 
 class Remote:
-    """An object of the program. Asked about itself, the program answers; asked for equality with plain data, nobody does."""
+    """An object of the program. Asked about itself, the program answers; asked for equality with plain data, nobody
+    does."""
 
     def __init__(self, host: Host, number: int, kind: str) -> None:
         object.__setattr__(self, "_cabochon_host", host)
@@ -160,7 +165,9 @@ class Remote:
         object.__setattr__(self, "_cabochon_kind", kind)
 
     def _cabochon_ask(self, op: str, *args: Any, **kwargs: Any) -> Any:
-        return object.__getattribute__(self, "_cabochon_host").ask(object.__getattribute__(self, "_cabochon_id"), op, *args, **kwargs)
+        return object.__getattribute__(self, "_cabochon_host").ask(
+            object.__getattribute__(self, "_cabochon_id"), op, *args, **kwargs
+        )
 
     def _cabochon_open(self) -> bool:
         """Whether the tests are of its class: only then may it see plain data in operators and answer for itself. Else
@@ -174,7 +181,9 @@ class Remote:
 
     def __getattr__(self, name: str) -> Any:
         if name in _PLAIN_METHODS and not self._cabochon_open():
-            raise AttributeError(f"the program's {self._cabochon_kind} object is not plain data and has no .{name} here")
+            raise AttributeError(
+                f"the program's {self._cabochon_kind} object is not plain data and has no .{name} here"
+            )
         return self._cabochon_ask("get", name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -369,8 +378,8 @@ def judge(order: dict[str, Any], channel: Channel) -> None:
 
 
 def _unit(label: str, source: str, space: dict[str, Any], recorder: Recorder, *, whole: bool) -> None:
-    """Runs one piece of test source. An empty label is set-up: only its failing is told. `whole`: it is one test; else it
-    reports its own assertions, and only an error outside them is told here."""
+    """Runs one piece of test source. An empty label is set-up: only its failing is told. `whole`: it is one test;
+    else it reports its own assertions, and only an error outside them is told here."""
     before = recorder.total
     try:
         exec(compile(source, "<tests>", "exec"), space)

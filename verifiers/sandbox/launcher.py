@@ -4,8 +4,8 @@ It exists because of three facts. A sandbox must die with its owner, and "parent
 nothing with threads may fork it. A fork of a process that holds a model is slow. And joining a control group and giving
 up root must happen between fork and exec, where a threaded Python may run no code.
 
-Requests come as datagrams on descriptor 0, with four descriptors for a start: `S id argv...` or `K id`. When the owner is
-gone, by its socket or by its pid, everything goes.
+Requests come as datagrams on descriptor 0, with four descriptors for a start: `S id argv...` or `K id`. When the
+owner is gone, by its socket or by its pid, everything goes.
 """
 
 from __future__ import annotations

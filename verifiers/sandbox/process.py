@@ -46,7 +46,11 @@ class ProcessSession(Session):
         self.data_bytes = 2 * limits.memory_bytes
         ended = os.pidfd_open(child.pid)
         self._owned = [ended]
-        self.readers = {child.stdout.fileno(): self.on_stdout, child.stderr.fileno(): self.on_stderr, ended: self._on_end}
+        self.readers = {
+            child.stdout.fileno(): self.on_stdout,
+            child.stderr.fileno(): self.on_stderr,
+            ended: self._on_end,
+        }
         self._stdout_fd = child.stdout.fileno()
         self.open_streams = 2
         for fd in (self.write_fd, child.stdout.fileno(), child.stderr.fileno()):

@@ -1,8 +1,8 @@
 """A minimal root folder: this machine's Python, its standard library and the shared libraries they need, nothing else.
 
 Bubblewrap binds it read-only, `cabochon sandbox image --from-host` makes a docker image of it. It is copied once per
-interpreter into a cache that every local user may read, because a sandboxed process runs as a user who may not look into
-the home folder the interpreter was installed in.
+interpreter into a cache that every local user may read, because a sandboxed process runs as a user who may not look
+into the home folder the interpreter was installed in.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def libraries(binaries: list[pathlib.Path]) -> set[pathlib.Path]:
 
 
 def _skip(folder: str, names: list[str]) -> list[str]:
-    return [n for n in names if n in _LEFT_OUT or n.startswith("config-") or n.endswith((".a", ".opt-1.pyc", ".opt-2.pyc"))]
+    return [
+        n for n in names if n in _LEFT_OUT or n.startswith("config-") or n.endswith((".a", ".opt-1.pyc", ".opt-2.pyc"))
+    ]
 
 
 def build(target: pathlib.Path, packages: tuple[str, ...] = ()) -> None:
@@ -71,7 +73,8 @@ def build(target: pathlib.Path, packages: tuple[str, ...] = ()) -> None:
         _bring(name, site)
     for library in sorted(libraries([executable, *stdlib.rglob("*.so")])):
         usual = library.parts[1] in ("lib", "lib64", "usr")
-        # elsewhere means beside an interpreter in somebody's home; /usr/lib is searched too, and says nothing of the home
+        # elsewhere means beside an interpreter in somebody's home; /usr/lib is searched too, and says nothing of the
+        # home
         place = target / library.relative_to("/") if usual else prefix / "lib" / library.name
         place.parent.mkdir(parents=True, exist_ok=True)
         if not place.exists():
@@ -111,7 +114,9 @@ def _fill_once(folder: pathlib.Path, fill: object) -> pathlib.Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = pathlib.Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
     except OSError as e:
-        raise UserError(f"{folder.parent}: cannot be written ({e.strerror}): set XDG_CACHE_HOME to a folder of yours") from e
+        raise UserError(
+            f"{folder.parent}: cannot be written ({e.strerror}): set XDG_CACHE_HOME to a folder of yours"
+        ) from e
     try:
         fill(draft)  # type: ignore[operator]
         draft.chmod(0o755)
@@ -134,7 +139,11 @@ def cached(packages: tuple[str, ...] = ()) -> pathlib.Path:
 def agent_files() -> dict[str, bytes]:
     """The modules that run inside, by path; parent packages are empty files."""
     here = pathlib.Path(__file__).parent
-    files = {"cabochon/__init__.py": b"", "cabochon/verifiers/__init__.py": b"", "cabochon/verifiers/sandbox/__init__.py": b""}
+    files = {
+        "cabochon/__init__.py": b"",
+        "cabochon/verifiers/__init__.py": b"",
+        "cabochon/verifiers/sandbox/__init__.py": b"",
+    }
     for name in ("wire", "inside", "inside_tests", "inside_pytest"):
         files[f"cabochon/verifiers/sandbox/{name}.py"] = (here / f"{name}.py").read_bytes()
     return files
@@ -159,7 +168,9 @@ def agent() -> pathlib.Path:
 
 def agent_script() -> str:
     """The same modules as one `python -c` argument, for images that know nothing of us."""
-    files = {n.removesuffix(".py").removesuffix("/__init__").replace("/", "."): d.decode() for n, d in agent_files().items()}
+    files = {
+        n.removesuffix(".py").removesuffix("/__init__").replace("/", "."): d.decode() for n, d in agent_files().items()
+    }
     return f"""import sys
 F={files!r}
 class L:

@@ -1,9 +1,9 @@
 """A seccomp filter as plain bytes: what a Python program never needs and an escape does is refused with EPERM.
 
-Classic BPF over `struct seccomp_data` (nr at 0, arch at 4, args from 16), as seccomp(2) describes; no libseccomp. Refused:
-mounting, namespaces, tracing, keys, BPF, perf, io_uring, handles, modules, clocks, and sockets other than local and internet
-ones (AF_VSOCK would reach the host of a virtual machine, for it is not namespaced). `clone3`, whose flags a filter cannot
-see, and any system call newer than this table are ENOSYS, so libc falls back.
+Classic BPF over `struct seccomp_data` (nr at 0, arch at 4, args from 16), as seccomp(2) describes; no libseccomp.
+Refused: mounting, namespaces, tracing, keys, BPF, perf, io_uring, handles, modules, clocks, and sockets other than
+local and internet ones (AF_VSOCK would reach the host of a virtual machine, for it is not namespaced). `clone3`,
+whose flags a filter cannot see, and any system call newer than this table are ENOSYS, so libc falls back.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def _op(code: int, k: int, yes: int = 0, no: int = 0) -> bytes:
 def filter_bytes(machine: str | None = None, *, hidden_memory: bool = True) -> bytes:
     """The filter for this machine, in the form `bwrap --seccomp FD` reads. Raises ValueError for an unknown machine.
 
-    `hidden_memory=False` also refuses memory that belongs to no process (memfd, System V): only a control group can count it.
+    `hidden_memory=False` also refuses memory that belongs to no process (memfd, System V): only a control group can
+    count it.
     """
     machine = machine or platform.machine()
     known = {"x86_64": (0xC000003E, _X86_64, 56, 41), "aarch64": (0xC00000B7, _AARCH64, 220, 198)}

@@ -1,7 +1,7 @@
 """The host's end of one single-use sandbox: bytes in, bytes out, one deadline, no threads.
 
-Every wait is one poll over all descriptors, so a sandbox that floods one stream, fills another or reads nothing can delay
-the host no longer than the deadline. What arrives is bounded: a stream that is not consumed is not read.
+Every wait is one poll over all descriptors, so a sandbox that floods one stream, fills another or reads nothing can
+delay the host no longer than the deadline. What arrives is bounded: a stream that is not consumed is not read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ END_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How the sandbox's first process ended: exit code, or minus a signal number; whether its cgroup saw an OOM kill."""
+    """How the sandbox's first process ended: exit code, or minus a signal number; whether its cgroup saw an OOM
+    kill."""
 
     code: int
     oom: bool

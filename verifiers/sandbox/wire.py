@@ -1,12 +1,12 @@
 """Plain data between host and sandbox: typed, size-limited, no pickle, no eval, no JSON.
 
-Runs on both sides, so it imports nothing but `struct` and works alone. Reading hostile bytes raises WireError and nothing
-else. One value is one tag byte and its body; a frame is a little-endian u32 length and that many bytes.
+Runs on both sides, so it imports nothing but `struct` and works alone. Reading hostile bytes raises WireError and
+nothing else. One value is one tag byte and its body; a frame is a little-endian u32 length and that many bytes.
 
-What passes: None, bool, int, float, complex, str (lone surrogates too), bytes, bytearray, list, tuple, set, frozenset, dict,
-builtin types by name, a few standard-library values rebuilt outside from plain parts (Counter, deque, Fraction, dates ...).
-Subclasses are flattened to their plain base, so no code of the sender's class ever runs at the receiver. Anything else is
-a handle: a number the sender can resolve and the receiver can only hold.
+What passes: None, bool, int, float, complex, str (lone surrogates too), bytes, bytearray, list, tuple, set,
+frozenset, dict, builtin types by name, a few standard-library values rebuilt outside from plain parts (Counter,
+deque, Fraction, dates ...). Subclasses are flattened to their plain base, so no code of the sender's class ever runs
+at the receiver. Anything else is a handle: a number the sender can resolve and the receiver can only hold.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Handle:
 
 
 class Writer:
-    """Encodes one value. `handle` numbers what is not plain data; without it such a value is a WireError. Instances of `keep`
-    are numbered even where they have a plain base."""
+    """Encodes one value. `handle` numbers what is not plain data; without it such a value is a WireError. Instances
+    of `keep` are numbered even where they have a plain base."""
 
     def __init__(
         self, handle: Callable[[Any], tuple[bytes, int, str]] | None = None, keep: tuple[type, ...] = ()

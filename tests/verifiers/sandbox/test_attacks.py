@@ -1,4 +1,5 @@
-"""The shipped attack suite against both isolations: nothing wins, honest programs are paid, neighbours and host stay as they were."""
+"""The shipped attack suite against both isolations: nothing wins, honest programs are paid, neighbours and host stay
+as they were."""
 
 import os
 import subprocess
@@ -55,7 +56,7 @@ def test_the_suite_is_large_enough():
     assert sum(a.pay == "never" for a in suite) >= 60
     assert sum(a.pay == "always" for a in suite) >= 15
     assert {a.group for a in suite} == {"forging", "escaping", "spying", "exhausting", "lingering", "honest"}
-    assert ON_DOCKER | SLOW_TO_FAIL <= {a.name for a in suite}
+    assert {a.name for a in suite} >= ON_DOCKER | SLOW_TO_FAIL
 
 
 @pytest.mark.bubblewrap

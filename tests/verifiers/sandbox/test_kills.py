@@ -130,8 +130,12 @@ def test_docker_reaps_containers_of_the_dead():
     gone = subprocess.Popen(["true"])
     gone.wait()
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    left = api.create_container(host_image(), ["python3"], labels={LABEL: "1", f"{LABEL}.owner": f"{boot}:{gone.pid}:1"})["Id"]
-    elsewhere = api.create_container(host_image(), ["python3"], labels={LABEL: "1", f"{LABEL}.owner": f"another:{gone.pid}:1"})["Id"]
+    left = api.create_container(
+        host_image(), ["python3"], labels={LABEL: "1", f"{LABEL}.owner": f"{boot}:{gone.pid}:1"}
+    )["Id"]
+    elsewhere = api.create_container(
+        host_image(), ["python3"], labels={LABEL: "1", f"{LABEL}.owner": f"another:{gone.pid}:1"}
+    )["Id"]
     try:
         assert reap(api) >= 1
         known = {c["Id"] for c in api.containers(all=True)}
@@ -151,8 +155,8 @@ def engine(folder, *words):
 @pytest.mark.docker
 @pytest.mark.timeout(300)
 def test_docker_engine_killed_in_the_middle(tmp_path_factory):
-    """An engine of its own is killed while a program runs: the verdict is the machine's failure, nothing is left, and with the
-    engine back the run goes on."""
+    """An engine of its own is killed while a program runs: the verdict is the machine's failure, nothing is left, and
+    with the engine back the run goes on."""
     if os.geteuid() != 0:
         pytest.skip("only root can start an engine of its own")
     folder = tmp_path_factory.mktemp("engine")
@@ -170,7 +174,11 @@ def test_docker_engine_killed_in_the_middle(tmp_path_factory):
         results = []
         sleeper = Task(id="t", prompt="", verifier="code", payload={"tests": ["assert f() == 1"]})
         thread = threading.Thread(
-            target=lambda: results.append(CodeVerifier(box, limits=box.limits).verify(sleeper, "```python\nimport time\ndef f(): time.sleep(60)\n```"))
+            target=lambda: results.append(
+                CodeVerifier(box, limits=box.limits).verify(
+                    sleeper, "```python\nimport time\ndef f(): time.sleep(60)\n```"
+                )
+            )
         )
         thread.start()
         time.sleep(1.5)

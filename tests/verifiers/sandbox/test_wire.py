@@ -1,4 +1,5 @@
-"""The payload channel: what passes comes back as it was, what does not is refused, and hostile bytes are only ever refused."""
+"""The payload channel: what passes comes back as it was, what does not is refused, and hostile bytes are only ever
+refused."""
 
 import collections
 import datetime
