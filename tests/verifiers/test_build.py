@@ -10,7 +10,17 @@ from cabochon.verifiers.pool import VerifierPool
 from cabochon.verifiers.probe import probe, sample_tasks
 
 NAMES = ("math", "instructions", "thinking", "reasoning")
-TEXTS = ("", " ", "\x00", "\ud800", "(" * 10_000, "a" * 2_000_000, "\\boxed{" * 1000, "<think>" * 1000, "</think>" * 1000)
+TEXTS = (
+    "",
+    " ",
+    "\x00",
+    "\ud800",
+    "(" * 10_000,
+    "a" * 2_000_000,
+    "\\boxed{" * 1000,
+    "<think>" * 1000,
+    "</think>" * 1000,
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -29,7 +39,14 @@ def test_the_door(name: str) -> None:
 
 def test_probing_finds_nothing_wrong_with_the_math_verifier() -> None:
     findings = probe(verifier_named("math"), sample_tasks("math"), repeats=2)
-    assert {finding.probe for finding in findings} >= {"gold", "blank", "wrong", "oversized", "tower", "10,000 brackets"}
+    assert {finding.probe for finding in findings} >= {
+        "gold",
+        "blank",
+        "wrong",
+        "oversized",
+        "tower",
+        "10,000 brackets",
+    }
     assert [finding for finding in findings if finding.suspicious] == []
 
 

@@ -19,8 +19,12 @@ ROWS = [
     {"question": "1+1?", "answer": "so\n#### 2", "completion": "\\boxed{2}"},
     {"question": "1+2?", "answer": "so\n#### 3", "completion": "\\boxed{2}"},
     {"question": "1+3?", "answer": "so\n#### 4", "completion": ""},
-    {"prompt": "Speak.", "verifier": "instructions", "payload": {"constraints": [{"kind": "length:words", "maximum": 1}]},
-     "completion": "Hello"},
+    {
+        "prompt": "Speak.",
+        "verifier": "instructions",
+        "payload": {"constraints": [{"kind": "length:words", "maximum": 1}]},
+        "completion": "Hello",
+    },
 ]
 
 
@@ -70,20 +74,25 @@ def test_the_built_in_rewards_look_sound(name: str) -> None:
     assert "0 suspicious: the reward looks sound" in done.output
 
 
-BAD = '''
+BAD = """
 import random, time
 def substring(completions, solution, **kwargs):
     return [float(s.strip("$") in c) for c, s in zip(completions, solution)]
 def chance(completions, **kwargs): return [random.random()]
 def always(completions, **kwargs): return [1.0]
 def crashes(completions, **kwargs): return [1.0 / len(completions[0])]
-'''
+"""
 
 
-@pytest.mark.parametrize(("name", "says"), [
-    ("substring", "gold while thinking only scores 1"), ("chance", "not deterministic"), ("always", "blank scores 1"),
-    ("crashes", "infra_error: ZeroDivisionError"),
-])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("substring", "gold while thinking only scores 1"),
+        ("chance", "not deterministic"),
+        ("always", "blank scores 1"),
+        ("crashes", "infra_error: ZeroDivisionError"),
+    ],
+)
 def test_bad_rewards_are_found_out(tmp_path: pathlib.Path, name: str, says: str) -> None:
     path = tmp_path / "bad.py"
     path.write_text(BAD)
@@ -93,7 +102,9 @@ def test_bad_rewards_are_found_out(tmp_path: pathlib.Path, name: str, says: str)
 
 
 def test_probing_with_ones_own_tasks(tmp_path: pathlib.Path) -> None:
-    path = write(tmp_path / "tasks.jsonl", [{"question": "1+1?", "answer": "#### 2"}, {"question": "1+2?", "answer": "#### 3"}])
+    path = write(
+        tmp_path / "tasks.jsonl", [{"question": "1+1?", "answer": "#### 2"}, {"question": "1+2?", "answer": "#### 3"}]
+    )
     done = RUN.invoke(APP, ["reward-test", "math", "--tasks", path, "--limit", "2"])
     assert done.exit_code == 0, done.output
     assert "another task's gold" in done.output

@@ -33,7 +33,12 @@ def test_weighted_sum() -> None:
     found = WeightedSum(parts=(part("a", OK, 3), part("b", HALF, 1))).verify(TASK, "t")
     assert found.score == pytest.approx((3 * 1 + 1 * 0.5) / 4)
     assert (found.status, found.detail, found.seconds) == ("wrong", "b: half", 0.75)
-    assert found.evidence["parts"]["b"] == {"score": 0.5, "status": "wrong", "detail": "half", "evidence": {"passed": 1}}
+    assert found.evidence["parts"]["b"] == {
+        "score": 0.5,
+        "status": "wrong",
+        "detail": "half",
+        "evidence": {"passed": 1},
+    }
 
 
 def test_a_part_that_abstains_takes_its_weight_with_it() -> None:
@@ -42,12 +47,15 @@ def test_a_part_that_abstains_takes_its_weight_with_it() -> None:
     assert (alone.score, alone.status) == (None, "ok")
 
 
-@pytest.mark.parametrize("make", [
-    lambda: WeightedSum(parts=(part("a", WRONG), part("b", BROKEN))),
-    lambda: AllOf(parts=(part("a", WRONG), part("b", BROKEN))),
-    lambda: Gate(gate=part("a", BROKEN), content=part("b", OK)),
-    lambda: Gate(gate=part("a", OK), content=part("b", BROKEN)),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WeightedSum(parts=(part("a", WRONG), part("b", BROKEN))),
+        lambda: AllOf(parts=(part("a", WRONG), part("b", BROKEN))),
+        lambda: Gate(gate=part("a", BROKEN), content=part("b", OK)),
+        lambda: Gate(gate=part("a", OK), content=part("b", BROKEN)),
+    ],
+)
 def test_a_broken_part_leaves_no_score(make) -> None:
     found = make().verify(TASK, "t")
     assert (found.score, found.status) == (None, "infra_error")
@@ -86,11 +94,16 @@ def test_they_nest() -> None:
     assert found.evidence["parts"]["inner"]["evidence"]["parts"]["b"]["detail"] == "no"
 
 
-@pytest.mark.parametrize("make", [
-    lambda: WeightedSum(parts=(part("a", OK, 0.0),)), lambda: AllOf(parts=()),
-    lambda: AllOf(parts=(part("a", OK), part("a", OK))), lambda: ByTask(routes=()),
-    lambda: Gate(gate=part("a", OK), content=part("b", OK), threshold=0.0),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WeightedSum(parts=(part("a", OK, 0.0),)),
+        lambda: AllOf(parts=()),
+        lambda: AllOf(parts=(part("a", OK), part("a", OK))),
+        lambda: ByTask(routes=()),
+        lambda: Gate(gate=part("a", OK), content=part("b", OK), threshold=0.0),
+    ],
+)
 def test_nonsense_is_refused(make) -> None:
     with pytest.raises(ValueError):
         make()

@@ -8,11 +8,23 @@ from cabochon.verifiers.format import ThinkingFormat
 TASK = Task(id="f", prompt="", verifier="thinking")
 
 
-@pytest.mark.parametrize(("text", "score"), [
-    ("<think>a</think>b", 1), (" <think>a\n</think>\n\nb", 1), ("", 0), ("b", 0), ("<think>a</think>", 0),
-    ("<think> </think>b", 0), ("<think>a</think>b</think>", 0), ("<think><think>a</think>b", 0), ("x<think>a</think>b", 0),
-    ("</think>a<think>b", 0), ("<think>a", 0), ("<THINK>a</THINK>b", 0),
-])
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("<think>a</think>b", 1),
+        (" <think>a\n</think>\n\nb", 1),
+        ("", 0),
+        ("b", 0),
+        ("<think>a</think>", 0),
+        ("<think> </think>b", 0),
+        ("<think>a</think>b</think>", 0),
+        ("<think><think>a</think>b", 0),
+        ("x<think>a</think>b", 0),
+        ("</think>a<think>b", 0),
+        ("<think>a", 0),
+        ("<THINK>a</THINK>b", 0),
+    ],
+)
 def test_one_thought_then_an_answer(text: str, score: float) -> None:
     assert ThinkingFormat().verify(TASK, text).score == score
 

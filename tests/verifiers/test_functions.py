@@ -9,7 +9,7 @@ from cabochon.errors import UserError
 from cabochon.types import Task
 from cabochon.verifiers.functions import FunctionVerifier, VerlVerifier
 
-REWARDS = '''
+REWARDS = """
 import asyncio, os, time
 
 def length(prompts, completions, **kwargs):
@@ -39,7 +39,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": float(ground_truth in solution_str), "source": data_source, "index": (extra_info or {}).get("index")}
 def plain_score(data_source, solution_str, ground_truth, extra_info=None):
     return solution_str == ground_truth
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +86,15 @@ def test_the_declared_range_is_mapped_to_a_score(rewards: str) -> None:
     assert found.evidence["reward"] == -1.0
 
 
-@pytest.mark.parametrize(("name", "says"), [
-    ("raises", "ConnectionError: judge is down"), ("not_a_number", "nan"), ("two", "2 rewards for one"),
-    ("no_such", "no_such"),
-])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("raises", "ConnectionError: judge is down"),
+        ("not_a_number", "nan"),
+        ("two", "2 rewards for one"),
+        ("no_such", "no_such"),
+    ],
+)
 def test_a_function_that_fails_is_an_infra_error_not_a_zero(rewards: str, name: str, says: str) -> None:
     found = FunctionVerifier(address=f"{rewards}:{name}").verify(task(), "x")
     assert (found.score, found.status) == (None, "infra_error")
@@ -138,9 +143,14 @@ def test_verls_compute_score(rewards: str) -> None:
         verifier.verify(task(), "x")
 
 
-@pytest.mark.parametrize(("address", "says"), [
-    ("nonsense", '"module:function"'), ("no/such/file.py:f", "no such file"), ("a.b:not a name", '"module:function"'),
-])
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("nonsense", '"module:function"'),
+        ("no/such/file.py:f", "no such file"),
+        ("a.b:not a name", '"module:function"'),
+    ],
+)
 def test_addresses_that_are_none(address: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         FunctionVerifier(address=address)

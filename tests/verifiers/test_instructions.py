@@ -16,33 +16,68 @@ IFEVAL = [
     ("keywords:frequency", {"keyword": "go", "frequency": 2, "relation": "less than"}, "Go!", "Go, go!"),
     ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "Concatenate.", "A Cat."),
     ("keywords:letter_frequency", {"letter": "z", "let_frequency": 3, "let_relation": "at least"}, "Zzz", "zz"),
-    ("language:response_language", {"language": "de"}, "Das ist ein ganz gewöhnlicher deutscher Satz über das Wetter.",
-     "This is a perfectly ordinary English sentence about the weather."),
-    ("length_constraints:number_sentences", {"num_sentences": 3, "relation": "at least"}, "A b. C d! E f?", "A b. C d!"),
-    ("length_constraints:number_sentences", {"num_sentences": 3, "relation": "less than"}, "Dr. Lee left. So did I.",
-     "A b. C d! E f?"),
+    (
+        "language:response_language",
+        {"language": "de"},
+        "Das ist ein ganz gewöhnlicher deutscher Satz über das Wetter.",
+        "This is a perfectly ordinary English sentence about the weather.",
+    ),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 3, "relation": "at least"},
+        "A b. C d! E f?",
+        "A b. C d!",
+    ),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 3, "relation": "less than"},
+        "Dr. Lee left. So did I.",
+        "A b. C d! E f?",
+    ),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "One.\n***\nTwo.", "One.\n\nTwo."),
     ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, "one two three", "one two"),
-    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
-     "First this.\n\nThen, that.", "First this.\n\nSo that."),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
+        "First this.\n\nThen, that.",
+        "First this.\n\nSo that.",
+    ),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "Dear [name] of [place]", "Dear [name]"),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye.\nP.S. Call me.", "Bye. Call me."),
     ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "Bye.\nP.P.S. Call me.", "Bye.\nP.S. Call me."),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* one\n* two", "* one\n* two\n- three"),
     ("detectable_format:constrained_response", {}, "My answer is yes.", "Yes."),
     ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*one* and **two**", "*one* and two"),
-    ("detectable_format:multiple_sections", {"section_spliter": "SECTION", "num_sections": 2}, "SECTION 1 a SECTION 2 b",
-     "SECTION 1 a"),
+    (
+        "detectable_format:multiple_sections",
+        {"section_spliter": "SECTION", "num_sections": 2},
+        "SECTION 1 a SECTION 2 b",
+        "SECTION 1 a",
+    ),
     ("detectable_format:json_format", {}, '```json\n{"a": [1, 2]}\n```', "{'a': 1}"),
     ("detectable_format:title", {}, "<<A title>>\nText.", "A title\n<< >>"),
     ("combination:two_responses", {}, "One.\n******\nAnother.", "One.\n******\nOne."),
     ("combination:repeat_prompt", {"prompt_to_repeat": "Say hello."}, "say hello. Hello!", "Hello!"),
     ("startend:end_checker", {"end_phrase": "Any questions?"}, 'So it is. any questions?"', "Any questions? No."),
     ("startend:quotation", {}, '"All of it."', '"Some" of it'),
-    ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"}, "NOT NOW, please",
-     "NOT now"),
-    ("change_case:english_capital", {}, "THIS IS AN ENGLISH SENTENCE ABOUT THE WEATHER.", "This is an English sentence."),
-    ("change_case:english_lowercase", {}, "this is an english sentence about the weather.", "This is an English sentence."),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 2, "capital_relation": "at least"},
+        "NOT NOW, please",
+        "NOT now",
+    ),
+    (
+        "change_case:english_capital",
+        {},
+        "THIS IS AN ENGLISH SENTENCE ABOUT THE WEATHER.",
+        "This is an English sentence.",
+    ),
+    (
+        "change_case:english_lowercase",
+        {},
+        "this is an english sentence about the weather.",
+        "This is an English sentence.",
+    ),
     ("punctuation:no_comma", {}, "No comma here.", "One, two."),
 ]
 
@@ -54,20 +89,36 @@ OWN = [
     ("words:required", {"words": ["cat"]}, "A cat.", "Concatenate."),
     ("words:forbidden", {"words": ["C++", "cat"]}, "Concatenate in C.", "I like c++ much"),
     ("format:json", {}, '{"a": 1}', '{"a": NaN}'),
-    ("format:json_schema", {"schema": {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}},
-     '{"a": 1}', '{"a": "1"}'),
+    (
+        "format:json_schema",
+        {"schema": {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}},
+        '{"a": 1}',
+        '{"a": "1"}',
+    ),
     ("format:regex", {"pattern": r"\d+-\d+"}, "12-34", "12-34x"),
     ("format:contains", {"pattern": r"\bID-\d+"}, "see ID-7.", "see ID."),
-    ("language:is", {"language": "fr"}, "Ceci est une phrase tout à fait ordinaire en français.",
-     "This is a perfectly ordinary sentence."),
+    (
+        "language:is",
+        {"language": "fr"},
+        "Ceci est une phrase tout à fait ordinaire en français.",
+        "This is a perfectly ordinary sentence.",
+    ),
 ]
 
 VERIFIER = InstructionVerifier()
 
 
 def task(*wanted: tuple[str, dict], **payload: object) -> Task:
-    return Task(id="i/0", prompt="", verifier="instructions", payload={
-        "instruction_id_list": [kind for kind, _ in wanted], "kwargs": [arguments for _, arguments in wanted], **payload})
+    return Task(
+        id="i/0",
+        prompt="",
+        verifier="instructions",
+        payload={
+            "instruction_id_list": [kind for kind, _ in wanted],
+            "kwargs": [arguments for _, arguments in wanted],
+            **payload,
+        },
+    )
 
 
 def test_the_lists_are_complete() -> None:
@@ -125,8 +176,12 @@ def test_words_and_sentences() -> None:
 
 
 def test_a_pattern_that_backtracks_for_ever_is_cut_off() -> None:
-    wanted = Task(id="i/1", prompt="", verifier="instructions",
-                  payload={"constraints": [{"kind": "format:regex", "pattern": r"(a+)+b"}]})
+    wanted = Task(
+        id="i/1",
+        prompt="",
+        verifier="instructions",
+        payload={"constraints": [{"kind": "format:regex", "pattern": r"(a+)+b"}]},
+    )
     start = time.monotonic()
     found = InstructionVerifier(deadline=0.5).verify(wanted, "a" * 60)
     assert (found.score, found.status) == (0.0, "timeout")
@@ -147,16 +202,22 @@ def test_ten_megabytes_are_malformed() -> None:
     assert VERIFIER.verify(task(("punctuation:no_comma", {})), "a" * 10_000_000).status == "malformed"
 
 
-@pytest.mark.parametrize(("payload", "says"), [
-    ({"constraints": [{"kind": "lenght:words", "maximum": 3}]}, "nearest is 'length:words'"),
-    ({"constraints": [{"kind": "length:words"}]}, "`minimum` or `maximum`"),
-    ({"constraints": [{"kind": "keywords:existence"}]}, "lacks its argument 'keywords'"),
-    ({"constraints": [{"kind": "format:json_schema", "schema": {"type": "nonsense"}}]}, "JSON schema"),
-    ({"constraints": [{"kind": "format:regex", "pattern": "("}]}, "format:regex"),
-    ({}, '"constraints"'),
-    ({"instruction_id_list": ["a", "b"], "kwargs": [{}]}, "2 instruction ids but 1 kwargs"),
-    ({"constraints": [{"kind": "keywords:frequency", "keyword": "a", "frequency": 1, "relation": "around"}]}, "at least"),
-])
+@pytest.mark.parametrize(
+    ("payload", "says"),
+    [
+        ({"constraints": [{"kind": "lenght:words", "maximum": 3}]}, "nearest is 'length:words'"),
+        ({"constraints": [{"kind": "length:words"}]}, "`minimum` or `maximum`"),
+        ({"constraints": [{"kind": "keywords:existence"}]}, "lacks its argument 'keywords'"),
+        ({"constraints": [{"kind": "format:json_schema", "schema": {"type": "nonsense"}}]}, "JSON schema"),
+        ({"constraints": [{"kind": "format:regex", "pattern": "("}]}, "format:regex"),
+        ({}, '"constraints"'),
+        ({"instruction_id_list": ["a", "b"], "kwargs": [{}]}, "2 instruction ids but 1 kwargs"),
+        (
+            {"constraints": [{"kind": "keywords:frequency", "keyword": "a", "frequency": 1, "relation": "around"}]},
+            "at least",
+        ),
+    ],
+)
 def test_unusable_constraints_name_the_task_and_the_fault(payload: dict, says: str) -> None:
     with pytest.raises(ValueError, match="i/2") as raised:
         VERIFIER.verify(Task(id="i/2", prompt="", verifier="instructions", payload=payload), '{"a": 1}')

@@ -37,8 +37,22 @@ def test_the_corpus_is_what_it_says() -> None:
     assert len(PAIRS) >= 300
     assert sum(not pair["equal"] for pair in PAIRS) >= len(PAIRS) / 2
     assert {pair["kind"] for pair in PAIRS} >= {
-        "number", "thousands", "fraction", "decimal", "percent", "units", "interval", "set", "tuple", "matrix",
-        "equation", "inequality", "symbolic", "choice", "base", "words",
+        "number",
+        "thousands",
+        "fraction",
+        "decimal",
+        "percent",
+        "units",
+        "interval",
+        "set",
+        "tuple",
+        "matrix",
+        "equation",
+        "inequality",
+        "symbolic",
+        "choice",
+        "base",
+        "words",
     }
 
 
@@ -74,8 +88,12 @@ def right_forms(gold: str) -> Iterator[str]:
 def wrong_numbers(gold: str) -> list[str]:
     number = int(gold.replace(",", ""))
     return [
-        str(number + 1), str(number * 10 if number else 10), str(-number if number else 1), f"{number}.5",
-        f"{number + 1} or {number}", f"\\frac{{{number}}}{{3}}" if number else "3",
+        str(number + 1),
+        str(number * 10 if number else 10),
+        str(-number if number else 1),
+        f"{number}.5",
+        f"{number + 1} or {number}",
+        f"\\frac{{{number}}}{{3}}" if number else "3",
     ]
 
 
@@ -109,18 +127,39 @@ def test_all_of_gsm8k_in_six_forms_and_six_wrong_ones() -> None:
 # ------------------------------------------------------------------------------------------------------------ hostile
 
 HOSTILE = {
-    "tower": "9^{9^{9^{9}}}", "power": "2^{10000000000}", "factorials": "((((9!)!)!)!)!", "factorial": "100000!",
-    "binomial": "\\binom{10^9}{10^8}", "long LaTeX": "\\frac{1}{x}+" * 9000, "digits": "9" * 100_000,
-    "brackets": "(" * 10_000 + ")" * 10_000, "braces": "{" * 10_000 + "}" * 10_000, "roots": "\\sqrt{" * 500 + "2" + "}" * 500,
-    "NUL": "\x005", "surrogate": "\ud8005", "exponent": "1e99999999", "huge argument": "\\sin(10^{4000})",
-    "log tower": "\\ln(9^{9^{9}})", "many terms": "+".join(f"x^{{{n}}}" for n in range(300)),
-    "polynomial": "(x+1)^{100000}", "spaces": "5" + " " * 100_000 + "a" + " " * 1000 + "!", "slashes": "5 a" + " / " * 900 + "!",
-    "text tails": "5" + "\\text{a}/" * 300 + "!", "code": "__import__('os').system('touch /tmp/owned')",
-    "minus": "-" * 3000 + "5", "percent": "5" + "%" * 3000, "primes": "x" + "'" * 3000, "commas": "1," * 1900 + "1",
-    "determinant": "\\begin{vmatrix}" + "\\\\".join("&".join(f"a_{{{r}{c}}}" for c in range(9)) for r in range(9))
-                   + "\\end{vmatrix}",
-    "nested power": "^{2".join("2" for _ in range(40)) + "}" * 39, "fractions": "\\frac{1}{1+" * 55 + "x" + "}" * 55,
-    "infinite": "\\infty-\\infty", "zero power": "0^{-1}", "gcd": "\\gcd(2^{19999}, 3^{9999})",
+    "tower": "9^{9^{9^{9}}}",
+    "power": "2^{10000000000}",
+    "factorials": "((((9!)!)!)!)!",
+    "factorial": "100000!",
+    "binomial": "\\binom{10^9}{10^8}",
+    "long LaTeX": "\\frac{1}{x}+" * 9000,
+    "digits": "9" * 100_000,
+    "brackets": "(" * 10_000 + ")" * 10_000,
+    "braces": "{" * 10_000 + "}" * 10_000,
+    "roots": "\\sqrt{" * 500 + "2" + "}" * 500,
+    "NUL": "\x005",
+    "surrogate": "\ud8005",
+    "exponent": "1e99999999",
+    "huge argument": "\\sin(10^{4000})",
+    "log tower": "\\ln(9^{9^{9}})",
+    "many terms": "+".join(f"x^{{{n}}}" for n in range(300)),
+    "polynomial": "(x+1)^{100000}",
+    "spaces": "5" + " " * 100_000 + "a" + " " * 1000 + "!",
+    "slashes": "5 a" + " / " * 900 + "!",
+    "text tails": "5" + "\\text{a}/" * 300 + "!",
+    "code": "__import__('os').system('touch /tmp/owned')",
+    "minus": "-" * 3000 + "5",
+    "percent": "5" + "%" * 3000,
+    "primes": "x" + "'" * 3000,
+    "commas": "1," * 1900 + "1",
+    "determinant": "\\begin{vmatrix}"
+    + "\\\\".join("&".join(f"a_{{{r}{c}}}" for c in range(9)) for r in range(9))
+    + "\\end{vmatrix}",
+    "nested power": "^{2".join("2" for _ in range(40)) + "}" * 39,
+    "fractions": "\\frac{1}{1+" * 55 + "x" + "}" * 55,
+    "infinite": "\\infty-\\infty",
+    "zero power": "0^{-1}",
+    "gcd": "\\gcd(2^{19999}, 3^{9999})",
 }
 
 
@@ -135,8 +174,22 @@ def test_hostile_answers_come_back_in_time_with_a_status_of_the_models(name: str
 
 
 @pytest.mark.parametrize(
-    "text", ["", " \n", "\x00" * 1000, "\ud800\udfff" * 1000, "a" * 10_000_000, "\\boxed{" * 50_000, "<think>" * 50_000,
-             "{" * 1_000_000, "$" * 1_000_000, "answer is " * 40_000, "#### " * 40_000, "\\boxed{}", "[" * 10_000],
+    "text",
+    [
+        "",
+        " \n",
+        "\x00" * 1000,
+        "\ud800\udfff" * 1000,
+        "a" * 10_000_000,
+        "\\boxed{" * 50_000,
+        "<think>" * 50_000,
+        "{" * 1_000_000,
+        "$" * 1_000_000,
+        "answer is " * 40_000,
+        "#### " * 40_000,
+        "\\boxed{}",
+        "[" * 10_000,
+    ],
     ids=lambda text: f"{text[:8]!r}x{len(text)}",
 )
 def test_hostile_completions_score_nothing(text: str) -> None:
@@ -158,9 +211,58 @@ def test_an_answer_that_takes_for_ever_is_a_timeout() -> None:
 
 
 ALPHABET = st.sampled_from(
-    ["\\", "{", "}", "(", ")", "[", "]", "$", "^", "_", "\\frac", "\\sqrt", "\\boxed{", "\\begin{pmatrix}", "\\text{", "&",
-     "\\\\", "1", "23", "0.5", "x", "y", "!", "%", ",", "=", "<", "|", "\\pi", "\\infty", "\\pm", "\\cup", " ", "e", "i",
-     "\x00", "\ud800", "or", "-", "+", "/", "'", "\\sin", "\\log", ":", "cm", "\\circ", "\\le", "\\{", "\\}"]
+    [
+        "\\",
+        "{",
+        "}",
+        "(",
+        ")",
+        "[",
+        "]",
+        "$",
+        "^",
+        "_",
+        "\\frac",
+        "\\sqrt",
+        "\\boxed{",
+        "\\begin{pmatrix}",
+        "\\text{",
+        "&",
+        "\\\\",
+        "1",
+        "23",
+        "0.5",
+        "x",
+        "y",
+        "!",
+        "%",
+        ",",
+        "=",
+        "<",
+        "|",
+        "\\pi",
+        "\\infty",
+        "\\pm",
+        "\\cup",
+        " ",
+        "e",
+        "i",
+        "\x00",
+        "\ud800",
+        "or",
+        "-",
+        "+",
+        "/",
+        "'",
+        "\\sin",
+        "\\log",
+        ":",
+        "cm",
+        "\\circ",
+        "\\le",
+        "\\{",
+        "\\}",
+    ]
 )
 
 

@@ -12,11 +12,22 @@ def answer(text: str, **rules: object) -> str | None:
     return None if found is None else found.answer
 
 
-@pytest.mark.parametrize(("text", "box"), [
-    ("\\boxed{5}", "5"), ("\\fbox{5}", "5"), ("\\boxed {5}", "5"), ("\\boxed5", "5"), ("\\boxed\\pi", "\\pi"),
-    ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"), ("\\boxed{1} \\boxed{2}", "2"),
-    ("\\boxed{\\boxed{3}}", "\\boxed{3}"), ("\\boxed{ 5 }", "5"), ("\\boxed{\\text{a}b}", "\\text{a}b"),
-])
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("\\boxed{5}", "5"),
+        ("\\fbox{5}", "5"),
+        ("\\boxed {5}", "5"),
+        ("\\boxed5", "5"),
+        ("\\boxed\\pi", "\\pi"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+        ("\\boxed{1} \\boxed{2}", "2"),
+        ("\\boxed{\\boxed{3}}", "\\boxed{3}"),
+        ("\\boxed{ 5 }", "5"),
+        ("\\boxed{\\text{a}b}", "\\text{a}b"),
+    ],
+)
 def test_boxes(text: str, box: str) -> None:
     assert last_box(text).answer == box
 
@@ -26,14 +37,28 @@ def test_no_box_and_an_open_one() -> None:
     assert last_box("\\boxed{1} \\boxed{2").problem == "the last box is never closed"
 
 
-@pytest.mark.parametrize(("text", "found"), [
-    ("The answer is 72.", "72"), ("the final answer is: **72**", "72"), ("Answer: $\\frac{1}{2}$.", "\\frac{1}{2}"),
-    ("The answer to the question is 7, because", "7"), ("answer is 3.5. Then more", "3.5"),
-    ("The answer is 1. No, the answer is 2.", "2"), ("so #### 5", None), ("text\n#### 1,234", "1,234"),
-    ("#### 5\n#### 6", "6"), ("It costs 12 and then $3.50 in all", "$3.50"), ("First \\(x=1\\), then \\(y=2\\).", "y=2"),
-    ("He has 3 apples and 4 pears", "4"), ("x is 1/2", "1/2"), ("no number", None), ("", None),
-    ("Answer:\n\n$x+1$", "x+1"), ("The answer is $18 per day.", "$18 per day"),
-])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("The answer is 72.", "72"),
+        ("the final answer is: **72**", "72"),
+        ("Answer: $\\frac{1}{2}$.", "\\frac{1}{2}"),
+        ("The answer to the question is 7, because", "7"),
+        ("answer is 3.5. Then more", "3.5"),
+        ("The answer is 1. No, the answer is 2.", "2"),
+        ("so #### 5", None),
+        ("text\n#### 1,234", "1,234"),
+        ("#### 5\n#### 6", "6"),
+        ("It costs 12 and then $3.50 in all", "$3.50"),
+        ("First \\(x=1\\), then \\(y=2\\).", "y=2"),
+        ("He has 3 apples and 4 pears", "4"),
+        ("x is 1/2", "1/2"),
+        ("no number", None),
+        ("", None),
+        ("Answer:\n\n$x+1$", "x+1"),
+        ("The answer is $18 per day.", "$18 per day"),
+    ],
+)
 def test_phrases_hashes_and_last_expressions(text: str, found: str | None) -> None:
     if text == "so #### 5":
         assert answer(text, methods=("hashes",)) is None
@@ -61,9 +86,25 @@ def test_the_final_part() -> None:
     assert final_part("a</think>b", Extraction(think_close="")) == "a</think>b"
 
 
-@pytest.mark.parametrize("piece", [
-    "\\boxed{", "answer is ", "####", "$", "\\(", "\\[", "1,", "1 ", "<think>", "answer to the ", ". ", "\n", "*", "\\boxed",
-])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "\\boxed{",
+        "answer is ",
+        "####",
+        "$",
+        "\\(",
+        "\\[",
+        "1,",
+        "1 ",
+        "<think>",
+        "answer to the ",
+        ". ",
+        "\n",
+        "*",
+        "\\boxed",
+    ],
+)
 def test_extraction_is_quick_on_long_hostile_text(piece: str) -> None:
     start = time.monotonic()
     extract(piece * (2_000_000 // len(piece)))

@@ -70,7 +70,9 @@ def test_a_grader_that_does_not_know_the_gold_does_not_start() -> None:
 def test_a_grader_that_raises_off_the_main_thread_does_not_start() -> None:
     class MainThreadOnly:
         def verify(self, task: Task, text: str) -> Verdict:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # what math-verify's timeout does; it raises off the main thread
+            signal.signal(
+                signal.SIGALRM, signal.SIG_DFL
+            )  # what math-verify's timeout does; it raises off the main thread
             return Verdict(score=1.0, status="ok")
 
     with pytest.raises(GradingBroken, match="signal only works in main thread"):
@@ -103,7 +105,10 @@ def test_an_unusable_task_is_an_infra_error_at_once() -> None:
 
 
 def test_lengths_must_agree() -> None:
-    with VerifierPool(verifier=Grader(), probes=[PROBE]) as pool, pytest.raises(ValueError, match="1 tasks for 2 texts"):
+    with (
+        VerifierPool(verifier=Grader(), probes=[PROBE]) as pool,
+        pytest.raises(ValueError, match="1 tasks for 2 texts"),
+    ):
         pool.verify([PROBE.task], ["a", "b"])
 
 

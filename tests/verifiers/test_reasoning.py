@@ -10,8 +10,18 @@ from cabochon.verifiers.reasoning_worker import answer_of, arithmetic, rule_of, 
 
 pytest.importorskip("reasoning_gym")
 VERIFIER = ReasoningVerifier()
-NAMES = ("chain_sum", "countdown", "puzzle24", "game_of_life_halting", "coin_flip", "n_queens", "shortest_path",
-         "word_sorting", "spiral_matrix", "string_insertion")
+NAMES = (
+    "chain_sum",
+    "countdown",
+    "puzzle24",
+    "game_of_life_halting",
+    "coin_flip",
+    "n_queens",
+    "shortest_path",
+    "word_sorting",
+    "spiral_matrix",
+    "string_insertion",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,9 +100,22 @@ def test_where_the_answer_stands() -> None:
     assert rule_of("sudoku") == "exact"
 
 
-@pytest.mark.parametrize(("text", "right"), [
-    ("(1+2)*3", True), ("1*3+2*3", False), ("3*(2+1)", True), ("3*2+1", False), ("3\\times(2+1)=9", True), ("9", False),
-    ("-(-3)*(1+2)", True), ("(1+2)*3)", False), ("3/(1-1)", False), ("", False), ("3*(2+1", False), ("1 2 3", False),
-])
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("(1+2)*3", True),
+        ("1*3+2*3", False),
+        ("3*(2+1)", True),
+        ("3*2+1", False),
+        ("3\\times(2+1)=9", True),
+        ("9", False),
+        ("-(-3)*(1+2)", True),
+        ("(1+2)*3)", False),
+        ("3/(1-1)", False),
+        ("", False),
+        ("3*(2+1", False),
+        ("1 2 3", False),
+    ],
+)
 def test_arithmetic_over_given_numbers(text: str, right: bool) -> None:
     assert arithmetic(text, [1, 2, 3], 9)[0] is right

@@ -11,10 +11,21 @@ from cabochon.verifiers.tasks import Columns, content_hash, normalised, read_row
 
 GSM8K = {"question": "One and one?", "answer": "1+1=2\n#### 2"}
 MATH = {"problem": "Half of one?", "solution": "It is \\boxed{\\frac{1}{2}}.", "level": "Level 1", "type": "Algebra"}
-MBPP = {"text": "Write add.", "code": "def add(a, b): return a+b", "task_id": 7, "test_setup_code": "",
-        "test_list": ["assert add(1, 2) == 3"], "challenge_test_list": []}
-HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x\n",
-             "test": "def check(f):\n    assert f(1) == 1"}
+MBPP = {
+    "text": "Write add.",
+    "code": "def add(a, b): return a+b",
+    "task_id": 7,
+    "test_setup_code": "",
+    "test_list": ["assert add(1, 2) == 3"],
+    "challenge_test_list": [],
+}
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": "def f(x):\n",
+    "entry_point": "f",
+    "canonical_solution": "    return x\n",
+    "test": "def check(f):\n    assert f(1) == 1",
+}
 
 
 def write(path: pathlib.Path, *rows: object) -> pathlib.Path:
@@ -49,13 +60,21 @@ def test_a_column_map(tmp_path: pathlib.Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("row", "says"), [
-    ("{not json", "not JSON"), ("[1]", "expected a JSON object, got list"), ({"a": 1}, "give a column map"),
-    ({"question": "Q", "answer": "no hashes"}, "#### NUMBER"), ({"question": "", "answer": "#### 1"}, "column 'question'"),
-    ({"problem": "P", "solution": "no box"}, "no \\boxed answer"), ({"text": "t", "test_list": []}, "test_list"),
-    ({"prompt": 3, "verifier": "math"}, "list of messages"), ({"prompt": "p", "verifier": "m", "payload": 3}, "payload"),
-    ("[" * 100_000, "not JSON"),
-])
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("{not json", "not JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ({"a": 1}, "give a column map"),
+        ({"question": "Q", "answer": "no hashes"}, "#### NUMBER"),
+        ({"question": "", "answer": "#### 1"}, "column 'question'"),
+        ({"problem": "P", "solution": "no box"}, "no \\boxed answer"),
+        ({"text": "t", "test_list": []}, "test_list"),
+        ({"prompt": 3, "verifier": "math"}, "list of messages"),
+        ({"prompt": "p", "verifier": "m", "payload": 3}, "payload"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
 def test_errors_name_file_and_line(tmp_path: pathlib.Path, row: object, says: str) -> None:
     path = write(tmp_path / "bad.jsonl", GSM8K, "", row)
     with pytest.raises(UserError) as raised:
@@ -82,8 +101,13 @@ def make(prompt: object) -> Task:
 
 
 def test_the_split_depends_on_the_words_of_the_prompt_alone() -> None:
-    copies = ["What is 3 + 4?", "what is 3+4", "  WHAT   is\n3 + 4 ?!", "What is ３ + ４?",
-              [{"role": "user", "content": "What is 3 + 4?"}]]
+    copies = [
+        "What is 3 + 4?",
+        "what is 3+4",
+        "  WHAT   is\n3 + 4 ?!",
+        "What is ３ + ４?",
+        [{"role": "user", "content": "What is 3 + 4?"}],
+    ]
     assert len({content_hash(copy) for copy in copies}) == 1
     for different in ("What is 3 - 4?", "What is 34?", "What is 3 + 5?", "What is 3 * 4?"):
         assert normalised(different) != normalised(copies[0])

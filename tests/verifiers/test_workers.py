@@ -10,7 +10,7 @@ import pytest
 
 from cabochon.verifiers.workers import WorkerConfig, WorkerPool, shared_pool
 
-JOBS = '''
+JOBS = """
 import ctypes, os, time
 
 def add(a, b): return a + b
@@ -36,7 +36,7 @@ def child():
     pid = os.fork()
     if pid == 0: time.sleep(60); os._exit(0)
     return pid
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -165,15 +165,15 @@ def test_a_function_that_raises_is_infra_error_and_says_what(pool: WorkerPool) -
     assert "in fail" in outcome.value
 
 
-@pytest.mark.parametrize(("name", "status"), [("dive", "recursion"), ("unplain", "infra_error"), ("huge", "infra_error")])
+@pytest.mark.parametrize(
+    ("name", "status"), [("dive", "recursion"), ("unplain", "infra_error"), ("huge", "infra_error")]
+)
 def test_other_ends(pool: WorkerPool, name: str, status: str) -> None:
     assert run(pool, name).status == status
     assert run(pool, "add", a=1, b=2).value == 3
 
 
-def test_no_secret_of_the_environment_reaches_a_worker(
-    jobs: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_secret_of_the_environment_reaches_a_worker(jobs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(jobs)
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     monkeypatch.setenv("JUDGE_URL", "http://judge")
