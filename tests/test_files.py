@@ -1,0 +1,65 @@
+"""Directories that appear whole or not at all."""
+
+import pytest
+
+from cabochon.errors import UserError
+from cabochon.files import replaced_directory
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_it_appears_at_the_end_with_everything_in_it(tmp_path):
+    place = tmp_path / "deep" / "er"
+    with replaced_directory(place, overwrite=False) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "a").write_text("1")
+        assert not place.exists()
+        assert temporary.parent == place.parent  # the same disk, so that the rename is one step
+    assert (place / "sub" / "a").read_text() == "1"
+    assert names(place.parent) == ["er"]
+    assert place.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), UserError("a mistake"), KeyboardInterrupt()], ids=repr)
+def test_an_error_inside_leaves_nothing_and_goes_on_up(tmp_path, error):
+    def fail():
+        with replaced_directory(tmp_path / "x", overwrite=False) as temporary:
+            (temporary / "a").write_text("1")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert names(tmp_path) == []
+
+
+def test_a_failing_disk_is_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"x: could not be written: No space left on device; nothing was left there$"),
+        replaced_directory(tmp_path / "x", overwrite=False),
+    ):
+        raise OSError(28, "No space left on device")
+    assert names(tmp_path) == []
+
+
+def test_what_is_there_stays_unless_told(tmp_path):
+    place = tmp_path / "x"
+    place.mkdir()
+    (place / "old").write_text("old")
+    with pytest.raises(UserError, match="exists and is not empty"), replaced_directory(place, overwrite=False):
+        pytest.fail("it must be refused before any work")
+    with pytest.raises(KeyError), replaced_directory(place, overwrite=True):
+        raise KeyError("half way")
+    assert names(place) == ["old"]
+    with replaced_directory(place, overwrite=True) as temporary:
+        (temporary / "new").write_text("new")
+    assert names(place) == ["new"]
+    assert names(tmp_path) == ["x"]
+
+
+def test_a_file_of_that_name_is_not_overwritten_either(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(UserError, match="exists"), replaced_directory(tmp_path / "x", overwrite=False):
+        pass
+    assert (tmp_path / "x").read_text() == "mine"
