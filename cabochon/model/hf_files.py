@@ -216,8 +216,6 @@ class SafetensorsWriter:
             return
         assert self._at == len(self._shards[self._shard]), "fewer tensors were added than planned"
         total = sum(self._size(shape) for shard in self._shards for _, shape in shard)
-        weight_map = {
-            name: file for file, shard in zip(self._files, self._shards, strict=True) for name, _ in shard
-        }
+        weight_map = {name: file for file, shard in zip(self._files, self._shards, strict=True) for name, _ in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (self._dir / INDEX).write_text(json.dumps(index, indent=2) + "\n")
