@@ -131,7 +131,8 @@ class DockerSession(Session):
         try:
             super().close(wait=wait)
         finally:
-            self._hang_up()
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
             self.sock.close()
 
 
@@ -221,6 +222,8 @@ class DockerSandbox:
         try:
             stream = api.attach_socket(container, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
             sock = socket.socket(fileno=os.dup(stream.fileno()))
+            stream._response.close()  # else the library's own descriptor keeps the connection open after ours is closed
+            stream.close()
             api.start(container)
         except FAILURES:
             with contextlib.suppress(*FAILURES):
