@@ -35,6 +35,13 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever text `_Loader` would take for something else."""
 
+    def represent_text(self, text: str) -> yaml.Node:
+        """Unicode line breaks survive in double quotes only, where they are escaped."""
+        style = '"' if re.search("[\x85\u2028\u2029\ufeff]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {}

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -210,6 +210,7 @@ def test_a_dump_reads_back_to_the_same_config_and_the_same_dump(name, write):
     assert summary(name)
 
 
+@example("a\x85b\u2028\u2029\ufeff", 1e-5)
 @settings(deadline=None, max_examples=60)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), st.floats(0, 1e30, allow_subnormal=False))
 def test_any_text_and_any_number_survive_the_round_trip(tmp_path_factory, text, number):
