@@ -148,6 +148,13 @@ def _same(gold: Value, answer: Value) -> bool:
             return not bottom.is_zero and same_formula(top / bottom, value)
         case Items(kind="tuple"), Items(kind="tuple"):
             return _same_tuples(gold, answer)
+        case (Items(kind="tuple", items=values), Items(kind="list", items=parts)) | (
+            Items(kind="list", items=parts), Items(kind="tuple", items=values)
+        ):
+            named = _coordinates(parts)
+            if named is not None:
+                pairs = zip(values, named, strict=False) if gold.kind == "tuple" else zip(named, values, strict=False)
+                return len(values) == len(named) and all(_same(one, two) for one, two in pairs)
         case Items(), Items() if gold.kind in ("set", "list") and answer.kind in ("set", "list"):
             if _has_inequality(gold) or _has_inequality(answer):
                 return _same_regions(gold, answer) or (
@@ -202,11 +209,19 @@ def _same_leaves(gold: Leaf, answer: Leaf) -> bool:
 
 
 def _same_tuples(gold: Items, answer: Items) -> bool:
-    if len(gold.items) != len(answer.items):
+    if len(gold.items) != len(answer.items) or "::" in (gold.brackets, answer.brackets):
         return False
     if len(gold.items) == 2 and gold.brackets != answer.brackets:
         return False
     return all(_same(one, two) for one, two in zip(gold.items, answer.items, strict=True))
+
+
+def _coordinates(parts: tuple[Value, ...]) -> list[Value] | None:
+    """The values of `x = 1, y = 2` (any order, both or all three of x, y, z named), in the order of their names."""
+    named = {str(label): bare for label, bare in map(unlabel, parts) if label is not None}
+    if len(named) != len(parts) or "".join(sorted(named)) not in ("xy", "xyz"):
+        return None
+    return [named[name] for name in sorted(named)]
 
 
 def _same_ratio(gold: Items, answer: Items) -> bool:

@@ -164,8 +164,15 @@ _NUMBER = re.compile(
 )
 
 
+_PROSE = re.compile(r"(?<![\\A-Za-z])(?!(?:or|and|in|pi|sin|cos|tan|ln|log|sqrt|exp)\b)[A-Za-z]{2,}")
+"""A word: what has none is an answer as a whole."""
+
+
 def _last_expression(text: str) -> Found | None:
-    """The last formula or the last number, whichever stands later."""
+    """All of it where it is nothing but an expression; else the last formula or number, whichever stands later."""
+    whole = text.strip()
+    if len(whole) <= 120 and "\n" not in whole and not _PROSE.search(whole):
+        return Found(answer=_trim(whole), method="last_expression") if _trim(whole) else None
     tail = text[-5_000:]
     formula, number = _last(_MATH, tail), _last(_NUMBER, tail)
     if formula is not None and (number is None or number.start() < formula.end()):

@@ -9,7 +9,7 @@ import sympy
 from sympy import Expr, Integer, Rational
 
 from cabochon.verifiers.math_lex import GREEK, MathSyntaxError, Token
-from cabochon.verifiers.math_values import DEGREE, Items, Leaf, Value, divide, number, power
+from cabochon.verifiers.math_values import DEGREE, PM, Items, Leaf, Value, divide, number, power
 
 if TYPE_CHECKING:
     from cabochon.verifiers.math_parse import _Parser
@@ -211,3 +211,18 @@ def as_literal(value: Leaf, written: list[Token]) -> Leaf:
         return value
     ulp = (literal.ulp or Integer(1)) * Rational(10) ** exponent
     return Leaf(value.expr, ulp, literal.digits or len(match.group(1).strip("0")))
+
+
+def signed(sign: str | None, expr: Expr) -> Expr:
+    match sign:
+        case "-":
+            return -expr
+        case r"\pm":
+            return PM * expr
+        case r"\mp":
+            return -PM * expr
+    return expr
+
+
+def with_plus_minus(expr: Expr) -> Value:
+    return Items("list", (Leaf(expr.subs(PM, Integer(1))), Leaf(expr.subs(PM, Integer(-1)))))

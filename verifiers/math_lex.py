@@ -30,13 +30,17 @@ _UNICODE = str.maketrans({
     "α": r" \alpha ", "β": r" \beta ", "γ": r" \gamma ", "λ": r" \lambda ", "μ": r" \mu ", "σ": r" \sigma ",
     "φ": r" \phi ", "ω": r" \omega ", "δ": r" \delta ", "√": r" \sqrt ", "∪": r" \cup ", "∩": r" \cap ",
     "∈": r" \in ", "∅": r" \emptyset ", "°": r" ^\circ ", "±": r" \pm ", "ℝ": r" \R ", "ℤ": r" \Z ", "ℕ": r" \N ",
-    "ℚ": r" \Q ", "²": "^{2}", "³": "^{3}", "¹": "^{1}", "⁰": "^{0}", "⁴": "^{4}", "⁵": "^{5}", "⁶": "^{6}",
-    "⁷": "^{7}", "⁸": "^{8}", "⁹": "^{9}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
-    "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "₂": "_{2}", "₃": "_{3}", "₈": "_{8}", "⟨": r"\langle ",
+    "ℚ": r" \Q ", 
+    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+    "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "⟨": r"\langle ",
     "⟩": r"\rangle ", "’": "'", "‘": "'", "′": "'", "\u00a0": " ", "\u202f": " ", "\u2009": " ", "，": ",", "：": ":",
     "（": "(", "）": ")", "\ufeff": "", "\u200b": "", "∨": r" \lor ", "∧": r" \land ", "→": r" \to ",
     "∖": r" \setminus ",
 })
+
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
+_LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+_LEVEL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789-+n0123456789")
 
 _WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
 
@@ -50,6 +54,8 @@ def clean(text: str) -> str:
     """The answer without the markup that carries no meaning. Raises MathSyntaxError when it is far too long."""
     if len(text) > LENGTH_LIMIT:
         raise MathSyntaxError(f"the answer is {len(text)} characters long")
+    text = _RAISED.sub(lambda run: "^{" + run.group().translate(_LEVEL) + "}", text)
+    text = _LOWERED.sub(lambda run: "_{" + run.group().translate(_LEVEL) + "}", text)
     text = text.translate(_UNICODE).strip()
     changed = True
     while changed:
@@ -68,6 +74,7 @@ def clean(text: str) -> str:
     text = _SPACING.sub(" ", text)
     text = re.sub(r"(?<!\\)\\ ", " ", text)
     text = _REPEATING.sub(_repeating, text)
+    text = _BASE_WORDS.sub(_based, text)
     text = _DERIVATIVE.sub(lambda name: (name.group(1) or name.group(2)) + "'", text)
     text = text.replace(r"\%", "%").replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
     text = text.replace(r"\lvert", "|").replace(r"\rvert", "|").replace(r"\vert", "|").replace(r"\mid", "|")
@@ -78,6 +85,24 @@ _DERIVATIVE = re.compile(
     r"\\[dt]?frac\s*\{\s*d\s*([a-z])\s*\}\s*\{\s*d\s*[a-z]\s*\}|(?<![A-Za-z])d([a-z])/d[a-z](?![A-Za-z])"
 )
 """`dy/dx` is one name, not y over x."""
+
+_BASE_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+               "twelve": 12, "sixteen": 16}
+_BASE_WORDS = re.compile(
+    r"\b([0-9A-Za-z]+)(?:_\s*\{?\s*\\(?:text|mathrm)\s*\{\s*([a-z]+)\s*\}\s*\}?|\s*\(?\s*(?:in\s)?base[ -](\w+)\s*\)?)$"
+    r"|^0([xXbBoO])([0-9A-Fa-f]+)$"
+)
+
+
+def _based(match: re.Match[str]) -> str:
+    """`1011 (base 2)`, `1011_{\\text{two}}` and `0b1011` as `1011_{2}`."""
+    digits, name, word, mark, literal = match.groups()
+    if mark:
+        return f"{literal.upper()}_{{{ {'x': 16, 'b': 2, 'o': 8}[mark.lower()] }}}"
+    name = name or word
+    base = _BASE_NAMES.get(name, int(name) if name.isdigit() and len(name) < 3 else 0)
+    return f"{digits.upper()}_{{{base}}}" if base else match.group()
+
 
 _REPEATING = re.compile(r"(\d{0,50})\.(\d{0,50})\\overline\s*\{\s*(\d{1,50})\s*\}")
 

@@ -90,7 +90,7 @@ def same_leaf(gold: Leaf, answer: Leaf) -> bool:
     """Equal, or equal within what a decimal gold leaves open.
 
     A gold written as a decimal accepts an answer that is *more* precise and rounds to it: another decimal needs three
-    significant digits in the gold (or a relative distance of at most 1e-3), an exact form such as 1/3 needs two. A gold
+    significant digits in the gold (or a relative distance of at most 2e-4), an exact form such as 1/3 needs two. A gold
     that is not a decimal accepts nothing but itself: 0.333 is not 1/3.
     """
     if same_formula(gold.expr, answer.expr):
@@ -106,7 +106,7 @@ def same_leaf(gold: Leaf, answer: Leaf) -> bool:
     if distance > gold.ulp / 2:
         return False
     exact_form = answer.ulp is None
-    return gold.digits >= (2 if exact_form else 3) or bool(distance <= abs(gold.expr) / 1000)
+    return gold.digits >= (2 if exact_form else 3) or bool(distance <= abs(gold.expr) / 5000)
 
 
 def proportional(left: Expr, right: Expr) -> Expr | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 import sympy
-from sympy import Expr, Integer, Rational
+from sympy import Expr, Rational
 
 from cabochon.verifiers import math_functions as functions
 from cabochon.verifiers.math_lex import MathSyntaxError, Token, clean, tokenise
@@ -143,7 +143,7 @@ class _Parser:
         self.depth -= 1
         if isinstance(value, Leaf):
             written = self.tokens[start : self.at]
-            value = _with_plus_minus(value.expr) if value.expr.has(PM) else functions.as_literal(value, written)
+            value = functions.with_plus_minus(value.expr) if value.expr.has(PM) else functions.as_literal(value, written)
         return value
 
     # -------------------------------------------------------------------------------------------- arithmetic
@@ -156,9 +156,9 @@ class _Parser:
             return first
         if sign == "+" and not isinstance(first, Leaf):
             return first
-        total = _signed(sign, _expr(first))
+        total = functions.signed(sign, _expr(first))
         while (sign := self.accept("+", "-", r"\pm", r"\mp")) is not None:
-            total = total + _signed(sign, _expr(self.term()))
+            total = total + functions.signed(sign, _expr(self.term()))
         return Leaf(total)
 
     def term(self) -> Value:
@@ -281,6 +281,8 @@ class _Parser:
                 if any(int(digit, 36) >= int(base) for digit in digits):
                     raise MathSyntaxError("not a number in that base")
                 return Based(digits.lstrip("0") or "0", int(base))
+            case "word" | "text":
+                return Words(token.value.casefold())
             case "function":
                 return Leaf(functions.named(self, token.value))
             case "op" if token.value in _CLOSERS or token.value == "{":
@@ -302,6 +304,9 @@ class _Parser:
             self.expect("}")
         elif opening == r"\{" and self.accept(r"\}"):
             value = NamedSet("empty")
+        elif opening == r"\{" and self.set_builder():
+            value = self.listing()
+            self.expect(r"\}")
         else:
             value = self.listing()
             closing = self.next().value
@@ -316,6 +321,16 @@ class _Parser:
                 raise MathSyntaxError("an interval with one end")
         self.bars = bars
         return value
+
+    def set_builder(self) -> bool:
+        """Pass over `x |`, `x :` or `x \\in \\mathbb{R} :` at the start of a set; what follows is the condition on x."""
+        ahead = [token.value for token in self.tokens[self.at : self.at + 4]]
+        if self.token.kind != "letter" or len(ahead) < 4:
+            return False
+        marks = (":", "|")
+        length = 1 if ahead[1] in marks else 3 if ahead[1:3] == [r"\in", r"\R"] and ahead[3] in marks else 0
+        self.at += length + 1 if length else 0
+        return bool(length)
 
     def command(self, name: str) -> Value:
         if name == r"\frac":
@@ -371,18 +386,3 @@ def _expr(value: Value) -> Expr:
     if isinstance(value, Leaf):
         return value.expr
     raise MathSyntaxError("arithmetic with something that is not a number or a formula")
-
-
-def _signed(sign: str | None, expr: Expr) -> Expr:
-    match sign:
-        case "-":
-            return -expr
-        case r"\pm":
-            return PM * expr
-        case r"\mp":
-            return -PM * expr
-    return expr
-
-
-def _with_plus_minus(expr: Expr) -> Value:
-    return Items("list", (Leaf(expr.subs(PM, Integer(1))), Leaf(expr.subs(PM, Integer(-1)))))

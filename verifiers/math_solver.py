@@ -15,7 +15,9 @@ from cabochon.verifiers.math import SEND_LIMIT
 from cabochon.verifiers.math_extract import Extraction
 from cabochon.verifiers.workers import WorkerConfig, shared_pool
 
-SOLVER_WORKERS = WorkerConfig(preload=("cabochon.verifiers.math_substitute", "cabochon.verifiers.math_judge:warm"), memory_mib=1024)
+SOLVER_WORKERS = WorkerConfig(
+    preload=("cabochon.verifiers.math_substitute", "cabochon.verifiers.math_judge:warm"), memory_mib=1024
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,10 @@ _define("mass", mg_milligram="1/1000000", g_gram="1/1000", kg_kilogram=1, lb_lbs
 _define("time", ms_millisecond="1/1000", s_sec_second=1, min_minute=60, h_hr_hrs_hour=3600, day=86400, week=604800)
 _define("month", month=1, yr_year=12)
 _define("money", dollar_usd_buck=1, cent="1/100")
+_define("euro", euro=1)
+_define("sterling", sterling=1)
+_define("yen", yen=1)
+_define("rupee", rupee=1)
 _define("volume", ml_mL_milliliter_millilitre="1/1000", l_L_liter_litre=1)
 _define("angle", degree_deg=1)
 _define("energy", J_joule=1, kJ_kilojoule=1000)
@@ -73,7 +77,8 @@ _PLAIN_TAIL = re.compile(r"(?<=[\d\s)}])\s*([A-Za-z][A-Za-z.'\s/-]*(?:\^\s*\{?-?
 _NUMERIC_CORE = re.compile(
     r"(?:[\d.,\s/+*^{}()-]|\\frac(?![A-Za-z])|\\pi(?![A-Za-z])|\\sqrt(?![A-Za-z])|\\times|\\cdot)+"
 )
-_CURRENCY = re.compile(r"([-+]?)\s*(?:\\\$|\$|£|€|USD|US\\?\$)\s*(?=[-\d.(\\])")
+_SIGNS = {"£": "sterling", "€": "euro", "¥": "yen", "₹": "rupee"}
+_CURRENCY = re.compile(r"([-+]?)\s*(\\\$|\$|£|€|¥|₹|USD|US\\?\$)\s*(?=[-\d.(\\])")
 
 
 def split_unit(text: str, *, numeric_only: bool = True) -> Split:
@@ -81,7 +86,7 @@ def split_unit(text: str, *, numeric_only: bool = True) -> Split:
     unit: Unit | None = None
     currency = _CURRENCY.match(text)
     if currency:
-        text, unit = currency.group(1) + text[currency.end() :], parse_unit("dollar")
+        text, unit = currency.group(1) + text[currency.end() :], parse_unit(_SIGNS.get(currency.group(2), "dollar"))
     if text.endswith("%"):
         return Split(text[:-1].rstrip(), unit, percent=True)
     tail = _ROMAN_TAIL.search(text)

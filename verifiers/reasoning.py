@@ -18,7 +18,8 @@ from cabochon.verifiers.reasoning_worker import rule_of
 from cabochon.verifiers.workers import WorkerConfig, shared_pool
 
 REASONING_WORKERS = WorkerConfig(
-    preload=("cabochon.verifiers.reasoning_worker", "reasoning_gym", "cabochon.verifiers.math_judge:warm"), memory_mib=4096
+    preload=("cabochon.verifiers.reasoning_worker", "reasoning_gym", "cabochon.verifiers.math_judge:warm"),
+    memory_mib=4096,
 )
 
 PROMPT_ENDING = "\n\nGive the final answer between <answer> and </answer>."

@@ -141,7 +141,10 @@ def _reap(pid: int, patience: float = 10.0) -> int:
 
 
 def zygote(control_fd: int, preload: list[str], memory_bytes: int) -> None:
-    """Import `preload` (and call what has a colon in it), then obey the owner: `F` with a socket forks a worker on it, `R` and a pid reaps one."""
+    """Import `preload` (and call what has a colon in it), then obey the owner.
+
+    `F` with a socket forks a worker on it, `R` and a pid reaps one.
+    """
     control = socket.socket(fileno=control_fd)
     owner = os.getppid()
     for target in preload:

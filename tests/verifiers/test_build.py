@@ -59,5 +59,5 @@ def test_a_verifier_that_raises_for_a_completion_is_found_out() -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(UserError, match="'maths'.*nearest is 'math'"):
+    with pytest.raises(UserError, match=r"'maths'.*nearest is 'math'"):
         verifier_named("maths")

@@ -83,7 +83,7 @@ def test_gate() -> None:
 def test_by_task() -> None:
     by_task = ByTask(routes=(("code", Says(WRONG)), ("maths", Says(HALF)), ("maths", Says(OK))))
     assert by_task.verify(TASK, "t").score == 0.5
-    with pytest.raises(ValueError, match="'mathz'.*nearest is 'maths'"):
+    with pytest.raises(ValueError, match=r"'mathz'.*nearest is 'maths'"):
         by_task.verify(Task(id="c", prompt="", verifier="mathz"), "t")
 
 

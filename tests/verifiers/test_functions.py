@@ -36,7 +36,8 @@ def factory(bonus):
     return reward
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    return {"score": float(ground_truth in solution_str), "source": data_source, "index": (extra_info or {}).get("index")}
+    index = (extra_info or {}).get("index")
+    return {"score": float(ground_truth in solution_str), "source": data_source, "index": index}
 def plain_score(data_source, solution_str, ground_truth, extra_info=None):
     return solution_str == ground_truth
 """

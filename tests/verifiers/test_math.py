@@ -333,7 +333,7 @@ def test_a_task_without_a_gold_is_the_tasks_fault(gold: object) -> None:
 
 
 def test_a_gold_that_does_not_equal_itself_is_refused() -> None:
-    with pytest.raises(ValueError, match="t/0.*gold"):
+    with pytest.raises(ValueError, match=r"t/0.*gold"):
         verdict("1=2", "\\boxed{5}")
 
 
