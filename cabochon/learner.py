@@ -287,7 +287,8 @@ class Learner:
         self, params: tf.Params, stats: moe.RouterStats | None, batch: Batch, load_LE: Array | None
     ) -> tuple[Array, dict[str, Mean]]:
         """This part's share of the router losses, weighted, and the unweighted terms for the report."""
-        aux, total, terms = self.cfg.aux, jnp.zeros(()), {}
+        aux, total = self.cfg.aux, jnp.zeros(())
+        terms: dict[str, Mean] = {}
         if stats is None or self.cfg.model.moe is None:
             return total, terms
         tokens = jnp.maximum((batch.segment_BT != 0).sum().astype(jnp.float32), 1.0)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-if TYPE_CHECKING:
-    from jax import Array as Leaf
-else:  # a pytree's leaves may also be numpy, shapes or shardings: the run-time checker of tests lets them pass
-    Leaf = Any
+Leaf = Any
+"""A leaf of a carrier that is a pytree: an array on the device, but as well numpy, a shape, a sharding."""
 
 
 @jax.tree_util.register_dataclass

@@ -207,7 +207,8 @@ def _group(
 
     def body(carry: _Carry, xs: tuple) -> tuple[_Carry, tuple[list[Array], list[RouterStats]]]:
         i, states, windows_P, replay_P = xs
-        routes, stats = [], []
+        routes: list[Array] = []
+        stats: list[RouterStats] = []
         for p, (graph, _) in enumerate(split.values()):
             block = nnx.merge(graph, states[str(p)])
             replayed = replay_P[len(routes)] if replay_P is not None and block.kind == "moe" else None
@@ -282,6 +283,8 @@ def forward(
         first, sparse = first + n * len(pattern), sparse + n * m
     after = None
     if cache is not None:
+        assert carry.k_ABSKH is not None
+        assert carry.v_ABSKH is not None
         after = Cache(carry.k_ABSKH, carry.v_ABSKH, cache.length_B + (segments_BT != 0).sum(-1, dtype=jnp.int32))
     return ModelOutput(
         hidden_BTD=model.final_norm(carry.x_BTD),
