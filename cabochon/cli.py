@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cabochon import cli_weights
-from cabochon.errors import UserError
+from cabochon.errors import MachineError, UserError
 from cabochon.verifiers import cli as verifiers_cli
 from cabochon.verifiers.sandbox import cli as sandbox_cli
 
@@ -84,7 +84,8 @@ app.add_typer(sandbox, name="sandbox", rich_help_panel=REWARDS)
 
 
 def main() -> None:
-    """Entry point: an error of the user's is one line on stderr and exit code 2; a bug keeps its traceback."""
+    """Entry point. One line on stderr for the user's mistake (exit code 2) and for a machine that failed (1); a bug
+    keeps its traceback."""
     try:
         try:
             app()
@@ -94,6 +95,9 @@ def main() -> None:
                 raise
             print(f"cabochon: {line}", file=sys.stderr)
             sys.exit(2)
+        except MachineError as error:
+            print(f"cabochon: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(1)
     except KeyboardInterrupt:
         print("cabochon: stopped", file=sys.stderr)
         sys.exit(130)

@@ -1,5 +1,7 @@
 """The command as a person meets it: quick help, one line and exit code 2 for a mistake, a traceback for a bug."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -99,6 +101,20 @@ def test_a_message_of_several_lines_is_printed_as_one(run, monkeypatch):
 
     monkeypatch.setattr(cli, "app", broken)
     assert run() == (2, "", "cabochon: first second\n")
+
+
+def test_a_machine_that_failed_is_one_line_and_exit_code_1(run, monkeypatch, tmp_path):
+    script = tmp_path / "bwrap"
+    script.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    row = {"text": "Add.", "test_list": ["assert add(1, 2) == 3"], "completion": "def add(a, b): return a + b"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    code, out, err = run("verify", str(tmp_path / "rows.jsonl"))
+    assert (code, out) == (1, "")
+    assert err.startswith("cabochon: grading does not work in this process: ")
+    assert "allow user namespaces" in err
+    assert err.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

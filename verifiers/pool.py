@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
+from cabochon.errors import MachineError
 from cabochon.protocols import Verifier
 from cabochon.types import Status, Task, Verdict
 from cabochon.verifiers.base import Probe, infra_error
 
 
-class GradingBroken(RuntimeError):
+class GradingBroken(MachineError):
     """The verifier does not tell a right answer from a blank one in this process: the run must not start."""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+from cabochon.errors import MachineError
 from cabochon.verifiers.sandbox.limits import Limits
 from cabochon.verifiers.sandbox.session import Session
 
@@ -54,7 +55,7 @@ class RunResult:
     """Standard output went over its limit and the run was ended for it."""
 
 
-class SandboxError(RuntimeError):
+class SandboxError(MachineError):
     """The machine failed, not the program: engine gone, no sandbox could be started. Worth another try."""
 
 
