@@ -9,7 +9,7 @@ import sympy
 from sympy import Expr, Integer, Rational
 
 from cabochon.verifiers.math_lex import GREEK, MathSyntaxError, Token
-from cabochon.verifiers.math_values import DEGREE, PM, Items, Leaf, Value, divide, number, power
+from cabochon.verifiers.math_values import DEGREE, PM, Chain, Items, Leaf, Value, divide, number, power
 
 if TYPE_CHECKING:
     from cabochon.verifiers.math_parse import _Parser
@@ -224,5 +224,22 @@ def signed(sign: str | None, expr: Expr) -> Expr:
     return expr
 
 
-def with_plus_minus(expr: Expr) -> Value:
-    return Items("list", (Leaf(expr.subs(PM, Integer(1))), Leaf(expr.subs(PM, Integer(-1)))))
+def both_signs(value: Value) -> Value:
+    """`1 \\pm x` as the list of both, wherever it stands in a value."""
+    match value:
+        case Leaf(expr=expr) if expr.has(PM):
+            return Items("list", (Leaf(expr.subs(PM, Integer(1))), Leaf(expr.subs(PM, Integer(-1)))), ",")
+        case Items(kind="list", items=items):
+            return Items("list", tuple(part for item in items for part in _parts(both_signs(item))), value.brackets)
+        case Items(items=items):
+            opened = tuple(both_signs(item) for item in items)
+            if value.kind == "set":
+                opened = tuple(part for item in opened for part in _parts(item))
+            return Items(value.kind, opened, value.brackets)
+        case Chain(items=items):
+            return Chain(tuple(both_signs(item) for item in items), value.relations)
+    return value
+
+
+def _parts(value: Value) -> tuple[Value, ...]:
+    return value.items if isinstance(value, Items) and value.kind == "list" else (value,)

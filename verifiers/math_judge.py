@@ -15,7 +15,7 @@ from cabochon.verifiers.math_extract import Extraction, extract, last_box
 from cabochon.verifiers.math_lex import MathSyntaxError, clean
 from cabochon.verifiers.math_parse import parse
 from cabochon.verifiers.math_units import Split, conversion, split_unit
-from cabochon.verifiers.math_values import Based, Leaf, Value, Words
+from cabochon.verifiers.math_values import DEGREE, Based, Leaf, Value, Words
 
 
 class UnusableGold(ValueError):
@@ -129,7 +129,7 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
     assert gold.value is not None
     assert answer.value is not None
     factor = conversion(gold.split.unit, answer.split.unit)
-    if factor is None:
+    if factor is None or (_in_degrees(gold) and not _angle(answer)) or (_in_degrees(answer) and not _angle(gold)):
         return False, "a different unit"
     ask_percent = "percent" in prompt.casefold() or "%" in prompt
     if "base" in prompt.casefold() and isinstance(gold.value, Based) and answer.text == gold.value.digits:
@@ -147,6 +147,16 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
         two = Leaf(two.expr * Rational(factor.numerator, factor.denominator))
     right = equal(one, two)
     return right, "the same value" if right else "a different value"
+
+
+def _in_degrees(reading: Reading) -> bool:
+    return isinstance(reading.value, Leaf) and reading.value.expr.has(DEGREE)
+
+
+def _angle(reading: Reading) -> bool:
+    """Whether a quantity may be an angle: no unit, or one of angle."""
+    unit = reading.split.unit
+    return unit is None or unit.dimension[:1] == (("angle", 1),) or unit.dimension[:1] == (("word:radian", 1),)
 
 
 def _percent(value: Value, percent: bool) -> Value:

@@ -15,7 +15,6 @@ from cabochon.verifiers import math_functions as functions
 from cabochon.verifiers.math_lex import MathSyntaxError, Token, clean, tokenise
 from cabochon.verifiers.math_values import (
     DEGREE,
-    PM,
     Based,
     Chain,
     Grid,
@@ -98,7 +97,7 @@ class _Parser:
         value = self.listing()
         if self.token.kind != "end":
             raise MathSyntaxError(f"cannot read from {self.token.value[:20]!r} on")
-        return value
+        return functions.both_signs(value)
 
     def listing(self) -> Value:
         """Values separated by commas, semicolons, "and", "or"."""
@@ -142,8 +141,7 @@ class _Parser:
             value = Items("tuple", tuple(parts), "::")
         self.depth -= 1
         if isinstance(value, Leaf):
-            written = self.tokens[start : self.at]
-            value = functions.with_plus_minus(value.expr) if value.expr.has(PM) else functions.as_literal(value, written)
+            return functions.as_literal(value, self.tokens[start : self.at])
         return value
 
     # -------------------------------------------------------------------------------------------- arithmetic
@@ -323,7 +321,7 @@ class _Parser:
         return value
 
     def set_builder(self) -> bool:
-        """Pass over `x |`, `x :` or `x \\in \\mathbb{R} :` at the start of a set; what follows is the condition on x."""
+        """Pass over `x |`, `x :` or `x \\in \\mathbb{R} :` at the start of a set; the condition on x follows."""
         ahead = [token.value for token in self.tokens[self.at : self.at + 4]]
         if self.token.kind != "letter" or len(ahead) < 4:
             return False

@@ -62,6 +62,16 @@ def read_until(connection: socket.socket, count: int, until: float) -> bytes:
     return bytes(parts)
 
 
+def cpu_seconds(pid: int) -> float:
+    """User and system time a process has used; 0 where it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def encode(message: Any) -> bytes:
     """JSON in ASCII with its length in front; lone surrogates survive as escapes."""
     body = json.dumps(message).encode("ascii")
@@ -87,6 +97,22 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": "exception", "detail": f"{type(error).__name__}: {error}"[:500], "traceback": where}
 
 
+def _reply(body: bytes) -> bytes:
+    """The encoded answer to one encoded request, under the request's id."""
+    number = ""
+    try:
+        request = json.loads(body)
+        number = request["id"]
+        reply = encode({"id": number, **_answer(request)})
+    except MemoryError:
+        reply = encode({"id": number, "error": "oom", "detail": "the worker reached its memory cap"})
+    except (TypeError, ValueError) as error:
+        reply = encode({"id": number, "error": "exception", "detail": f"the reply is not plain data: {error}"[:500]})
+    if len(reply) > REPLY_LIMIT:
+        reply = encode({"id": number, "error": "exception", "detail": f"the reply is {len(reply)} bytes long"})
+    return reply
+
+
 def _work(connection: socket.socket, memory_bytes: int) -> None:
     """Serve requests until the owner closes the connection."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -101,15 +127,7 @@ def _work(connection: socket.socket, memory_bytes: int) -> None:
             body = read_exactly(connection, length)
         except EOFError:
             return
-        try:
-            reply = encode(_answer(json.loads(body)))
-        except MemoryError:
-            reply = encode({"error": "oom", "detail": "the worker reached its memory cap"})
-        except (TypeError, ValueError) as error:
-            reply = encode({"error": "exception", "detail": f"the reply is not plain data: {error}"[:500]})
-        if len(reply) > REPLY_LIMIT:
-            reply = encode({"error": "exception", "detail": f"the reply is {len(reply)} bytes long"})
-        connection.sendall(reply)
+        connection.sendall(_reply(body))
 
 
 def _fork_worker(control: socket.socket, connection: socket.socket, memory_bytes: int) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import secrets
 import signal
 import socket
 import struct
@@ -26,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from cabochon.verifiers.worker_main import HEADER, REPLY_LIMIT, encode, read_exactly, read_until
+from cabochon.verifiers.worker_main import HEADER, REPLY_LIMIT, cpu_seconds, encode, read_exactly, read_until
 
 _BOOT = (
     "import json,sys; fd,path,preload,memory=json.loads(sys.argv[1]); sys.path[:]=path; "
@@ -138,7 +139,8 @@ class WorkerPool:
         function does; blocks while all workers are busy.
         """
         try:
-            request = encode({"target": target, "arguments": dict(arguments)})
+            number = secrets.token_hex(8)  # the reply must carry it: one left over from another item is never taken
+            request = encode({"id": number, "target": target, "arguments": dict(arguments)})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{target}: arguments must be plain data: {error}") from error
         failed = Outcome(status="infra_error")
@@ -149,7 +151,7 @@ class WorkerPool:
                 worker = self._take()
                 start = time.monotonic()
                 fresh = worker.items == 0
-                outcome = self._converse(worker, request, deadline, stall_is_timeout)
+                outcome = self._converse(worker, number, request, deadline, stall_is_timeout)
             except (_MachineFailure, OSError) as error:
                 failed = Outcome(status="infra_error", detail=str(error))
                 if worker is not None:
@@ -180,9 +182,11 @@ class WorkerPool:
 
     # ------------------------------------------------------------------------------------------ one conversation
 
-    def _converse(self, worker: _Worker, request: bytes, deadline: float, stall_is_timeout: bool) -> Outcome:
+    def _converse(
+        self, worker: _Worker, number: str, request: bytes, deadline: float, stall_is_timeout: bool
+    ) -> Outcome:
         until = time.monotonic() + deadline
-        cpu = _cpu_seconds(worker.pid)
+        cpu = cpu_seconds(worker.pid)
         try:
             worker.connection.settimeout(deadline)
             worker.connection.sendall(request)
@@ -192,7 +196,7 @@ class WorkerPool:
                 return Outcome(status="crash", detail="the worker sent an oversized reply")
             reply = json.loads(read_until(worker.connection, length, until))
         except TimeoutError:
-            used = _cpu_seconds(worker.pid) - cpu
+            used = cpu_seconds(worker.pid) - cpu
             if used < 0.2 * deadline and not stall_is_timeout:
                 self._add(stalled=1)
                 raise _MachineFailure(
@@ -203,6 +207,8 @@ class WorkerPool:
             return self._post_mortem(worker)
         except ValueError as error:
             return Outcome(status="crash", detail=f"the worker sent garbage: {error}"[:300])
+        if not isinstance(reply, dict) or reply.get("id") != number:
+            raise _MachineFailure("the worker answered out of turn")
         worker.items += 1
         match reply:
             case {"value": value}:
@@ -355,16 +361,6 @@ class WorkerPool:
             self._zygote.kill()  # its workers die with it
             self._zygote.wait()
             self._zygote = None
-
-
-def _cpu_seconds(pid: int) -> float:
-    """User and system time a process has used; 0 where it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _clean_environment(keep: tuple[str, ...]) -> dict[str, str]:

@@ -7,6 +7,8 @@ import threading
 import time
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cabochon.verifiers.workers import WorkerConfig, WorkerPool, shared_pool
 
@@ -32,6 +34,10 @@ def huge(): return "x" * (9 << 20)
 def echo(text): return text
 def die(): os._exit(3)
 def suicide(): os.kill(os.getpid(), 9)
+def garbage(data):
+    for fd in range(3, 30):
+        try: os.write(fd, bytes(data))
+        except OSError: pass
 def child():
     pid = os.fork()
     if pid == 0: time.sleep(60); os._exit(0)
@@ -185,6 +191,30 @@ def test_no_secret_of_the_environment_reaches_a_worker(jobs: str, monkeypatch: p
     assert "secret" not in str(seen)
     assert "HOME" not in seen
     assert seen["JUDGE_URL"] == "http://judge"
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(
+    data=st.one_of(
+        st.binary(min_size=1, max_size=60),
+        st.sampled_from(
+            [
+                b"\x00" * 8,
+                b"\xff" * 8,
+                b"\x00" * 7 + b"\x02[]",
+                b"\x00" * 7 + b"\x04null",
+                b"\x00" * 7 + b'\x0b{"value":1',
+                b"\x00" * 7 + b'\x0e{"error":"oom"}',
+            ]
+        ),
+    )
+)
+def test_whatever_a_worker_sends_the_owner_lives(pool: WorkerPool, data: bytes) -> None:
+    start = time.monotonic()
+    outcome = run(pool, "garbage", deadline=0.5, data=list(data))
+    assert outcome.status in ("crash", "done", "infra_error", "timeout")
+    assert time.monotonic() - start < 3
+    assert run(pool, "add", a=2, b=2).value == 4
 
 
 def test_a_single_use_worker_dies_after_its_item_with_what_it_started(pool: WorkerPool) -> None:
