@@ -12,7 +12,6 @@ import collections
 import contextlib
 import os
 import pathlib
-import queue
 import socket
 import struct
 import threading
@@ -37,6 +36,7 @@ MAX_AGE_SECONDS = 1800.0
 IDLE_SECONDS = 20.0
 """A waiting container that has heard nothing for so long ends itself: its engine died, whose other ends stay open, or
 its owner is stopped. The owner says it is there every fifth of it."""
+SWEEP_SECONDS = 60.0
 _TRAILER_SIZE = len(TRAILER) + 8
 _OVERHEAD_BYTES = 24 << 20
 """Process 1's own memory, on top of the program's limit."""
@@ -146,7 +146,7 @@ class DockerSandbox:
     """
 
     def __init__(
-        self, *, image: str = PUBLIC, limits: Limits | None = None, warm: int = 4, starters: int = 2, runtime: str = "",
+        self, *, image: str = PUBLIC, limits: Limits | None = None, warm: int = 4, starters: int = 3, runtime: str = "",
         base_url: str | None = None,
     ) -> None:  # fmt: skip
         if warm < 1 or starters < 1:
@@ -162,7 +162,8 @@ class DockerSandbox:
         self._starting = 0
         self._failure = ""
         self._open = False
-        self._gone: queue.Queue[tuple[float, str]] = queue.Queue()
+        self._used: dict[str, float] = {}
+        """containers that were handed out, and when each should surely be gone"""
         self._local = threading.local()
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -196,8 +197,7 @@ class DockerSandbox:
             self._open = True
             for _ in range(self.starters):
                 threading.Thread(target=self._starter, name="cabochon-docker-start", daemon=True).start()
-            threading.Thread(target=self._beater, name="cabochon-docker-beat", daemon=True).start()
-            threading.Thread(target=self._undertaker, name="cabochon-docker-reap", daemon=True).start()
+            threading.Thread(target=self._watcher, name="cabochon-docker-watch", daemon=True).start()
             atexit.register(self.close)
 
     def _create(self, limits: Limits) -> DockerSession:
@@ -292,37 +292,38 @@ class DockerSandbox:
                 if not self._waiting:
                     raise Lost(self._failure or "no container was ready in time")
                 session = self._waiting.popleft()
+                self._used[session.container] = time.monotonic() + max(600.0, limits.wall_seconds + 60.0)
                 self._state.notify_all()
-            self._gone.put((time.monotonic(), session.container))
             if not session.stale():
                 return session
             session.close()
 
-    def _beater(self) -> None:
-        with self._state:
-            while self._open:
-                self._state.wait_for(lambda: not self._open, IDLE_SECONDS / 5)
+    def _watcher(self) -> None:
+        """Tells the waiting containers that their owner is there, and ends used ones that are long over their time."""
+        swept = time.monotonic()
+        while True:
+            with self._state:
+                if self._state.wait_for(lambda: not self._open, IDLE_SECONDS / 5):
+                    break
                 for session in self._waiting:
                     session.beat()
-
-    def _undertaker(self) -> None:
-        """Sees to it that every container that was handed out is gone in the end."""
-        while True:
-            taken, container = self._gone.get()
-            if not container:
-                break
-            while self._open and time.monotonic() < taken + 2.0:
-                time.sleep(0.2)
-            try:
-                while self._open and self._api().inspect_container(container)["State"]["Running"]:
-                    if time.monotonic() > taken + MAX_AGE_SECONDS / 4:
-                        self._api().remove_container(container, force=True)
-                    time.sleep(0.5)
-            except docker.errors.NotFound:
-                continue
-            except FAILURES:
-                self._drop_api()
+            if time.monotonic() > swept + SWEEP_SECONDS:
+                swept = time.monotonic()
+                self._sweep()
         self._drop_api()
+
+    def _sweep(self) -> None:
+        try:
+            api = self._api()
+            here = {c["Id"] for c in api.containers(all=True, filters={"label": f"{LABEL}.owner={owner_label()}"})}
+            with self._state:
+                self._used = {container: end for container, end in self._used.items() if container in here}
+                late = [container for container, end in self._used.items() if time.monotonic() > end]
+            for container in late:
+                with contextlib.suppress(docker.errors.APIError):  # it went by itself meanwhile
+                    api.remove_container(container, force=True)
+        except FAILURES:
+            self._drop_api()
 
     def open(self, limits: Limits | None = None) -> Session:
         """A fresh container that waits for its order. Raises SandboxError, and UserError where there is no engine or
@@ -366,7 +367,6 @@ class DockerSandbox:
             self._open = False
             waiting, self._waiting = list(self._waiting), collections.deque()
             self._state.notify_all()
-        self._gone.put((0.0, ""))
         for session in waiting:
             session.close()
         atexit.unregister(self.close)

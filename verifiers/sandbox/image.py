@@ -12,6 +12,8 @@ from cabochon.verifiers.sandbox.engine import connect, engine_errors
 PUBLIC = "python:3.12-slim"
 """The default image, from a registry."""
 FROM_HOST = "cabochon-sandbox:host"
+AGENT_LABEL = "cabochon.agent"
+"""Which version of our modules an image carries; with another one it works too, but starts slower."""
 
 
 def build(name: str = FROM_HOST, packages: tuple[str, ...] = (), base_url: str | None = None) -> str:
@@ -20,11 +22,14 @@ def build(name: str = FROM_HOST, packages: tuple[str, ...] = (), base_url: str |
     root = rootfs.cached(packages)
     with engine_errors(base_url), tempfile.TemporaryFile() as file:
         with tarfile.open(fileobj=file, mode="w") as tar:
-            tar.add(root, arcname=".", filter=_anonymous)
+            # the root's own agent folder is an empty mount point, and an archive may name a folder once only
+            tar.add(root, arcname=".", filter=lambda info: None if info.name == "./agent" else _anonymous(info))
+            tar.add(rootfs.agent(), arcname="./agent", filter=_anonymous)
         file.seek(0)
         api = connect(base_url, timeout=300)
+        changes = ["ENV PATH=/usr/bin", f"LABEL {AGENT_LABEL}={rootfs.agent_key()}"]
         try:
-            api.import_image_from_data(file, repository=repository, tag=tag or "latest", changes=["ENV PATH=/usr/bin"])
+            api.import_image_from_data(file, repository=repository, tag=tag or "latest", changes=changes)
             return str(api.inspect_image(name)["Id"])
         finally:
             api.close()

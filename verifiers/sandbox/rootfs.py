@@ -149,16 +149,22 @@ def agent_files() -> dict[str, bytes]:
     return files
 
 
+def agent_key() -> str:
+    """Names the modules that run inside, as compiled by this interpreter."""
+    return hashlib.sha256(repr((sys.version, sorted(agent_files().items()))).encode()).hexdigest()[:16]
+
+
 def agent() -> pathlib.Path:
-    """A folder with the modules that run inside, compiled."""
+    """A folder with the modules that run inside, compiled, and an empty file that names them."""
     files = agent_files()
-    key = hashlib.sha256(repr((sys.version, sorted(files.items()))).encode()).hexdigest()[:16]
+    key = agent_key()
 
     def fill(draft: pathlib.Path) -> None:
         for name, data in files.items():
             path = draft / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+        (draft / key).touch()
         compileall.compile_dir(str(draft), quiet=2, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
         for path in draft.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
@@ -167,17 +173,19 @@ def agent() -> pathlib.Path:
 
 
 def agent_script() -> str:
-    """The same modules as one `python -c` argument, for images that know nothing of us."""
+    """The same modules as one `python -c` argument, for images that know nothing of us; an image that has these very ones
+    uses its own, compiled."""
     files = {
         n.removesuffix(".py").removesuffix("/__init__").replace("/", "."): d.decode() for n, d in agent_files().items()
     }
-    return f"""import sys
+    return f"""import sys,os
 F={files!r}
 class L:
     def find_spec(s,n,p=None,t=None):
         if n in F: return sys.modules['_frozen_importlib'].ModuleSpec(n,s,is_package=n.count('.')<3)
     def create_module(s,p): return None
     def exec_module(s,m): exec(compile(F[m.__name__],m.__name__,'exec'),m.__dict__)
-sys.meta_path.insert(0,L())
+if os.path.exists('/agent/{agent_key()}'): sys.path.insert(0,'/agent')
+else: sys.meta_path.insert(0,L())
 from cabochon.verifiers.sandbox.inside import main
 """

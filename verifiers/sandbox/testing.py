@@ -7,21 +7,22 @@ from cabochon.verifiers.sandbox.base import Limits, SandboxError, python_program
 from cabochon.verifiers.sandbox.bubblewrap import BubblewrapSandbox
 from cabochon.verifiers.sandbox.docker import DockerSandbox
 from cabochon.verifiers.sandbox.engine import FAILURES, connect, engine_errors
-from cabochon.verifiers.sandbox.image import FROM_HOST, build
+from cabochon.verifiers.sandbox.image import AGENT_LABEL, FROM_HOST, build
 from cabochon.verifiers.sandbox.process import ProcessSandbox
+from cabochon.verifiers.sandbox.rootfs import agent_key
 
 AnySandbox = BubblewrapSandbox | DockerSandbox | ProcessSandbox
 
 
 def host_image() -> str:
-    """The image made from this machine, built where the engine has none. Raises UserError."""
+    """The image made from this machine, built where the engine has none or an older one. Raises UserError."""
     with engine_errors(None):
         api = connect(None)
         try:
-            known = {tag for image in api.images() for tag in image.get("RepoTags") or ()}
+            known = {tag: image["Labels"] for image in api.images() for tag in image.get("RepoTags") or ()}
         finally:
             api.close()
-    if FROM_HOST not in known:
+    if (known.get(FROM_HOST) or {}).get(AGENT_LABEL) != agent_key():
         build(FROM_HOST)
     return FROM_HOST
 
