@@ -4,6 +4,9 @@
 of which will do) and, for multiple choice, the options' texts from `task.payload["choices"]`. What counts as the same
 answer is in `math_equal`; the rules are strict, since a wrong answer scored right is the bug to fear.
 
+An answer that still holds an integral, a sum or a limit is refused: it restates the question. math-verify is not asked:
+its readings are too generous (several boxes become a tuple, bases are dropped, all tiny numbers are equal).
+
 Nothing the model wrote is evaluated as code. Work that would not end is cut off at the deadline by killing its process.
 """
 

@@ -152,7 +152,7 @@ def _same(gold: Value, answer: Value) -> bool:
             Items(kind="list", items=parts), Items(kind="tuple", items=values)
         ):
             named = _coordinates(parts)
-            if named is not None and "::" not in (gold.brackets, answer.brackets):
+            if named is not None and "()" in (gold.brackets, answer.brackets):
                 pairs = zip(values, named, strict=False) if gold.kind == "tuple" else zip(named, values, strict=False)
                 return len(values) == len(named) and all(_same(one, two) for one, two in pairs)
         case Items(), Items() if gold.kind in ("set", "list") and answer.kind in ("set", "list"):

@@ -20,6 +20,8 @@ def region(value: Value, depth: int = 0) -> tuple[sympy.Set, str] | None:
         case Items(kind="tuple", items=(Leaf() as low, Leaf() as high), brackets=brackets) if brackets != "::":
             if not (_real(low) and _real(high)) or (low.expr < high.expr) != sympy.true:
                 return None
+            if (brackets[0] == "[" and low.expr == -sympy.oo) or (brackets[1] == "]" and high.expr == sympy.oo):
+                return None  # infinity is not a number the interval could hold
             return Interval(low.expr, high.expr, brackets[0] == "(", brackets[1] == ")"), ""
         case Items(kind="set", items=items):
             leaves = [item.expr for item in items if isinstance(item, Leaf) and _real(item)]

@@ -35,6 +35,10 @@ _BOOT = (
 )
 
 
+STALLED_SHARE = 0.05
+"""A deadline missed with less than this share of it spent computing is put down to the machine."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What became of one call.
@@ -197,7 +201,7 @@ class WorkerPool:
             reply = json.loads(read_until(worker.connection, length, until))
         except TimeoutError:
             used = cpu_seconds(worker.pid) - cpu
-            if used < 0.2 * deadline and not stall_is_timeout:
+            if used < STALLED_SHARE * deadline and not stall_is_timeout:
                 self._add(stalled=1)
                 raise _MachineFailure(
                     f"the worker got {used:.1f} s of CPU in {deadline:g} s: starved or blocked"

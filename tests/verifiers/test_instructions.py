@@ -3,6 +3,8 @@
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cabochon.types import Task, Verdict
 from cabochon.verifiers.instructions import InstructionVerifier, constraints
@@ -196,6 +198,13 @@ def test_hostile_responses_have_a_verdict(text: str) -> None:
     assert found.score == 0.0
     assert found.status in ("wrong", "no_answer", "timeout")
     assert time.monotonic() - start < VERIFIER.deadline + 1
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(text=st.text(max_size=300))
+def test_no_text_raises(text: str) -> None:
+    wanted = task(*[(kind, arguments) for kind, arguments, *_ in IFEVAL + OWN])
+    assert VERIFIER.verify(wanted, text).status in ("wrong", "no_answer")
 
 
 def test_ten_megabytes_are_malformed() -> None:

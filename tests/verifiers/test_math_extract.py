@@ -3,6 +3,8 @@
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cabochon.verifiers.math_extract import Extraction, extract, final_part, last_box
 
@@ -84,6 +86,37 @@ def test_the_final_part() -> None:
     assert final_part("plain", Extraction(require_final_part=True)) == "plain"
     assert final_part("a</reason>b", Extraction(think_close="</reason>")) == "b"
     assert final_part("a</think>b", Extraction(think_close="")) == "a</think>b"
+
+
+PIECES = st.sampled_from(
+    [
+        "\\boxed{",
+        "}",
+        "{",
+        "$",
+        "\\(",
+        "\\)",
+        "answer is ",
+        "####",
+        "\n",
+        "5",
+        " ",
+        "<think>",
+        "</think>",
+        "\\",
+        "a",
+        ".",
+        "\x00",
+    ]
+)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(text=st.one_of(st.text(max_size=200), st.lists(PIECES, max_size=40).map("".join)))
+def test_no_text_raises_and_what_is_found_stands_in_it(text: str) -> None:
+    found = extract(text)
+    if found is not None and not found.problem:
+        assert found.answer in text
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,34 @@ def test_the_oracle_is_paid_and_cheap_tricks_are_not(name: str) -> None:
         assert found.status in ("wrong", "no_answer", "malformed")
 
 
+@pytest.mark.slow
+def test_every_dataset_pays_its_oracle_and_no_cheap_trick() -> None:
+    from reasoning_gym.factory import DATASETS
+
+    refused = set()
+    for name in sorted(set(DATASETS) - {"composite"}):
+        try:
+            task, other = puzzle_tasks(Puzzles(name=name, size=2, seed=3))
+        except UserError:
+            refused.add(name)
+            continue
+        gold = task.payload["answer"]
+        if gold is not None:
+            assert VERIFIER.verify(task, f"<answer>{gold}</answer>").score == 1.0, name
+        for trick in (
+            "",
+            "zzz",
+            "[]",
+            "0 1 2 3 4 5 6 7 8 9",
+            f"{gold} zzz",
+            f"zzz {gold}",
+            str(other.payload["answer"]),
+        ):
+            found = VERIFIER.verify(task, f"<answer>{trick}</answer>")
+            assert found.score == 0.0 or trick == gold, (name, trick, gold, found)
+    assert refused == {"boxnet", "propositional_logic"}
+
+
 def test_tasks_are_the_same_every_time_and_differ_by_seed_and_difficulty() -> None:
     one = puzzle_tasks(Puzzles(name="chain_sum", size=3, seed=1))
     assert one == puzzle_tasks(Puzzles(name="chain_sum", size=3, seed=1))
