@@ -203,6 +203,8 @@ def _same_leaves(gold: Leaf, answer: Leaf) -> bool:
     if gold.expr.has(DEGREE) and answer.expr.has(DEGREE):
         return same_formula(gold.expr, answer.expr)
     for worth in (sympy.Integer(1), sympy.pi / 180):
+        if worth == 1 and any((side.expr / DEGREE).has(DEGREE) and side.expr.has(DEGREE) for side in (gold, answer)):
+            continue  # a unit stands behind a whole quantity, not inside it
         if same_formula(gold.expr.subs(DEGREE, worth), answer.expr.subs(DEGREE, worth)):
             return True
     return False

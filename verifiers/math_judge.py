@@ -34,7 +34,7 @@ class Reading:
 
 _SPACED = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d.,]|\s*\d)")
 _UNGROUPED = re.compile(r"\d,(?:\d{1,2}|\d{4,})(?!\d)")
-_GROUPED_INSIDE = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+_GROUPED_INSIDE = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _GROUPED = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+)((?:\.\d+)?)")
 
 
@@ -57,13 +57,20 @@ def read(answer: str) -> Reading:
     except MathSyntaxError as error:
         if split.unit is None and not split.percent and split.scale == 1:
             return Reading(text=text, split=split, value=None, problem=str(error))
-        try:
-            return Reading(text=text, split=Split(text), value=parse(text))
-        except MathSyntaxError:
-            return Reading(text=text, split=split, value=None, problem=str(error))
+        return _whole(text, split)
+    if split.percent and not isinstance(value, Leaf):
+        return _whole(text, split)  # the percent sign belongs to a part of it: x = 4%
     if isinstance(value, Leaf) and split.scale != 1:
         value = Leaf(value.expr * split.scale, None if value.ulp is None else value.ulp * split.scale, value.digits)
     return Reading(text=text, split=split, value=value)
+
+
+def _whole(text: str, split: Split) -> Reading:
+    """The answer read with what looked like its unit."""
+    try:
+        return Reading(text=text, split=Split(text), value=parse(text))
+    except MathSyntaxError as error:
+        return Reading(text=text, split=split, value=None, problem=str(error))
 
 
 _CHOICE = re.compile(

@@ -73,6 +73,7 @@ def clean(text: str) -> str:
     text = re.sub(r"\\left\s*\.|\\right\s*\.", " ", text)
     text = _SPACING.sub(" ", text)
     text = re.sub(r"(?<!\\)\\ ", " ", text)
+    text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", r" \\cup ", text)
     text = _REPEATING.sub(_repeating, text)
     text = _BASE_WORDS.sub(_based, text)
     text = _DERIVATIVE.sub(lambda name: (name.group(1) or name.group(2)) + "'", text)

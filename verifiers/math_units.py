@@ -16,7 +16,7 @@ def _define(dimension: str, **units: str | int) -> None:
 
 
 _define("length", mm_millimeter_millimetre="1/1000", cm_centimeter_centimetre="1/100", dm_decimeter="1/10",
-        m_meter_metre=1, km_kilometer_kilometre=1000, inch_inches="0.0254", ft_foot_feet="0.3048", yd_yard="0.9144",
+        m_meter_metre=1, km_kilometer_kilometre=1000, inch_inches_in="0.0254", ft_foot_feet="0.3048", yd_yard="0.9144",
         mi_mile="1609.344")
 _define("mass", mg_milligram="1/1000000", g_gram="1/1000", kg_kilogram=1, lb_lbs_pound="0.45359237",
         oz_ounce="0.028349523125", ton=1000)
@@ -46,6 +46,9 @@ _NEVER = frozenset(
      "but", "third", "thirds", "quarter", "quarters", "fourth", "fourths", "fifth", "fifths", "sixth", "sixths",
      "seventh", "sevenths", "eighth", "eighths", "ninth", "ninths", "tenth", "tenths", "hundredth", "hundredths",
      "thousandth", "thousandths", "half", "halves"]
+)
+_SHORT_UNITS = frozenset(
+    ["bag", "box", "can", "car", "cat", "cup", "dog", "egg", "jar", "men", "pen", "per", "pie", "row", "toy", "way"]
 )
 _FILLERS = frozenset(["long", "tall", "wide", "high", "deep", "old", "away", "total", "each", "left", "remaining"])
 
@@ -98,10 +101,8 @@ def split_unit(text: str, *, numeric_only: bool = True) -> Split:
         if not tail or tail.start(1) == 0:
             return Split(text, unit)
         words, core = tail.group(1), text[: tail.start(1)].rstrip()
-        letters = words.split()[0]
-        temperature = letters in ("C", "F") and core.endswith((r"\circ", "circ}"))
-        spaced_unit = text[tail.start(1) - 1] == " " and letters in _BASE
-        if len(letters.rstrip(".")) == 1 and not temperature and not spaced_unit:
+        temperature = words in ("C", "F") and core.endswith((r"\circ", "circ}"))
+        if not temperature and not _reads_as_unit(words, spaced=text[tail.start(1) - 1] == " "):
             return Split(text, unit)
     core = re.sub(r"\^\s*\{?\s*\\circ\s*\}?$", "", core) if re.match(r"\s*[CF]\b", words) else core
     label, _, value = core.rpartition("=")
@@ -110,11 +111,21 @@ def split_unit(text: str, *, numeric_only: bool = True) -> Split:
     return _with_words(text, core, " ".join(words.split()), unit)
 
 
+def _reads_as_unit(words: str, *, spaced: bool) -> bool:
+    """Whether bare letters after a number are a unit rather than variables: `5 cm`, `5 apples`, not `5ab`, `5R^2`."""
+    first = words.replace("^", " ").replace("/", " ").split()[0].rstrip(".")
+    if _base(first) is not None or first.casefold() in _SPEEDS:
+        return spaced or (len(first) > 1 and first not in ("mg", "ms"))  # m times g, m times s
+    return spaced and (len(first) >= 4 or first in _SHORT_UNITS)
+
+
 def _with_words(text: str, core: str, words: str, unit: Unit | None) -> Split:
     folded = words.casefold().strip(" .")
     if folded in ("percent", "per cent", "percentage", "percentage points", "pct"):
         return Split(core, None, percent=True)
     parts = re.findall(r"[a-z]+", folded)
+    if parts[:1] in (["percent"], ["percentage"], ["pct"]):
+        return Split(core, None, percent=True)
     scale = 1
     while parts and parts[0] in _MULTIPLIERS:
         scale *= _MULTIPLIERS[parts.pop(0)]

@@ -72,6 +72,11 @@ def test_every_gold_of_the_corpus_equals_itself(kind: str) -> None:
         assert verdict(gold, f"\\boxed{{{gold}}}").score == 1.0, gold
 
 
+@pytest.mark.parametrize("row", rows(HERE / "data" / "math_texts.jsonl"), ids=lambda row: row["text"][:40])
+def test_answers_are_found_in_whole_completions(row: dict) -> None:
+    assert verdict(row["gold"], row["text"]).score == row["score"]
+
+
 # ------------------------------------------------------------------------------------------------------------ GSM8K
 
 
