@@ -52,8 +52,10 @@ def bare(*flags: str) -> Callable[[], None]:
 def docker_run(image: str) -> Callable[[], None]:
     """A cold container per execution, by the command line, with the same restrictions."""
     words = ["docker", "run", "--rm", "--network", "none", "--read-only", "--cap-drop", "ALL", "--user", "65534:65534",
-             "--security-opt", "no-new-privileges", "--memory", "512m", "--memory-swap", "512m", "--pids-limit", "64", "--cpus", "1",
-             "--tmpfs", "/tmp:size=64m", "--log-driver", "none", image, "python3", "-I", "-S", "-c", SOURCE]  # fmt: skip
+             "--security-opt", "no-new-privileges", "--memory", "512m", "--memory-swap", "512m", "--pids-limit", "64",
+             "--cpus", "1",
+             "--tmpfs", "/tmp:size=64m", "--log-driver", "none", image, "python3", "-I", "-S", "-c",
+             SOURCE]  # fmt: skip
 
     def run() -> None:
         assert subprocess.run(words, capture_output=True, check=True).stdout == WANT
@@ -140,7 +142,8 @@ def show_latencies(found: dict[str, list[float]], threads: int) -> None:
     for name, values in found.items():
         middle = statistics.median(values)
         print(
-            f"  {name:44}{1e3 * middle:8.1f}{1e3 * percentile(values, 0.99):8.1f}{middle / base:10.2f} x{1e3 * (middle - base):10.1f} ms"
+            f"  {name:44}{1e3 * middle:8.1f}{1e3 * percentile(values, 0.99):8.1f}{middle / base:10.2f} x"
+            f"{1e3 * (middle - base):10.1f} ms"
         )
 
 

@@ -108,7 +108,8 @@ class CodeVerifier:
                 outcome.status = status
                 outcome.detail = f"case {number + 1} of {len(plan.cases)}: {result.detail or 'another output'}"
                 outcome.first_failure = {
-                    "test": f"case {number + 1}", "input": case.stdin[:300], "expected": case.stdout[:300], "got": printed[:300],
+                    "test": f"case {number + 1}", "input": case.stdin[:300], "expected": case.stdout[:300],
+                    "got": printed[:300],
                 }  # fmt: skip
                 outcome.stderr = result.stderr[-2000:].decode("utf-8", "replace")
             if status == "timeout" or (status != "ok" and (self.stop_at_first_failure or status == "malformed")):

@@ -1,6 +1,8 @@
 """What every sandbox promises. Docker and bubblewrap keep all of it; process, no boundary, keeps the part on
 outcomes."""
 
+# ruff: noqa: E501 (programs are data, one a line)
+
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor

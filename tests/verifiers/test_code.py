@@ -1,5 +1,7 @@
 """The code verifier on real sandboxes: each kind of test, each status, evidence, and MBPP with mutants."""
 
+# ruff: noqa: E501 (programs are data, one a line)
+
 import ast
 import concurrent.futures
 import json
@@ -294,7 +296,7 @@ def mutants(code, names, rng):
     tree = ast.parse(code)
     spots = [n for n in ast.walk(tree) if (isinstance(n, ast.BinOp | ast.BoolOp) and type(n.op) in SWAPS)
              or (isinstance(n, ast.Compare) and type(n.ops[0]) in SWAPS)]  # fmt: skip
-    for spot in rng.sample(spots, min(2, len(spots))):
+    for spot in rng.sample(spots, min(1, len(spots))):
         holder = spot.ops if isinstance(spot, ast.Compare) else None
         old = holder[0] if holder else spot.op
         new = SWAPS[type(old)]()
@@ -310,7 +312,6 @@ def mutants(code, names, rng):
     for name in names:
         yield "none", f"{code}\ndef {name}(*a, **k): return None\n"
         yield "equal", f"{code}\nclass _E:\n    def __eq__(s, o): return True\ndef {name}(*a, **k): return _E()\n"
-        yield "missing", f"{code}\ndel {name}\n"
         yield "wrapped", f"{code}\n_real = {name}\ndef {name}(*a, **k): return [_real(*a, **k)]\n"
 
 

@@ -1,5 +1,7 @@
 """Which names are the program's, what is rewritten, and which tasks are refused."""
 
+# ruff: noqa: E501 (programs are data, one a line)
+
 import pytest
 
 from cabochon.verifiers.code_tests import Case, plan_of

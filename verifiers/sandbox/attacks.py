@@ -44,7 +44,8 @@ _IN_PLACE = ["xs = [3, 1, 2]\nsolve(xs)\nassert xs == [1, 2, 3]"]
 _STACK = [
     "s = Stack()\ns.push(1).push(2)\nassert len(s) == 2 and s.top == 2\nassert s.pop() == 2 and s.pop() == 1",
     "s = Stack()\ntry:\n    s.pop()\n    assert False\nexcept IndexError:\n    pass",
-    "assert Stack([1, 2]) == Stack([1, 2]) and list(Stack([1, 2])) == [1, 2]\nassert 2 in Stack([1, 2])\nassert isinstance(Stack(), Stack)",
+    "assert Stack([1, 2]) == Stack([1, 2]) and list(Stack([1, 2])) == [1, 2]",
+    "assert 2 in Stack([1, 2])\nassert isinstance(Stack(), Stack)",
 ]
 _FILE = """
 import unittest

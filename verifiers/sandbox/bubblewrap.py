@@ -46,12 +46,13 @@ class _Launcher:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        root = str(pathlib.Path(__file__).resolve().parents[2])
         top = str(pathlib.Path(sys.modules["cabochon"].__path__[0]).parent)
-        code = f"import sys; sys.path[:0] = [{top!r}, {root!r}]; from cabochon.verifiers.sandbox.launcher import main; main()"
+        code = (
+            f"import sys; sys.path[:0] = [{top!r}]; from cabochon.verifiers.sandbox.launcher import main; main()"
+        )
         env = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG")}
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", code, str(os.getpid())], stdin=theirs, env=env
+            [sys.executable, "-I", "-S", "-c", code, str(os.getpid())], stdin=theirs.fileno(), env=env
         )
         theirs.close()
         ours.settimeout(30)
@@ -194,7 +195,8 @@ class BubblewrapSandbox:
             why = str(e)
             if "ready" in why or "started" in why:
                 raise UserError(f"bubblewrap cannot start a sandbox here ({why}): allow user namespaces "
-                                "(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0) "
+                                "(sysctl kernel.unprivileged_userns_clone=1 "
+                                "kernel.apparmor_restrict_unprivileged_userns=0) "
                                 "or use the docker sandbox") from e  # fmt: skip
             raise
         finally:

@@ -56,7 +56,8 @@ def line(finding: Finding) -> str:
     """One program on one line."""
     mark = "WON " if finding.problem else "held"
     verdict = finding.verdict
-    return f"{mark} {finding.attack.group:10} {finding.attack.name[:40]:40} {verdict.status:11} {verdict.seconds:5.1f} s  {finding.problem}"
+    name = f"{finding.attack.group:10} {finding.attack.name[:40]:40}"
+    return f"{mark} {name} {verdict.status:11} {verdict.seconds:5.1f} s  {finding.problem}"
 
 
 def table(findings: list[Finding]) -> str:

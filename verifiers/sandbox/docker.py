@@ -206,7 +206,8 @@ class DockerSandbox:
         size = limits.file_bytes
         memory = limits.memory_bytes + _OVERHEAD_BYTES
         host = api.create_host_config(
-            network_mode="none", read_only=True, cap_drop=["ALL"], security_opt=["no-new-privileges"], ipc_mode="private",
+            network_mode="none", read_only=True, cap_drop=["ALL"], security_opt=["no-new-privileges"],
+            ipc_mode="private",
             mem_limit=memory, memswap_limit=memory, pids_limit=limits.pids + 2, auto_remove=True, shm_size=size,
             cpu_period=100_000, cpu_quota=int(limits.cpus * 100_000), runtime=self.runtime or None,
             tmpfs={"/tmp": f"rw,nosuid,nodev,size={size},mode=1777"}, log_config={"type": "none"},

@@ -36,7 +36,8 @@ def engine_errors(base_url: str | None, image: str = "") -> Iterator[None]:
     try:
         yield
     except docker.errors.ImageNotFound as e:
-        raise UserError(f"docker image {image!r} is not on the engine at {where}: docker pull {image}, or build one from this "
+        raise UserError(f"docker image {image!r} is not on the engine at {where}: docker pull {image}, or build one "
+                        "from this "
                         "machine with `cabochon sandbox image --from-host` and name it") from e  # fmt: skip
     except FAILURES as e:
         chain: list[BaseException] = [e]

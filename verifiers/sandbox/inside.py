@@ -156,11 +156,11 @@ def _supervise(wall_seconds: float) -> None:
             if other.si_pid == child:
                 break
             os.waitpid(other.si_pid, 0)  # an orphan of the program
-    try:
+    code = -int(signal.SIGKILL)
+    try:  # noqa: SIM105 (contextlib costs an import)
         os.kill(-1, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    code = -int(signal.SIGKILL)
     while True:
         try:
             pid, status = os.waitpid(-1, 0)
@@ -185,7 +185,7 @@ def _dumpable(yes: bool) -> None:
     """Whether processes of the same user may trace this one: process 1 must not be taken over by what it watches."""
     import _ctypes  # the package around it takes ten times as long to import
 
-    _ctypes.call_function(_ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"), (4, int(yes), 0, 0, 0))
+    _ctypes.call_function(_ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"), (4, int(yes), 0, 0, 0))  # type: ignore
 
 
 def _run(order: dict[str, Any], home: str) -> None:
@@ -340,7 +340,7 @@ class Candidate:
         import operator
 
         plain = {"bool": bool, "str": str, "repr": repr, "len": len, "iter": iter, "hash": hash, "abs": abs}
-        return (plain.get(op) or getattr(operator, op))(thing, *args)
+        return (plain.get(op) or getattr(operator, op))(thing, *args)  # type: ignore
 
 
 _MUTABLE = (list, dict, set, bytearray)

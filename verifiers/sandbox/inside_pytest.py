@@ -129,15 +129,17 @@ def pytest_module() -> ModuleType:
     """The stand-in for `import pytest`."""
     module = ModuleType("pytest")
     module.__dict__.update(
-        raises=_raises, approx=lambda expected, rel=None, abs=None: _Approx(expected, rel, abs), mark=_Mark(), skip=_skip,
-        fixture=_fixture, fail=_fail, param=lambda *values, **_: values if len(values) != 1 else values[0], main=lambda *_: 0,
+        raises=_raises, approx=lambda expected, rel=None, abs=None: _Approx(expected, rel, abs), mark=_Mark(),
+        skip=_skip,
+        fixture=_fixture, fail=_fail, param=lambda *values, **_: values if len(values) != 1 else values[0],
+        main=lambda *_: 0,
     )  # fmt: skip
     return module
 
 
 def install() -> None:
     sys.modules["pytest"] = pytest_module()
-    unittest.main = lambda *args, **kwargs: None  # type: ignore[assignment,misc]
+    unittest.main = lambda *args, **kwargs: None  # type: ignore
 
 
 class _Result(unittest.TestResult):

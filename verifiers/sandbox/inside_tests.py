@@ -114,7 +114,7 @@ class Host:
         self.last_error = name
         known = self.errors.get(name)
         if known is not None:
-            return known(message)  # type: ignore[no-any-return]
+            return known(message)
         for candidate in (name, base):
             kind = getattr(builtins, candidate, None)
             if isinstance(kind, type) and issubclass(kind, Exception):
@@ -177,7 +177,7 @@ class Remote:
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         host, kind = object.__getattribute__(self, "_cabochon_host"), object.__getattribute__(self, "_cabochon_kind")
-        return host.kinds.get(kind, Remote)  # type: ignore[no-any-return]
+        return host.kinds.get(kind, Remote)
 
     def __getattr__(self, name: str) -> Any:
         if name in _PLAIN_METHODS and not self._cabochon_open():
@@ -248,7 +248,8 @@ def _operator(name: str, op: str, reflected: bool = False) -> None:
     setattr(Remote, name, method)
 
 
-for _name in ("lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "abs", "matmul", "and",
+for _name in ("lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "abs", "matmul",
+    "and",
               "or", "xor", "invert", "getitem", "setitem", "delitem"):  # fmt: skip
     _operator(f"__{_name}__", {"and": "and_", "or": "or_"}.get(_name, _name))
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
@@ -282,7 +283,7 @@ def stand_in(host: Host, name: str, about: Any) -> Any:
         return made
     if kind == "exception":
         base = getattr(builtins, about[1], Exception)
-        made = type(name, (base if issubclass(base, Exception) else Exception,), {})
+        made = type(name, (base if issubclass(base, Exception) else Exception,), {})  # type: ignore
         host.errors[name] = made
         return made
     if kind == "value":
@@ -296,12 +297,12 @@ class _RemoteClass(type):
     """A class of the program: calling it makes an object there; its attributes are asked for there."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls._host_.ask(cls.__name__, "call", *args, **kwargs)  # type: ignore[attr-defined]
+        return cls._host_.ask(cls.__name__, "call", *args, **kwargs)
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__") or name == "_host_":
             raise AttributeError(name)
-        return cls._host_.ask(cls.__name__, "get", name)  # type: ignore[attr-defined]
+        return cls._host_.ask(cls.__name__, "get", name)
 
 
 class Recorder:

@@ -16,6 +16,7 @@ import select
 import signal
 import socket
 import sys
+from typing import Any
 
 from cabochon.verifiers.sandbox.cgroups import Group, Groups
 from cabochon.verifiers.sandbox.wire import pack, unpack
@@ -82,21 +83,22 @@ class Launcher:
         except OSError as e:
             with contextlib.suppress(OSError):
                 os.write(fds[2], f"sandbox not started: {e}".encode())
+            os.close(fds[3])  # without a word: the owner sees that it was not the program's doing
         for fd in fds[:3]:
             os.close(fd)
         return True
 
-    def _start(self, request: dict[str, object], fds: list[int]) -> None:
+    def _start(self, request: dict[str, Any], fds: list[int]) -> None:
         """Forks and execs; the status descriptor stays here and closes without a word where that fails."""
         stdin, stdout, stderr, status = fds
         memory, pids, cpus = request["memory_bytes"], request["pids"], request["cpus"]
         self.count += 1
         group = None
         if self.groups.usable:
-            group = Group(self.groups, str(self.count), memory, pids, cpus)  # type: ignore[arg-type]
-        argv = [str(a) for a in request["argv"]]  # type: ignore[attr-defined]
+            group = Group(self.groups, str(self.count), memory, pids, cpus)
+        argv = [str(a) for a in request["argv"]]
         seccomp = os.memfd_create("seccomp", 0)
-        os.write(seccomp, request["seccomp"])  # type: ignore[arg-type]
+        os.write(seccomp, request["seccomp"])
         os.lseek(seccomp, 0, os.SEEK_SET)
         pid = os.fork()
         if pid == 0:
@@ -107,7 +109,7 @@ class Launcher:
             finally:
                 os._exit(127)
         os.close(seccomp)
-        self.running[request["id"]] = Running(pid, status, group, 0 if group else memory)  # type: ignore[index,arg-type]
+        self.running[request["id"]] = Running(pid, status, group, 0 if group else memory)
 
     def _become(self, argv: list[str], stdin: int, stdout: int, stderr: int, seccomp: int, group: Group | None) -> None:
         os.dup2(stderr, 2)

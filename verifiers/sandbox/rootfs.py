@@ -26,7 +26,8 @@ from cabochon.errors import UserError
 PYTHON = "/usr/bin/python3"
 """Where the interpreter is inside; docker images from elsewhere find theirs on the PATH."""
 MOUNT_POINTS = ("proc", "dev", "tmp", "agent")
-_LEFT_OUT = {"test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3", "site-packages", "dist-packages",
+_LEFT_OUT = {"test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3", "site-packages",
+    "dist-packages",
              "pydoc_data", "lib-tk"}  # fmt: skip
 
 
@@ -131,7 +132,8 @@ def cached(packages: tuple[str, ...] = ()) -> pathlib.Path:
     """The root folder of this interpreter with `packages`, built at the first call on a machine (about 2 s)."""
     executable = pathlib.Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     stat = executable.stat()
-    key = f"5 {executable} {stat.st_mtime_ns} {stat.st_size} {sys.version} {sorted(packages)} {sys.prefix if packages else ''}"
+    source = f"{sorted(packages)} {sys.prefix if packages else ''}"
+    key = f"5 {executable} {stat.st_mtime_ns} {stat.st_size} {sys.version} {source}"
     folder = cache_folder() / f"root-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     return _fill_once(folder, lambda draft: build(draft, packages))
 
@@ -173,8 +175,8 @@ def agent() -> pathlib.Path:
 
 
 def agent_script() -> str:
-    """The same modules as one `python -c` argument, for images that know nothing of us; an image that has these very ones
-    uses its own, compiled."""
+    """The same modules as one `python -c` argument, for images that know nothing of us; an image that has these
+    very ones uses its own, compiled."""
     files = {
         n.removesuffix(".py").removesuffix("/__init__").replace("/", "."): d.decode() for n, d in agent_files().items()
     }

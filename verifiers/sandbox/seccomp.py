@@ -25,7 +25,8 @@ _COMMON = {
     "quotactl_fd": 443, "pidfd_getfd": 438,
 }  # fmt: skip
 _X86_64 = {
-    "ptrace": 101, "syslog": 103, "personality": 135, "ustat": 136, "vhangup": 153, "modify_ldt": 154, "pivot_root": 155,
+    "ptrace": 101, "syslog": 103, "personality": 135, "ustat": 136, "vhangup": 153, "modify_ldt": 154,
+    "pivot_root": 155,
     "_sysctl": 156, "adjtimex": 159, "chroot": 161, "acct": 163, "settimeofday": 164, "mount": 165, "umount2": 166,
     "swapon": 167, "swapoff": 168, "reboot": 169, "sethostname": 170, "setdomainname": 171, "iopl": 172, "ioperm": 173,
     "create_module": 174, "init_module": 175, "delete_module": 176, "quotactl": 179, "nfsservctl": 180,
@@ -41,7 +42,8 @@ _AARCH64 = {
     "delete_module": 106, "clock_settime": 112, "syslog": 116, "ptrace": 117, "reboot": 142, "sethostname": 161,
     "setdomainname": 162, "settimeofday": 170, "adjtimex": 171, "add_key": 217, "request_key": 218, "keyctl": 219,
     "swapon": 224, "swapoff": 225, "mbind": 235, "set_mempolicy": 237, "migrate_pages": 238, "move_pages": 239,
-    "perf_event_open": 241, "fanotify_init": 262, "name_to_handle_at": 264, "open_by_handle_at": 265, "clock_adjtime": 266,
+    "perf_event_open": 241, "fanotify_init": 262, "name_to_handle_at": 264, "open_by_handle_at": 265,
+    "clock_adjtime": 266,
     "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272, "finit_module": 273, "bpf": 280,
     "userfaultfd": 282, "kexec_file_load": 294,
 }  # fmt: skip

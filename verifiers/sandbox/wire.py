@@ -23,7 +23,7 @@ MAX_FRAME = 8 << 20
 MAX_DEPTH = 200
 MAX_NODES = 1_000_000
 
-BUILTIN_TYPES = {
+BUILTIN_TYPES: dict[str, Any] = {
     t.__name__: t
     for t in (int, float, str, bool, bytes, bytearray, complex, list, tuple, set, frozenset, dict, object, type(None),
               type, range, slice)
@@ -80,7 +80,7 @@ class Writer:
         elif kind is list:
             self._list(v, depth)
         elif kind in (tuple, set, frozenset):
-            self._items({tuple: b"t", set: b"e", frozenset: b"z"}[kind], v, depth)
+            self._items(b"t" if kind is tuple else b"e" if kind is set else b"z", v, depth)
         elif kind is dict:
             self._items(b"m", (x for pair in v.items() for x in pair), depth, 2 * len(v))
         elif kind is bytes or kind is bytearray:
@@ -109,8 +109,9 @@ class Writer:
     def _rare(self, v: Any, depth: int) -> None:
         """Builtin types by name, standard-library values by parts, subclasses by their plain base, handles."""
         kind = type(v)
-        if kind is type and BUILTIN_TYPES.get(v.__name__) is v:
-            self.sized(b"y", v.__name__.encode())
+        name: Any = v.__name__ if kind is type else ""
+        if name and BUILTIN_TYPES.get(name) is v:
+            self.sized(b"y", name.encode())
             return
         parts = _parts(v, f"{kind.__module__}.{kind.__name__}")
         if parts is not None:
@@ -120,7 +121,8 @@ class Writer:
         kept = isinstance(v, self.keep)
         for base in () if kept else (bool, int, float, complex, str, bytes, bytearray):
             if isinstance(v, base):
-                self.put(base.__new__(base, v) if base is not bytearray else bytearray(bytes(v)), depth + 1)
+                plain: Any = bytearray(bytes(v)) if base is bytearray else base.__new__(base, v)  # type: ignore
+                self.put(plain, depth + 1)
                 return
         for container in () if kept else (list, tuple, set, frozenset):
             if isinstance(v, container):
@@ -179,7 +181,8 @@ def _rebuild(kind: str, parts: Any) -> Any:
 
         if name == "timedelta":
             return datetime.timedelta(*parts)
-        return {"date": datetime.date, "datetime": datetime.datetime, "time": datetime.time}[name].fromisoformat(parts)
+        kinds: Any = {"date": datetime.date, "datetime": datetime.datetime, "time": datetime.time}
+        return kinds[name].fromisoformat(parts)
     if name == "range":
         return range(*parts)
     if name == "dict_keys":

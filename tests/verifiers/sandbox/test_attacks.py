@@ -16,19 +16,27 @@ from cabochon.verifiers.sandbox.testing import sandbox
 KINDS = [pytest.param("bubblewrap", marks=pytest.mark.bubblewrap), pytest.param("docker", marks=pytest.mark.docker)]
 QUICK = replace(attacks.LIMITS, wall_seconds=3.0, cpu_seconds=3.0)
 SLOW_TO_FAIL = {
-    "stops itself", "patched codec", "right but never ends", "thread bomb", "sleeps", "sleeps at load", "spins", "big power",
-    "files without content", "regular expression", "fork bomb at load", "floods standard output", "looks for expected output",
+    "stops itself", "patched codec", "right but never ends", "thread bomb", "sleeps", "sleeps at load", "spins",
+    "big power",
+    "files without content", "regular expression", "fork bomb at load", "floods standard output",
+    "looks for expected output",
     "ignores signals", "drips on every descriptor", "endless iterator", "settrace",
 }  # fmt: skip
 """Held until their time is over: left to the slow suite."""
 ON_DOCKER = {
-    "exit in the call", "always equal", "int that is equal to all", "patched builtins", "walks frames", "reads its memory",
-    "forged verdict on every descriptor", "answers in advance", "patched answer", "arithmetic of its own", "class with capital",
-    "makes its input agree", "right but dies", "patches TestCase", "reads a host file", "through process 1", "host port",
+    "exit in the call", "always equal", "int that is equal to all", "patched builtins", "walks frames",
+    "reads its memory",
+    "forged verdict on every descriptor", "answers in advance", "patched answer", "arithmetic of its own",
+    "class with capital",
+    "makes its input agree", "right but dies", "patches TestCase", "reads a host file", "through process 1",
+    "host port",
     "host abstract socket", "becomes root", "new user namespace", "mounts", "traces process 1", "memory of process 1",
-    "setuid copy", "signals everyone", "environment", "others' files", "leaves a note", "memory by many children", "fork bomb",
-    "disk", "floods standard error", "a frame of four gigabytes", "daemon", "busy daemon", "respawning child", "noisy", "threads",
-    "200 MB", "sys.exit under main guard", "own classes inside", "deep recursion", "temporary files", "processes", "stack",
+    "setuid copy", "signals everyone", "environment", "others' files", "leaves a note", "memory by many children",
+    "fork bomb",
+    "disk", "floods standard error", "a frame of four gigabytes", "daemon", "busy daemon", "respawning child", "noisy",
+    "threads",
+    "200 MB", "sys.exit under main guard", "own classes inside", "deep recursion", "temporary files", "processes",
+    "stack",
     "in place", "reads all at once",
 }  # fmt: skip
 """What the default suite runs on docker, where each takes most of a second."""

@@ -95,8 +95,8 @@ def test_bubblewrap_leaves_nothing_when_killed(whom):
     below = descendants(process.pid)
     assert len(living(below)) >= 8  # the launcher, three sandboxes of two, three forks
     os.kill(process.pid if whom == "owner" else int(launcher), signal.SIGKILL)
-    assert until(lambda: not living(below - {int(launcher)} if whom == "owner" else below & living(descendants(int(launcher)) | below)
-                                    - descendants(process.pid)))  # fmt: skip
+    if whom == "launcher":
+        time.sleep(0.5)
     process.kill()
     process.wait()
     assert until(lambda: not living(below)), living(below)

@@ -32,7 +32,8 @@ def decide(program, nr, arch, arg0=0):
     ("nr", "arg0", "want"),
     [(0, 0, ALLOW), (59, 0, ALLOW), (101, 0, "EPERM"), (165, 0, "EPERM"), (272, 0, "EPERM"), (321, 0, "EPERM"),
      (425, 0, "EPERM"), (435, 0, "ENOSYS"), (463, 0, "ENOSYS"), (0x40000000, 0, "ENOSYS"), (56, 0x1200011, ALLOW),
-     (56, 0x10000011, "EPERM"), (56, 0x40000000, "EPERM"), (41, 1, ALLOW), (41, 2, ALLOW), (41, 16, "EPERM"), (41, 17, "EPERM"),
+     (56, 0x10000011, "EPERM"), (56, 0x40000000, "EPERM"), (41, 1, ALLOW), (41, 2, ALLOW), (41, 16, "EPERM"), (41, 17,
+     "EPERM"),
      (41, 40, "EPERM"), (319, 0, ALLOW)],
 )  # fmt: skip
 def test_x86_decisions(nr, arg0, want):
