@@ -67,8 +67,30 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Thinking:
+    """A budget for what stands between two tags (algorithms.md section 16).
+
+    Thinking starts where the prompt ends with `open` or the policy writes it. Tags are matched as token ids, in the
+    spellings the tokenizer gives them next to common neighbours.
+    """
+
+    max_tokens: int
+    """thinking tokens sampled before the close tag is forced; the tags themselves do not count"""
+    min_tokens: int = 0
+    """thinking tokens before which the close tag and the end of the text cannot be sampled"""
+    open: str = "<think>"
+    close: str = "</think>"
+    forced: str = ""
+    """what is forced at the budget, with `close` in it; empty means `close` alone"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to draw completions. `max_tokens` counts new tokens; `top_k=0`, `top_p=1`, `min_p=0` switch a filter off."""
+    """How to draw completions. `max_tokens` counts new tokens; `top_k=0`, `top_p=1`, `min_p=0` switch a filter off.
+
+    The order is bias, temperature, top-k, top-p among what is left, min-p. Tokens that tie with the last one kept are
+    kept too. `temperature=0` takes the likeliest token, a distribution with log-prob 0 on it.
+    """
 
     max_tokens: int = 256
     temperature: float = 1.0
@@ -76,8 +98,43 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
+    """strings that end a completion: the text ends before them, the tokens with the one that completed them"""
     stop_ids: tuple[int, ...] = ()
+    """ids that end it besides the model's own; the token is kept, its text is not"""
     n: int = 1
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """added to the logit of a token id before anything else; the raw log-probs do not see it"""
+    thinking: Thinking | None = None
+    routes: bool = False
+    """record the experts of every token, for replay in the learner"""
+    ignore_eos: bool = False
+    """go on past the model's own end-of-text ids (benchmarks)"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """A prompt and how to continue it.
+
+    The seed alone decides the draws of its `sampling.n` samples: the same request gives the same tokens in any company.
+    """
+
+    prompt: Prompt | np.ndarray
+    """text, messages, or [P] token ids"""
+    sampling: Sampling = Sampling()
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds: waiting for a slot, reading the prompt (shared by its samples), and from the slot to the end."""
+
+    queued: float
+    prefill: float
+    decode: float
+
+
+Span = tuple[int, int]
+"""[start, end) in `Completion.tokens`"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,7 +155,18 @@ class Completion:
     policy_version: np.ndarray
     """[T] int32: the learner step whose weights drew the token"""
     routes: np.ndarray | None = None
-    """[T, L, K] expert ids, -1 where none was recorded"""
+    """[T, L, K] expert ids, -1 where none was recorded: the last token had no forward pass"""
+    raw_logprobs: np.ndarray | None = None
+    """[T] f32, under the policy itself (temperature 1, no filter, no bias); 0 where `mask` is 0"""
+    prompt_tokens: np.ndarray | None = None
+    """[P] int32, the ids the prompt was read as"""
+    prompt_routes: np.ndarray | None = None
+    """[P, L, K]"""
+    thinking: Span | None = None
+    """between the tags, tags excluded; None where nothing was thought"""
+    answer: Span | None = None
+    """what follows the close tag, or everything where there was no thinking; None where thinking never ended"""
+    timings: Timings | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

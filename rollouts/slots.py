@@ -1,0 +1,144 @@
+"""The slots: one static-shape pytree on device that holds every running sequence, and the row a request becomes.
+
+Legend: B slots, S cache positions, K kv heads, H head dim, M entries of a short list, A spellings of a tag.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cabochon.model.config import ModelConfig
+from cabochon.ops import Leaf
+from cabochon.rollouts import thinking
+from cabochon.rollouts.filters import Knobs
+from cabochon.types import Sampling
+
+STOP_IDS = 16
+BIASES = 300
+"""entries per request, as much as OpenAI's API takes"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotConfig:
+    """The static shapes of an engine: they decide what is compiled and, to the last bit, what is computed."""
+
+    slots: int = 8
+    """sequences decoded together; at 1 a matmul is a matrix-vector product, which rounds otherwise"""
+    length: int = 1024
+    """prompt and completion of one sequence, in tokens"""
+    steps: int = 8
+    """tokens per dispatch; the host looks at what was drawn this often"""
+    chunks: tuple[int, ...] = (32, 128, 512)
+    """lengths in which prompts are read; each is compiled once, at first use"""
+    block: int = 128
+    """cache positions attended to at once; the attention's cost follows the longest running sequence in such steps"""
+    dtype: str = "float32"
+    """of the weights and activations"""
+    cache_dtype: str = "float32"
+
+    @property
+    def positions(self) -> int:
+        """S: `length` rounded up to whole blocks."""
+        return -(-self.length // self.block) * self.block
+
+    @property
+    def prefix_positions(self) -> int:
+        """Of the buffer prompts are read into: padding of the last chunk may reach past the end."""
+        return -(-(self.length + max(self.chunks)) // self.block) * self.block
+
+
+class Row(NamedTuple):
+    """What a slot knows of its sequence. With leaves [B, ...] it is all slots; without B, one about to start."""
+
+    token_B: Leaf
+    """int32, the token whose forward pass is next"""
+    position_B: Leaf
+    """int32, its position"""
+    live_B: Leaf
+    left_B: Leaf
+    """int32, tokens it may still draw"""
+    key_B2: Leaf
+    """uint32, its seed and sample; the draw at position p uses fold_in(key, p)"""
+    stop_BM: Leaf
+    """int32, -1 for none"""
+    knobs: Knobs
+    thought: thinking.Thought
+
+
+class Slots(NamedTuple):
+    """Everything that decoding changes, donated from call to call. Keys and values: an array [B, K, S, H] a layer."""
+
+    k: tuple[Leaf, ...]
+    v: tuple[Leaf, ...]
+    row: Row
+
+
+class Prefix(NamedTuple):
+    """Keys and values of one prompt, shared by the samples that continue it: [1, K, S', H] a layer."""
+
+    k: tuple[Leaf, ...]
+    v: tuple[Leaf, ...]
+
+
+def empty_slots(model: ModelConfig, cfg: SlotConfig) -> Slots:
+    """No sequence running."""
+    row = make_row(
+        token=0, position=0, left=0, key=np.zeros(2, np.uint32), stop_ids=(), sampling=Sampling(),
+        thought=thinking.idle(), vocab=model.vocab_size,
+    )._replace(live_B=np.bool_(False))  # fmt: skip
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (cfg.slots, *np.shape(x))), row)
+    return Slots(*_cache(model, cfg, cfg.slots, cfg.positions), rows)
+
+
+def empty_prefix(model: ModelConfig, cfg: SlotConfig) -> Prefix:
+    return Prefix(*_cache(model, cfg, 1, cfg.prefix_positions))
+
+
+def _cache(model: ModelConfig, cfg: SlotConfig, rows: int, positions: int) -> tuple[tuple, tuple]:
+    shape = (rows, model.num_kv_heads, positions, model.head_dim)
+    k, v = (tuple(jnp.zeros(shape, cfg.cache_dtype) for _ in range(model.num_layers)) for _ in "kv")
+    return k, v
+
+
+def make_row(
+    *,
+    token: int,
+    position: int,
+    left: int,
+    key: np.ndarray,
+    stop_ids: tuple[int, ...],
+    sampling: Sampling,
+    thought: thinking.Thought,
+    vocab: int,
+) -> Row:
+    """One sequence as it enters its slot (numpy leaves, no B)."""
+    stop = np.full(STOP_IDS, -1, np.int32)
+    stop[: len(stop_ids)] = stop_ids
+    bias_id, bias = np.full(BIASES, vocab, np.int32), np.zeros(BIASES, np.float32)
+    bias_id[: len(sampling.logit_bias)] = list(sampling.logit_bias)
+    bias[: len(sampling.logit_bias)] = list(sampling.logit_bias.values())
+    knobs = Knobs(
+        np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p),
+        np.float32(sampling.min_p), bias_id, bias,
+    )  # fmt: skip
+    return Row(
+        token_B=np.int32(token),
+        position_B=np.int32(position),
+        live_B=np.bool_(True),
+        left_B=np.int32(left),
+        key_B2=key,
+        stop_BM=stop,
+        knobs=knobs,
+        thought=thought,
+    )
+
+
+def sample_key(seed: int, sample: int) -> np.ndarray:
+    """[2] uint32: fold_in(key(seed), sample). The seed is taken modulo 2^64."""
+    key = jax.random.wrap_key_data(jnp.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], jnp.uint32))
+    return np.asarray(jax.random.key_data(jax.random.fold_in(key, sample)))
