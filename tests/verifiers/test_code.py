@@ -231,6 +231,9 @@ def test_unittest_file(both):
          "class Guard:\n    inside = False\n    def __enter__(self): self.inside = True; return self\n    def __exit__(self, *a): self.inside = False"),
         (["v = Vec(1, 2) + Vec(3, 4)\nassert (v.x, v.y) == (4, 6)\nassert v == Vec(4, 6) and v != Vec(0, 0)\nassert repr(v) == 'Vec(x=4, y=6)'"],
          "from dataclasses import dataclass\n@dataclass\nclass Vec:\n    x: int\n    y: int\n    def __add__(self, o): return Vec(self.x + o.x, self.y + o.y)"),
+        (["v = Vec(2) * 3\nassert v.x == 6 and (3 * Vec(1)).x == 3\nassert Vec(1) < Vec(2) and abs(Vec(-4)) == 4 and Vec(2) @ Vec(5) == 10"],
+         "class Vec:\n    def __init__(self, x): self.x = x\n    def __mul__(self, n): return Vec(self.x * n)\n    __rmul__ = __mul__\n"
+         "    def __lt__(self, o): return self.x < o.x\n    def __abs__(self): return abs(self.x)\n    def __matmul__(self, o): return self.x * o.x"),
         (["assert LIMIT == 5 and f(LIMIT) == 5"], "LIMIT = 5\ndef f(x): return x"),
     ],
 )  # fmt: skip

@@ -39,6 +39,12 @@ _FLOATS = [
     "assert math.isclose(solve(9), 3.0)",
     "assert isclose(solve(16), 4.0)",
 ]
+_ROOTS = [
+    "assert abs(Solution().root(2) - 1.41421) < 1e-3",
+    "assert Solution().root(9) - 3.0 <= 1e-6 and 3.0 - Solution().root(9) <= 1e-6",
+    "assert 3.9 < Solution().root(16) < 4.1",
+    "assert -Solution().root(25) < -4.9",
+]
 _SORTED = ["xs = [3, 1, 2]\nassert solve(xs) == sorted(xs)", "assert solve([2, 1]) == [1, 2]"]
 _IN_PLACE = ["xs = [3, 1, 2]\nsolve(xs)\nassert xs == [1, 2, 3]"]
 _STACK = [
@@ -62,6 +68,7 @@ class TestSolve(unittest.TestCase):
 FORMS: dict[str, Mapping[str, Any]] = {
     "squares": {"tests": _SQUARES},
     "floats": {"tests": _FLOATS, "entry_point": "solve"},
+    "solutions": {"tests": _ROOTS},
     "sorted": {"tests": _SORTED},
     "in place": {"tests": _IN_PLACE},
     "stack": {"tests": _STACK},
@@ -97,6 +104,7 @@ def suite() -> list[Attack]:
 
     add("forging", "squares", data.FORGING)
     add("forging", "floats", data.FLOATS)
+    add("forging", "solutions", data.SOLUTIONS)
     add("forging", "sorted", data.SORTING)
     add("forging", "stdio", data.STDIO)
     add("forging", "unittest", data.UNITTEST)

@@ -113,6 +113,12 @@ FLOATS: dict[str, str] = {
     "class with capital": _ALWAYS + "class Solve(Yes): pass\nsolve = Solve",
 }
 
+SOLUTIONS: dict[str, str] = {
+    "method returns itself": _ALWAYS + "class Solution(Yes):\n    def root(self, x): return self",
+    "arithmetic gives itself": _ALWAYS + "class Solution(Yes):\n    def root(self, x): return self\n    __sub__ = __rsub__ = __neg__ = __abs__ = lambda self, *a: self",
+    "method returns its class": _ALWAYS + "class Solution(Yes):\n    def root(self, x): return Solution",
+}
+
 SORTING: dict[str, str] = {
     "empties its input": "def solve(xs):\n    xs.clear()\n    return []",
     "makes its input agree": "def solve(xs):\n    xs[:] = [0, 0, 0]\n    return [0, 0, 0]",

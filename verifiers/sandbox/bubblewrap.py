@@ -44,15 +44,15 @@ def find_bwrap() -> str:
 class _Launcher:
     """The owner's end of the launcher process."""
 
-    def __init__(self) -> None:
+    def __init__(self, cgroups: bool) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         top = str(pathlib.Path(sys.modules["cabochon"].__path__[0]).parent)
-        code = (
-            f"import sys; sys.path[:0] = [{top!r}]; from cabochon.verifiers.sandbox.launcher import main; main()"
-        )
+        code = f"import sys; sys.path[:0] = [{top!r}]; from cabochon.verifiers.sandbox.launcher import main; main()"
         env = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG")}
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", code, str(os.getpid())], stdin=theirs.fileno(), env=env
+            [sys.executable, "-I", "-S", "-c", code, str(os.getpid()), "cgroups" if cgroups else "none"],
+            stdin=theirs.fileno(),
+            env=env,
         )
         theirs.close()
         ours.settimeout(30)
@@ -108,14 +108,18 @@ class BubblewrapSandbox:
     """`BubblewrapSandbox().run(python_program("print(1)"))`.
 
     `limits`: what the waiting sandboxes are born with, and the default of `run`. `warm`: how many wait. `packages`:
-    importable names of this environment to copy into the sandbox's Python. Safe to share between threads; a forked or
-    unpickled copy starts afresh. Raises UserError at the first use where the machine cannot do it.
+    importable names of this environment to copy into the sandbox's Python. `cgroups=False` does without control
+    groups even where there are some: rlimits and a watch over each tree's memory hold it then. Safe to share between
+    threads; a forked or unpickled copy starts afresh. Raises UserError at the first use where the machine cannot do it.
     """
 
-    def __init__(self, *, limits: Limits | None = None, warm: int = 4, packages: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, *, limits: Limits | None = None, warm: int = 4, packages: tuple[str, ...] = (), cgroups: bool = True
+    ) -> None:
         self.limits = limits or Limits()
         self.warm = warm
         self.packages = packages
+        self.cgroups = cgroups
         self._reset()
 
     def _reset(self) -> None:
@@ -128,7 +132,7 @@ class BubblewrapSandbox:
         self._args: dict[tuple[int, int, int, float], list[str]] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _remake, (self.limits, self.warm, self.packages)
+        return _remake, (self.limits, self.warm, self.packages, self.cgroups)
 
     def _argv(self, limits: Limits) -> list[str]:
         size = str(limits.file_bytes)
@@ -152,7 +156,7 @@ class BubblewrapSandbox:
                 self._launcher = None
                 self._discard()
             if self._launcher is None:
-                self._launcher = _Launcher()
+                self._launcher = _Launcher(self.cgroups)
             return self._launcher
 
     def _discard(self) -> None:
@@ -248,5 +252,5 @@ class BubblewrapSandbox:
         self.close()
 
 
-def _remake(limits: Limits, warm: int, packages: tuple[str, ...]) -> BubblewrapSandbox:
-    return BubblewrapSandbox(limits=limits, warm=warm, packages=packages)
+def _remake(limits: Limits, warm: int, packages: tuple[str, ...], cgroups: bool) -> BubblewrapSandbox:
+    return BubblewrapSandbox(limits=limits, warm=warm, packages=packages, cgroups=cgroups)

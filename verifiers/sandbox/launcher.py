@@ -39,10 +39,10 @@ class Running:
 class Launcher:
     """Owns the processes. Single-threaded; one poll loop."""
 
-    def __init__(self, control: socket.socket, owner: int) -> None:
+    def __init__(self, control: socket.socket, owner: int, cgroups: bool) -> None:
         self.control = control
         self.owner = os.pidfd_open(owner)
-        self.groups = Groups()
+        self.groups = Groups() if cgroups else Groups("/nowhere")
         self.running: dict[int, Running] = {}
         self.leaving: list[Group] = []
         self.count = 0
@@ -200,12 +200,12 @@ def _resident(pid: int) -> int:
 
 
 def main() -> None:
-    """`python -c "...main()" OWNER_PID`, with the control socket as descriptor 0."""
+    """`python -c "...main()" OWNER_PID cgroups|none`, with the control socket as descriptor 0."""
     control = socket.socket(fileno=os.dup(0))
     quiet = os.open("/dev/null", os.O_RDWR)
     os.dup2(quiet, 0)
     os.setpgid(0, 0)  # Ctrl-C at the terminal is the owner's business
-    launcher = Launcher(control, int(sys.argv[1]))
+    launcher = Launcher(control, int(sys.argv[1]), cgroups=sys.argv[2] == "cgroups")
     control.send(pack({"cgroups": launcher.groups.usable}))
     try:
         launcher.loop()

@@ -10,6 +10,7 @@ import pytest
 from cabochon.errors import UserError
 from cabochon.verifiers.code import CodeVerifier
 from cabochon.verifiers.sandbox import attacks
+from cabochon.verifiers.sandbox.bubblewrap import BubblewrapSandbox
 from cabochon.verifiers.sandbox.cli import line, table
 from cabochon.verifiers.sandbox.testing import sandbox
 
@@ -75,6 +76,20 @@ def test_most_programs_on_bubblewrap():
 @pytest.mark.docker
 def test_many_programs_on_docker():
     check("docker", [a for a in attacks.suite() if a.name in ON_DOCKER], QUICK)
+
+
+@pytest.mark.bubblewrap
+def test_bombs_without_control_groups():
+    """Where there are none, rlimits and the launcher's watch have to hold the tree."""
+    made("bubblewrap").close()
+    names = {"fork bomb", "memory", "memory by many children", "shared memory", "memory files", "pipes", "disk", "200 MB",
+             "threads"}  # fmt: skip
+    chosen = [a for a in attacks.suite() if a.name in names]
+    with BubblewrapSandbox(limits=QUICK, warm=2, cgroups=False) as box:
+        findings = list(attacks.run(box, chosen, limits=QUICK))
+        assert not [line(f) for f in findings if f.problem], table(findings)
+        many = next(f for f in findings if f.attack.name == "memory by many children")
+        assert many.verdict.status == "oom"
 
 
 @pytest.mark.slow
