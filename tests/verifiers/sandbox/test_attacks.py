@@ -82,8 +82,8 @@ def test_many_programs_on_docker():
 def test_bombs_without_control_groups():
     """Where there are none, rlimits and the launcher's watch have to hold the tree."""
     made("bubblewrap").close()
-    names = {"fork bomb", "memory", "memory by many children", "shared memory", "memory files", "pipes", "disk", "200 MB",
-             "threads"}  # fmt: skip
+    names = {"fork bomb", "memory", "memory by many children", "shared memory", "memory files", "pipes", "disk",
+             "200 MB", "threads"}  # fmt: skip
     chosen = [a for a in attacks.suite() if a.name in names]
     with BubblewrapSandbox(limits=QUICK, warm=2, cgroups=False) as box:
         findings = list(attacks.run(box, chosen, limits=QUICK))
