@@ -2,8 +2,8 @@
 
     python benchmarks/moe.py [--tokens 2048 --dim 256 --ffn 512 --experts 8 --top-k 2 --rounds 15]
 
-Everything is interleaved in one process, one call of each per round, and reported as ratios of medians: above 1, ours is
-faster. All f32, the same weights and router inputs. `compile` builds the train step of a 30-layer model, scanned.
+Everything is interleaved in one process, one call of each per round, and reported as ratios of medians: above 1, ours
+is faster. All f32, the same weights and router inputs. `compile` builds the train step of a 30-layer model, scanned.
 torch is a development dependency; without it the peer rows are left out and said so.
 """
 

@@ -1,4 +1,4 @@
-"""Token log-probs and means against hand-worked numbers (algorithms.md sections 1, 2, 20, oracles sft.* pack.* entropy.*)."""
+"""Token log-probs and means against hand-worked numbers (algorithms.md sections 1, 2, 20: sft, pack, entropy)."""
 
 import jax
 import jax.numpy as jnp

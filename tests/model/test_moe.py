@@ -1,4 +1,4 @@
-"""Router, statistics and auxiliary losses against hand-worked numbers (algorithms.md section 12, moe.* r3.* simbal.*)."""
+"""Router, statistics and auxiliary losses against hand-worked numbers (algorithms.md section 12: moe, r3, simbal)."""
 
 import jax
 import jax.numpy as jnp

@@ -148,7 +148,7 @@ def test_softmax_scale_matches_a_hand_made_single_head():
     x = table[tokens[0]]
     qkv = jnp.einsum("td,dch->tch", norm(x), b["attn"]["qkv"]["w"][:, 0])
     angle = jnp.arange(3)[:, None] * jnp.array([1.0, 0.01])
-    turn = lambda h: jnp.concatenate(
+    turn = lambda h: jnp.concatenate(  # noqa: E731
         [
             h[:, :2] * jnp.cos(angle) - h[:, 2:] * jnp.sin(angle),
             h[:, 2:] * jnp.cos(angle) + h[:, :2] * jnp.sin(angle),
