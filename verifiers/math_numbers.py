@@ -103,7 +103,7 @@ def same_leaf(gold: Leaf, answer: Leaf) -> bool:
     if not value.is_real or not value.is_finite:
         return False
     distance = abs(value - gold.expr)
-    if distance > gold.ulp / 2:
+    if distance >= gold.ulp / 2:  # a tie may round either way
         return False
     exact_form = answer.ulp is None
     return gold.digits >= (2 if exact_form else 3) or bool(distance <= abs(gold.expr) / 5000)
