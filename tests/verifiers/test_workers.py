@@ -154,7 +154,7 @@ def test_a_killed_zygote_is_started_again(pool: WorkerPool) -> None:
 
 
 def test_memory_is_capped(pool: WorkerPool) -> None:
-    assert run(pool, "eat").status == "oom"
+    assert run(pool, "eat", deadline=60).status == "oom"
     assert run(pool, "add", a=1, b=2).value == 3
 
 
