@@ -49,30 +49,31 @@ def judge(sandbox: Sandbox, plan: FunctionPlan, source: bytes, limits: Limits) -
         )  # fmt: skip
         tests.deadline = program.deadline
         try:
-            if _load(program, tests, outcome):
-                _converse(program, tests, nonce, outcome, limits)
+            given = _load(program, tests, outcome)
+            if given:
+                _converse(program, tests, nonce, outcome, limits, given)
         except Stopped as e:
             _stopped(program, e, outcome, limits)
         outcome.stderr = program.error_tail()
     return outcome
 
 
-def _load(program: Session, tests: Session, outcome: Outcome) -> bool:
-    """Waits for the program to be loaded and tells the tests; False where it did not load."""
+def _load(program: Session, tests: Session, outcome: Outcome) -> int:
+    """Waits for the program to be loaded and tells the tests: bytes they were given, 0 where it did not load."""
     message = program.receive()
     if message[:1] == b"L":
         tests.send(message)
-        return True
+        return len(message)
     why = _plain(message[1:])
     if message[:1] != b"E" or type(why) is not tuple or len(why) != 3 or not all(type(w) is str for w in why):
         raise Stopped("malformed", "the program's side sent something else than an answer")
     outcome.status = "malformed" if why[0] == "malformed" else "oom" if why[1] == "MemoryError" else "crash"
     outcome.detail = f"the program does not {'compile' if why[0] == 'malformed' else 'load'}: {why[1]}: {why[2][:300]}"
-    return False
+    return 0
 
 
-def _converse(program: Session, tests: Session, nonce: str, outcome: Outcome, limits: Limits) -> None:
-    answered = False
+def _converse(program: Session, tests: Session, nonce: str, outcome: Outcome, limits: Limits, given: int) -> None:
+    answered = given > 1 << 16  # a program's constants alone may be too much for the tests
     raised = ""
     while True:
         try:

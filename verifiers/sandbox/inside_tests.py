@@ -236,22 +236,26 @@ class Recorder:
 def judge(order: dict[str, Any], channel: Channel) -> None:
     """Runs the tests of `order` once the program is loaded, then sends the verdict, with the host's nonce."""
     host = Host(channel, order["mutates"], order["classes"])
-    names = unpack(channel.read()[1:], host.resolve)
+    loaded = channel.read()[1:]
     recorder = Recorder(host)
     module = ModuleType("test_solution")
     space = module.__dict__
     space["__builtins__"] = builtins
     solution = ModuleType(order["module"])
-    missing = []
-    for name in order["wanted"]:
-        try:
-            thing = stand_in(host, name, names.get(name, ("missing",)))
-        except LookupError:
-            missing.append(name)
-            continue
-        solution.__dict__[name] = thing
-        if order["bare_names"]:
-            space[name] = thing
+    missing: list[str] = []
+    try:
+        names = unpack(loaded, host.resolve)
+        for name in order["wanted"]:
+            if names.get(name, ("missing",))[0] in ("missing", "module"):
+                missing.append(name)
+                continue
+            solution.__dict__[name] = stand_in(host, name, names[name])
+    except Exception as e:  # whatever it sent instead of a description
+        why = f"the program's description of itself is malformed: {type(e).__name__}: {e}"
+        channel.send(b"V" + pack((order["nonce"], "malformed", why[:300], 0, 0, missing)))
+        return
+    if order["bare_names"]:
+        space.update((name, solution.__dict__[name]) for name in order["wanted"] if name not in missing)
     if not order["bare_names"]:
         sys.modules[order["module"]] = solution
         sys.modules["test_solution"] = module
