@@ -1,40 +1,11 @@
-"""Verifiers by name: each proves itself, and none raises whatever a model writes."""
+"""Verifiers by name, and what probing one finds."""
 
 import pytest
 
 from cabochon.errors import UserError
-from cabochon.protocols import Verifier
 from cabochon.types import Task
-from cabochon.verifiers.build import gold_text, probes_for, verifier_for, verifier_named
-from cabochon.verifiers.pool import VerifierPool
+from cabochon.verifiers.build import verifier_named
 from cabochon.verifiers.probe import probe, sample_tasks
-
-NAMES = ("math", "instructions", "thinking", "reasoning")
-TEXTS = (
-    "",
-    " ",
-    "\x00",
-    "\ud800",
-    "(" * 10_000,
-    "a" * 2_000_000,
-    "\\boxed{" * 1000,
-    "<think>" * 1000,
-    "</think>" * 1000,
-)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_door(name: str) -> None:
-    if name == "reasoning":
-        pytest.importorskip("reasoning_gym")
-    tasks = sample_tasks(name)
-    verifier = verifier_named(name)
-    assert isinstance(verifier, Verifier)
-    with VerifierPool(verifier=verifier_for(tasks), probes=probes_for(tasks), concurrency=2) as pool:
-        for verdict in pool.verify([tasks[0]] * len(TEXTS), TEXTS):
-            assert verdict.score == 0.0
-            assert verdict.status in ("wrong", "no_answer", "malformed", "timeout")
-        assert pool.verify_one(tasks[0], gold_text(tasks[0]) or "").score == 1.0
 
 
 def test_probing_finds_nothing_wrong_with_the_math_verifier() -> None:
