@@ -15,7 +15,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -101,7 +101,7 @@ def timed(run: Callable[[int], None], seed: int) -> float:
     return time.perf_counter() - start
 
 
-def report(case: str, work: Work, seconds: dict[str, Sequence[float]], roofline: float) -> None:
+def report(case: str, work: Work, seconds: Mapping[str, Sequence[float]], roofline: float) -> None:
     rate = {name: work.tokens / statistics.median(s) for name, s in seconds.items()}
     spread = ", ".join(f"{name} {min(s):.2f}-{max(s):.2f} s" for name, s in seconds.items())
     line = " ".join(f"{name} {r:7.1f}" for name, r in rate.items())
