@@ -55,7 +55,7 @@ def test_mesh_equals_one_device(shape, alone):
     np.testing.assert_allclose(report.grad_norm, want.grad_norm, rtol=1e-4)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
     jax.tree.map(close, jax.device_get(state.params), jax.device_get(want_state.params))
-    gate_up = state.params["blocks"]["0"]["1"]["moe"]["gate_up"]
+    gate_up = state.params["blocks"]["1"]["0"]["moe"]["gate_up"]
     parts = np.prod([mesh.shape[a] for a in ("fsdp", "expert", "tensor")])
     assert gate_up.addressable_shards[0].data.size * parts == gate_up.size
     moment = state.opt_state[0].mu["blocks"]["0"]["1"]["moe"]["gate_up"]
