@@ -58,7 +58,7 @@ def test_mesh_equals_one_device(shape, alone):
     gate_up = state.params["blocks"]["1"]["0"]["moe"]["gate_up"]
     parts = np.prod([mesh.shape[a] for a in ("fsdp", "expert", "tensor")])
     assert gate_up.addressable_shards[0].data.size * parts == gate_up.size
-    moment = state.opt_state[0].mu["blocks"]["0"]["1"]["moe"]["gate_up"]
+    moment = state.opt_state[0].mu["blocks"]["1"]["0"]["moe"]["gate_up"]
     assert moment.sharding == gate_up.sharding, "optimiser moments lie as their parameters do"
 
 
