@@ -57,6 +57,15 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
+def _sound(i: int, routes_TLC: np.ndarray) -> np.ndarray:
+    """The routes, none of which names an expert twice: it would be counted twice. -1, not recorded, may repeat."""
+    ordered = np.sort(np.asarray(routes_TLC, np.int32), axis=-1)
+    if twice := np.argwhere((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).tolist():
+        t, layer = twice[0][:2]
+        raise UserError(f"sequence {i}: the routes of token {t}, sparse layer {layer} name an expert twice")
+    return routes_TLC
+
+
 def from_sequences(
     tokens: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
@@ -69,7 +78,8 @@ def from_sequences(
     """A host (numpy) batch of `length` tokens a row.
 
     `rows` lists the sequences of each row (`best_fit` makes one); None gives each sequence a row of its own. The first
-    token of each sequence gets mask 0. `routes`: per sequence [t, L, C]. Raises UserError where a row overflows.
+    token of each sequence gets mask 0. `routes`: per sequence [t, L, C]. Raises UserError where a row overflows or a
+    route repeats.
     """
     rows = [[i] for i in range(len(tokens))] if rows is None else rows
     out = np.full((len(rows), length), pad_id, np.int32)
@@ -88,6 +98,6 @@ def from_sequences(
             position[r, start:end] = np.arange(end - start)
             mask[r, start + 1 : end] = masks[i][1:]
             if routed is not None and routes:
-                routed[r, start:end] = routes[i]
+                routed[r, start:end] = _sound(i, routes[i])
             start = end
     return Batch(tokens_BT=out, segment_BT=segment, position_BT=position, mask_BT=mask, routes_BTLC=routed)

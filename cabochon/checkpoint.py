@@ -133,7 +133,8 @@ class Checkpointer:
     def _prune(self) -> None:
         entries = self.entries()
         kept = {entry.sequence for entry in entries[-self.keep_last :]}
-        rated = [(metric, entry.sequence) for entry in entries if (metric := _metric(entry.path)) is not None]
+        rest = [entry for entry in entries if entry.sequence not in kept]
+        rated = [(metric, entry.sequence) for entry in rest if (metric := _metric(entry.path)) is not None]
         rated.sort(reverse=self.best_is == "max")
         kept |= {sequence for _, sequence in rated[: self.keep_best]}
         for entry in entries:
@@ -237,6 +238,8 @@ def _named(state: Any) -> dict[str, Any]:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
             raise TypeError(f"state.{name}: expected an array, found {type(leaf).__name__}; plain values go into meta")
+        if leaf.dtype != jax.dtypes.canonicalize_dtype(leaf.dtype):
+            raise TypeError(f"state.{name}: {leaf.dtype} would be stored as a narrower type; it goes into meta")
         out[name] = leaf
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = jax.eval_shape(jax.random.key_data, leaf)

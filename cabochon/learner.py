@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -24,6 +25,7 @@ from cabochon.errors import UserError
 from cabochon.model import moe
 from cabochon.model import transformer as tf
 from cabochon.model.config import ModelConfig
+from cabochon.model.lora import add_lora
 from cabochon.ops import Leaf, Mean, TokenOutputs, token_outputs
 from cabochon.optim import make_optimizer, schedule
 
@@ -105,7 +107,7 @@ def join(trained: Any, frozen: Any) -> tf.Params:
 class Learner:
     """Builds and holds the compiled step for one shape of model, batch and mesh; owns no state.
 
-    Raises UserError where the rows do not divide over micro-batches and devices.
+    Raises UserError where the rows do not divide over micro-batches and devices, or a router key has nothing to act on.
     """
 
     def __init__(self, cfg: LearnerConfig, loss_fn: LossFn, mesh: Mesh | None = None):
@@ -117,6 +119,15 @@ class Learner:
                 f"step.batch_size={cfg.step.batch_size} must be a multiple of step.micro_batches="
                 f"{cfg.step.micro_batches} x {shards} row shards of the mesh (data x fsdp x expert)"
             )
+        for key in ("balance", "router_z", "simbal", "bias_update_rate"):
+            if getattr(cfg.aux, key) and cfg.model.moe is None:
+                raise UserError(
+                    f"aux.{key}={getattr(cfg.aux, key)} needs a sparse model, this one is dense; set it to 0"
+                )
+        if cfg.aux.bias_update_rate and not (cfg.model.moe and cfg.model.moe.aux_free_bias):
+            raise UserError(
+                f"aux.bias_update_rate={cfg.aux.bias_update_rate} needs a model with moe.aux_free_bias; set it to 0"
+            )
         self.step = jax.jit(self.step_fn, donate_argnums=0)
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -125,7 +136,7 @@ class Learner:
         """Step 0 from parameters, placed on the mesh; adds lora leaves where the config asks and there are none."""
         lora = self.cfg.lora_matrices
         if lora is not None:
-            params = _with_lora(self.cfg.model, params, lora)
+            params = add_lora(self.cfg.model, params, lora)
 
         def make(params: tf.Params) -> TrainState:
             trained, _ = split_trained(params, lora is not None)
@@ -173,6 +184,12 @@ class Learner:
         """The policy's forward pass: log-probs of the batch's tokens, and router statistics."""
         cfg = self.cfg
         run = tf.Runtime(remat=cfg.step.remat, mesh=self.mesh)
+        # f32 means f32: an accelerator's default would multiply f32 in bf16 passes. Gradients inherit it.
+        with jax.default_matmul_precision("float32" if cfg.precision.compute == "float32" else "default"):
+            return self._outputs(params, batch, run)
+
+    def _outputs(self, params: tf.Params, batch: Batch, run: tf.Runtime) -> tuple[TokenOutputs, moe.RouterStats | None]:
+        cfg = self.cfg
         cast = tf.cast(params, jnp.dtype(cfg.precision.compute))
         out = tf.forward(
             cfg.model,
@@ -231,7 +248,8 @@ class Learner:
     ) -> tuple[TrainState, StepReport]:
         finite_grads = jax.tree.map(lambda g: jnp.isfinite(g).all(), grads)
         finite_terms = {name: jnp.isfinite(term.total) for name, term in loss.terms.items()}
-        ok = jnp.stack(jax.tree.leaves((finite_grads, finite_terms))).all()
+        grad_norm = optax.global_norm(grads)  # may overflow where no gradient does; such a step would be a silent no-op
+        ok = jnp.stack([*jax.tree.leaves((finite_grads, finite_terms)), jnp.isfinite(grad_norm)]).all()
         updates, opt_state = self.tx.update(grads, state.opt_state, trained)
         params = join(optax.apply_updates(trained, updates), frozen)
         if self.cfg.aux.bias_update_rate and stats is not None:
@@ -241,7 +259,7 @@ class Learner:
         report = StepReport(
             loss=loss.terms,
             metrics=loss.metrics,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=grad_norm,
             learning_rate=jnp.asarray(schedule(self.cfg.optim)(state.step), jnp.float32),
             router=stats,
             finite_terms=finite_terms,
@@ -310,23 +328,6 @@ def _part_rows(mesh: Mesh) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, parallel.ROWS))
 
 
-def _with_lora(cfg: ModelConfig, params: tf.Params, lora: tf.Lora) -> tf.Params:
-    """Add fresh lora leaves (b = 0: the function does not change); the draw depends on nothing but the shape."""
-
-    def merge(new: Any, old: Any) -> Any:
-        return {k: merge(v, old.get(k, {})) if isinstance(v, dict) else old.get(k, v) for k, v in new.items()}
-
-    names = {p[-2].key for p, _ in jax.tree_util.tree_leaves_with_path(tf.abstract(cfg)) if p[-1].key == "w"}
-    if unknown := sorted(set(lora.targets) - (names - {"router", "head"})):
-        known = ", ".join(sorted(names - {"router", "head"}))
-        raise UserError(f"lora.targets: {unknown[0]!r} names no matrix of this model; expected some of {known}")
-    draw = jax.jit(lambda key: {k: v for k, v in tf.init(cfg, key, lora).items() if k == "blocks"})
-    blocks = jax.tree_util.tree_map_with_path(
-        lambda p, x: x if p[-1].key.startswith("lora_") else jnp.zeros(()), draw(jax.random.key(0))
-    )
-    return {**params, **merge(blocks, params)}
-
-
 def _update_biases(cfg: ModelConfig, params: tf.Params, stats: moe.RouterStats, rate: float) -> tf.Params:
     """The aux-free rule on every selection bias; statistics are in layer order, biases lie per group and position."""
     blocks, first = {}, 0
@@ -349,12 +350,12 @@ def check(report: StepReport, step: int) -> None:
     terms = [name for name, ok in jax.device_get(report.finite_terms).items() if not ok]
     flags = jax.tree_util.tree_leaves_with_path(jax.device_get(report.finite_grads))
     tensors = [".".join(str(k.key) for k in path) for path, ok in flags if not ok]
-    if terms or tensors:
+    if terms or tensors or not np.isfinite(report.grad_norm):
         term = f"loss term {terms[0]!r} is not finite" if terms else "every loss term is finite"
         tensor = (
             f"first of {len(tensors)} tensors with a non-finite gradient: {tensors[0]}"
             if tensors
-            else "gradients are finite"
+            else f"gradients are finite, their global norm is {float(report.grad_norm)}"
         )
         raise NonFiniteError(f"step {step}: {term}; {tensor}; the state is that of before the step")
 

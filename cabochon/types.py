@@ -126,7 +126,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds: waiting for a slot, reading the prompt (shared by its samples), and from the slot to the end."""
+    """Seconds: from the request to its slot, of which reading the prompt (once for its samples), and from there on."""
 
     queued: float
     prefill: float

@@ -17,7 +17,7 @@ def test_the_docstring_example():
 
 
 def test_routes_lie_beside_their_tokens():
-    routes = [np.full((2, 1, 2), 3), np.full((1, 1, 2), 5)]
+    routes = [np.tile([3, 4], (2, 1, 1)), np.tile([5, 6], (1, 1, 1))]
     batch = from_sequences([np.array([1, 2]), np.array([3])], [np.ones(2), np.ones(1)], 4, rows=[[0, 1]], routes=routes)
     np.testing.assert_array_equal(batch.routes_BTLC[0, :, 0, 0], [3, 3, 5, -1])
 
@@ -44,3 +44,9 @@ def test_lengths_that_cannot_fit(bad):
 def test_overflowing_row():
     with pytest.raises(UserError, match="row 0: sequences"):
         from_sequences([np.ones(3, np.int32)] * 2, [np.ones(3)] * 2, 5, rows=[[0, 1]])
+
+
+def test_a_route_that_names_an_expert_twice():
+    routes = [np.array([[[0, 1]], [[2, 2]]]), np.array([[[-1, -1]]])]
+    with pytest.raises(UserError, match="sequence 0: the routes of token 1, sparse layer 0 name an expert twice"):
+        from_sequences([np.array([1, 2]), np.array([3])], [np.ones(2), np.ones(1)], 4, routes=routes)

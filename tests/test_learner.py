@@ -197,3 +197,31 @@ def test_it_learns_a_repeating_text(compute):
     assert losses[0] > 3
     assert losses[-1] < 0.5
     assert state.params["embed"]["table"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("model", "aux", "said"),
+    [
+        (tiny_config(), AuxLossConfig(balance=0.01), r"aux\.balance=0\.01 needs a sparse model, this one is dense"),
+        (
+            MODEL,
+            AuxLossConfig(bias_update_rate=0.1),
+            r"aux\.bias_update_rate=0\.1 needs a model with moe\.aux_free_bias",
+        ),
+    ],
+)
+def test_router_keys_with_nothing_to_act_on_are_refused(model, aux, said):
+    with pytest.raises(UserError, match=said):
+        Learner(config(model=model, aux=aux), cross_entropy)
+
+
+def test_a_gradient_norm_that_overflows_stops():
+    def steep(outputs, data):
+        loss = cross_entropy(outputs, data)
+        nll = loss.terms["nll"]
+        return Loss({"nll": Mean(nll.total * 1e25, nll.count)}, {})
+
+    state, report = run(config(model=tiny_config()), batch(), steep)
+    assert int(state.step) == 0
+    with pytest.raises(NonFiniteError, match="gradients are finite, their global norm is inf"):
+        check(report, 3)

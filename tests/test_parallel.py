@@ -11,6 +11,7 @@ from cabochon.config import AuxLossConfig, MeshConfig, OptimConfig, StepConfig
 from cabochon.errors import UserError
 from cabochon.learner import Learner, LearnerConfig, cross_entropy
 from cabochon.model import transformer as tf
+from cabochon.model.moe import sharded_experts
 from cabochon.testing import tiny_moe
 
 MODEL = tiny_moe(num_layers=2, layer_kinds=("dense", "moe"))
@@ -85,3 +86,18 @@ def test_every_logical_axis_has_a_rule():
     assert names <= set(parallel.RULES)
     assert {"experts", "ffn", "embed", "vocab", "kv_heads"} <= names
     assert jnp.float32 == jax.tree.leaves(tf.abstract(MODEL))[0].dtype
+
+
+def test_experts_and_columns_that_do_not_divide_stay_whole():
+    mesh = parallel.make_mesh(MeshConfig(data=1, fsdp=1, expert=4, tensor=2))
+    k = jax.random.split(jax.random.key(0), 5)
+    x, gate_up, down = (
+        jax.random.normal(k[0], (4, 6, 8)),
+        jax.random.normal(k[1], (6, 8, 2, 5)),
+        jax.random.normal(k[2], (6, 5, 8)),
+    )
+    scores, routes = jax.lax.top_k(jax.random.normal(k[3], (4, 6, 6)), 2)
+    args = (x, routes, jax.nn.softmax(scores), gate_up, down, "auto")
+    one = jax.jit(sharded_experts, static_argnums=(5, 6))(*args, None)
+    many = jax.jit(sharded_experts, static_argnums=(5, 6))(*args, mesh)
+    np.testing.assert_allclose(many, one, atol=1e-5 * float(jnp.abs(one).max()))

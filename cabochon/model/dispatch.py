@@ -31,10 +31,12 @@ def experts(
     gate_up_ED2F: Float[Array, "E D 2 F"],
     down_EFD: Float[Array, "E F D"],
     dispatch: Dispatch = "auto",
+    of_experts: int | None = None,
 ) -> Float[Array, "N D"]:
     """Sum over a token's C experts of gate * SwiGLU expert. A route outside [0, E) contributes nothing.
 
-    Differentiable in everything but `routes_NC`. `auto` is `blocked` on CPU and `ragged` elsewhere.
+    Differentiable in everything but `routes_NC`. `auto` is `blocked` on CPU and `ragged` elsewhere. `of_experts` is how
+    many experts the routes spread over, where these are a part of them.
     """
     if dispatch == "auto":
         dispatch = "blocked" if jax.default_backend() == "cpu" else "ragged"
@@ -48,7 +50,7 @@ def experts(
         case "ragged":
             return _ragged(x_ND, routes_NC, gates_NC, gate_up_ED2F, down_EFD)
         case "blocked":
-            sizes = block_sizes(routes_NC.size, E)
+            sizes = block_sizes(routes_NC.size, of_experts or E)
             return _blocked(sizes, x_ND, routes_NC, gates_NC, gate_up_ED2F, down_EFD)
 
 
@@ -92,9 +94,13 @@ def _ragged(x_ND: Array, routes_NC: Array, gates_NC: Array, gate_up: Array, down
     expert_S = routes_NC.reshape(-1)
     order_S = jnp.argsort(expert_S, stable=True)  # slots without an expert (E) sort last, past every group
     counts_E = jnp.bincount(expert_S, length=E).astype(jnp.int32)
-    x_SD = x_ND[order_S // C]
-    h_S2F = lax.ragged_dot(x_SD, gate_up.reshape(E, D, 2 * F), counts_E)
-    y_SD = lax.ragged_dot(_swiglu(h_S2F), down, counts_E)
+    grouped_S1 = (expert_S[order_S] < E)[:, None]
+
+    def keep(x: Array) -> Array:  # rows in no group are unspecified on accelerators, in the result and in its gradient
+        return jnp.where(grouped_S1, x, 0)
+
+    h_S2F = keep(lax.ragged_dot(keep(x_ND[order_S // C]), gate_up.reshape(E, D, 2 * F), counts_E))
+    y_SD = keep(lax.ragged_dot(_swiglu(h_S2F), down, counts_E))
     y_SD = y_SD * gates_NC.reshape(-1)[order_S][:, None]
     return jnp.zeros_like(x_ND).at[order_S // C].add(y_SD)
 
@@ -188,16 +194,23 @@ def _blocked_bwd(sizes: tuple[int, int], saved: tuple, dout_ND: Array) -> tuple:
     else:
         ddown, dw1, dx_SD = jnp.zeros_like(down), jnp.zeros_like(w1_ED2F), jnp.zeros_like(dy_SD)
 
+    def outer(a_RI: Array, b_RO: Array) -> Array:
+        return jnp.dot(a_RI.T, b_RO, preferred_element_type=jnp.float32)
+
+    # carried in f32: hundreds of small bf16 increments would be lost below half a unit in the last place
+    dw1, ddown = dw1.astype(jnp.float32), ddown.astype(jnp.float32)
+
     def block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         dx_SD, dw1, ddown = carry
         e, rows_R = _spill_block(j, R, S, *spill)
         x_RD, dy_RD = _take(x_ND, rows_R // C), _take(dy_SD, rows_R)
         act_RF, dh_R2F = _swiglu_grad(x_RD @ w1_ED2F[e], dy_RD @ down[e].T)
         dx_SD = dx_SD.at[rows_R].set(dh_R2F @ w1_ED2F[e].T, mode="drop")
-        return dx_SD, dw1.at[e].add(x_RD.T @ dh_R2F), ddown.at[e].add(act_RF.T @ dy_RD)
+        return dx_SD, dw1.at[e].add(outer(x_RD, dh_R2F)), ddown.at[e].add(outer(act_RF, dy_RD))
 
     dx_SD, dw1, ddown = lax.fori_loop(0, spill[1][-1], block, (dx_SD, dw1, ddown))
-    return dx_SD.reshape(N, C, D).sum(1), None, dgates_NC, dw1.reshape(gate_up.shape), ddown
+    dgate_up = dw1.reshape(gate_up.shape).astype(gate_up.dtype)
+    return dx_SD.reshape(N, C, D).sum(1), None, dgates_NC, dgate_up, ddown.astype(down.dtype)
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)

@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from cabochon.model.config import ModelConfig, RopeConfig
 
 Stack = tuple[int, ...]
+LowRank = tuple[int, float] | None
+"""(rank, alpha) of a LoRA addition, or none."""
 
 
 def param(rngs: nnx.Rngs, stack: Stack, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
@@ -61,7 +63,7 @@ class Linear(nnx.Module):
         stack: Stack = (),
         bias: bool = False,
         std: float | None = None,
-        lora: tuple[int, float] | None = None,
+        lora: LowRank = None,
     ):
         n = len(ins)
         self.w = param(rngs, stack, (*ins, *outs), axes, std or 1 / math.sqrt(math.prod(ins)))
@@ -148,8 +150,8 @@ class Attention(nnx.Module):
         cfg: ModelConfig,
         rngs: nnx.Rngs,
         stack: Stack,
-        lora: tuple[int, float] | None,
-        lora_out: tuple[int, float] | None,
+        lora: LowRank,
+        lora_out: LowRank,
     ):
         D, K, H = cfg.dim, cfg.num_kv_heads, cfg.head_dim
         G = cfg.num_heads // K
@@ -187,8 +189,8 @@ class Mlp(nnx.Module):
     """Dense SwiGLU; gate and up are one matrix [D, 2, F]."""
 
     def __init__(
-        self, cfg: ModelConfig, ffn_dim: int, rngs: nnx.Rngs, stack: Stack, lora_up: tuple[int, float] | None = None,
-        lora_down: tuple[int, float] | None = None,
+        self, cfg: ModelConfig, ffn_dim: int, rngs: nnx.Rngs, stack: Stack, lora_up: LowRank = None,
+        lora_down: LowRank = None,
     ):  # fmt: skip
         D, F = cfg.dim, ffn_dim
         self.gate_up = Linear((D,), (2, F), ("embed", None, "ffn"), rngs, stack, cfg.mlp_bias, lora=lora_up)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cabochon.model.config import ModelConfig, MoeConfig
 from cabochon.model.dispatch import Dispatch, experts
-from cabochon.model.layers import Mlp, Stack, param
+from cabochon.model.layers import LowRank, Mlp, Stack, param
 from cabochon.ops import Leaf
 
 
@@ -54,15 +54,16 @@ def route(
     """(used routes, their gates, natural routes) from router logits.
 
     Gates always come from the live logits, so a replayed route still trains the router (R3, 2510.11370). A token whose
-    replay has any entry below 0 was not recorded and takes its natural route. The bias moves selection only. Ties go
-    to the lower expert.
+    replay has any entry outside [0, E) was not recorded and takes its natural route. The bias moves selection only.
+    Ties go to the lower expert. `cabochon.batch` refuses replays that name an expert twice.
     """
     p_NE = jax.nn.softmax(z_NE, axis=-1)
     score_NE = z_NE if bias_E is None else p_NE + bias_E
     natural_NC = lax.top_k(lax.stop_gradient(score_NE), cfg.top_k)[1]
     used_NC = natural_NC
     if replay_NC is not None:
-        used_NC = jnp.where((replay_NC >= 0).all(-1, keepdims=True), replay_NC, natural_NC)
+        recorded_N1 = ((replay_NC >= 0) & (replay_NC < cfg.num_experts)).all(-1, keepdims=True)
+        used_NC = jnp.where(recorded_N1, replay_NC, natural_NC)
     if cfg.gate == "topk_softmax":
         gates_NC = jax.nn.softmax(jnp.take_along_axis(z_NE, used_NC, axis=-1), axis=-1)
     else:
@@ -96,7 +97,15 @@ def router_stats(z_NE: Array, natural_NC: Array, used_NC: Array, real_N: Bool[Ar
 class Moe(nnx.Module):
     """Router, experts, and an optional shared expert that every token takes."""
 
-    def __init__(self, cfg: ModelConfig, moe: MoeConfig, rngs: nnx.Rngs, stack: Stack):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        moe: MoeConfig,
+        rngs: nnx.Rngs,
+        stack: Stack,
+        lora_up: LowRank = None,
+        lora_down: LowRank = None,
+    ):
         D, E, F = cfg.dim, moe.num_experts, moe.ffn_dim
         self.router = nnx.Dict(w=param(rngs, stack, (D, E), ("embed", None), 0.02))
         if moe.aux_free_bias:
@@ -105,7 +114,7 @@ class Moe(nnx.Module):
         std = 1 / math.sqrt(F * 2 * cfg.num_layers)
         self.down = param(rngs, stack, (E, F, D), ("experts", "ffn", "embed"), std)
         if moe.shared_ffn_dim:
-            self.shared = Mlp(cfg, moe.shared_ffn_dim, rngs, stack)
+            self.shared = Mlp(cfg, moe.shared_ffn_dim, rngs, stack, lora_up, lora_down)
         self.cfg = moe
 
     def __call__(
@@ -140,8 +149,10 @@ def sharded_experts(
 ) -> Float[Array, "B T D"]:
     """The experts under `shard_map`: rows over data, fsdp and expert, experts over expert, ffn columns over tensor.
 
-    Each expert shard gathers the rows of its expert group, computes its own experts for them, and the sums are
-    scattered back: dropless with static shapes, at the price of moving every row once each way.
+    An axis that does not divide the experts, or the ffn columns, leaves them whole on each of its devices, as
+    `parallel.spec_for` does. Each expert shard gathers the rows of its expert group, computes its own
+    experts for them, and the sums are scattered back: dropless with static shapes, at the price of moving every row
+    once each way.
     """
     C = routes_BTC.shape[-1]
 
@@ -153,20 +164,24 @@ def sharded_experts(
             )
             routes_BTC = routes_BTC - lax.axis_index("expert") * gate_up.shape[0]
         y = experts(
-            x_BTD.reshape(-1, D), routes_BTC.reshape(-1, C), gates_BTC.reshape(-1, C), gate_up, down, dispatch
+            x_BTD.reshape(-1, D), routes_BTC.reshape(-1, C), gates_BTC.reshape(-1, C), gate_up, down, dispatch, E
         ).reshape(x_BTD.shape)
         if split:
             y = lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
-        return lax.psum(y, "tensor") if mesh is not None and mesh.shape["tensor"] > 1 else y
+        return lax.psum(y, "tensor") if by_tensor else y
 
-    split = mesh is not None and mesh.shape["expert"] > 1
+    def over(axis: str, size: int) -> str | None:
+        return axis if mesh is not None and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+
+    E = gate_up.shape[0]
+    split, by_tensor = over("expert", E), over("tensor", down.shape[1])
     if mesh is None or mesh.size == 1:
         return local(x_BTD, routes_BTC, gates_BTC, gate_up, down)
     rows = Spec(("data", "fsdp", "expert"))
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(rows, rows, rows, Spec("expert", None, None, "tensor"), Spec("expert", "tensor", None)),
+        in_specs=(rows, rows, rows, Spec(split, None, None, by_tensor), Spec(split, by_tensor, None)),
         out_specs=rows,
         check_vma=False,
     )(x_BTD, routes_BTC, gates_BTC, gate_up, down)
@@ -197,7 +212,8 @@ def simbal_loss(router_LDE: Float[Array, "L D E"], dead_zone: float = 1e-3) -> F
 
     The gradient is 2 R sign(R^T R - I), with sign 0 inside the dead zone so that the optimum is a resting point.
     """
-    gram_LEE = jnp.einsum("lde,ldf->lef", router_LDE, router_LDE) - jnp.eye(router_LDE.shape[-1])
+    gram_LEE = jnp.einsum("lde,ldf->lef", router_LDE, router_LDE, precision=lax.Precision.HIGHEST)
+    gram_LEE = gram_LEE - jnp.eye(router_LDE.shape[-1])
     off = jnp.abs(gram_LEE)
     return jnp.where(off > dead_zone, off, lax.stop_gradient(off)).sum((-1, -2)).mean()
 

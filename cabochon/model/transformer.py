@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from cabochon.errors import UserError
 from cabochon.model.config import LayerKind, ModelConfig
 from cabochon.model.dispatch import Dispatch
 from cabochon.model.layers import Attention, Mlp, RMSNorm, Stack, may_attend, param, rope_tables
@@ -81,7 +82,7 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm((cfg.dim,), ("embed",), cfg.norm_eps, rngs, stack)
         if kind == "moe":
             assert cfg.moe is not None
-            self.moe = Moe(cfg, cfg.moe, rngs, stack)
+            self.moe = Moe(cfg, cfg.moe, rngs, stack, low("gate_up"), low("down"))
         else:
             self.mlp = Mlp(cfg, cfg.ffn_dim, rngs, stack, low("gate_up"), low("down"))
         self.kind = kind
@@ -249,7 +250,8 @@ def forward(
 
     Without a cache, rows may hold several packed sequences: `segments_BT` numbers them from 1 (0 is padding) and
     `positions_BT` restarts in each; both default to one full sequence per row. With a cache the tokens follow what
-    is in it, positions are derived, and segment 0 marks padding at the end of a row, which the next call overwrites.
+    is in it, positions are derived, and segment 0 marks padding at the end of a row, which the next call overwrites;
+    the caller keeps length + T within its slots (what lies past them is not stored).
     `routes_BTLC` replays recorded routes (-1: not recorded, route naturally).
     """
     B, T = tokens_BT.shape
@@ -258,6 +260,8 @@ def forward(
     if cache is not None:
         positions_BT = cache.length_B[:, None] + steps_BT
         S = cache.k_ABSKH.shape[2]
+        if T > S:
+            raise UserError(f"{T} tokens do not fit a cache of {S} slots")
         k_position_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
         k_segment_BS = jnp.ones((B, S), jnp.int32)
     else:

@@ -93,3 +93,56 @@ def test_a_token_does_not_depend_on_its_neighbours():
 def test_block_sizes_cover_an_even_router():
     assert block_sizes(4096, 8) == (544, 32)
     assert block_sizes(16, 8) == (0, 8)
+
+
+def test_bf16_gradients_survive_hundreds_of_overflow_blocks():
+    """A collapsed router: the same expert's gradient is added up block by block."""
+    n, d, f = 8192, 8, 8
+    k = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(k[0], (n, d)) + 1
+    gate_up, down = jax.random.normal(k[1], (8, d, 2, f)), jax.random.normal(k[2], (8, f, d))
+    routes, gates = jnp.tile(jnp.array([[0, 1]]), (n, 1)), jnp.full((n, 2), 0.5)
+
+    def grads(path, dtype):
+        cast = [a.astype(dtype) for a in (x, gates, gate_up, down)]
+
+        def total(x, gates, gate_up, down, routes):
+            return experts(x, routes, gates, gate_up, down, path).astype(jnp.float32).sum()
+
+        return jax.jit(jax.grad(total, (2, 3)))(*cast, routes)
+
+    for got, want in zip(grads("blocked", jnp.bfloat16), grads("dense", jnp.float32), strict=True):
+        assert got.dtype == jnp.bfloat16
+        error = jnp.linalg.norm((got.astype(jnp.float32) - want).ravel()) / jnp.linalg.norm(want.ravel())
+        assert float(error) < 0.01
+
+
+def test_ragged_rows_of_no_group_may_hold_anything(monkeypatch):
+    """Accelerators leave rows past the groups unspecified; CPU happens to zero them, so they are filled here."""
+    real = jax.lax.ragged_dot
+
+    @jax.custom_vjp
+    def spoilt(lhs, rhs, sizes):
+        return forward(lhs, rhs, sizes)[0]
+
+    def fill(x, sizes):
+        return jnp.where((jnp.arange(len(x)) < sizes.sum())[:, None], x, jnp.nan)
+
+    def forward(lhs, rhs, sizes):
+        out, pull = jax.vjp(lambda a, b: real(a, b, sizes), lhs, rhs)
+        return fill(out, sizes), (pull, sizes)
+
+    def backward(saved, d):
+        pull, sizes = saved
+        # what reaches the rows of no group must be zero, or it would enter the weights' gradient
+        dlhs, drhs = pull(d)
+        return fill(dlhs, sizes), drhs, None
+
+    spoilt.defvjp(forward, backward)
+    x, routes, gates, gate_up, down, weight = problem(0.0)
+    routes = routes.at[7].set(-1).at[20:40, 1].set(E + 3)
+    want = value_and_grads(lambda *a: experts(*a, "dense"), x, routes, gates, gate_up, down, weight)
+    monkeypatch.setattr(jax.lax, "ragged_dot", spoilt)
+    got = value_and_grads(lambda *a: experts(*a, "ragged"), x, routes, gates, gate_up, down, weight)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

@@ -50,7 +50,8 @@ def test_replay_uses_recorded_experts_with_live_gates_and_trains_the_router():
 def test_missing_replay_routes_naturally_and_natural_replay_is_a_bitwise_no_op():
     z = jax.random.normal(jax.random.key(0), (32, 4))
     free = moe.route(z, config())
-    for replay in (jnp.full((32, 2), -1), free[2]):
+    partly, foreign = jnp.tile(jnp.array([0, -1]), (32, 1)), jnp.tile(jnp.array([0, 255]), (32, 1))
+    for replay in (jnp.full((32, 2), -1), partly, foreign, free[2]):
         again = moe.route(z, config(), replay_NC=replay)
         for a, b in zip(free, again, strict=True):
             np.testing.assert_array_equal(a, b)
