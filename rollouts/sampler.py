@@ -183,6 +183,7 @@ class Sampler:
             if job.work.sampling.routes:
                 parts.append(np.asarray(routes)[:real])
             at += real
+        jax.block_until_ready(self._prefix)  # so that the time is the work's and not that of asking for it
         if parts:
             job.routes = np.concatenate(parts)
         job.read, job.prefill_seconds = True, time.monotonic() - begin

@@ -25,7 +25,11 @@ BIASES = 300
 
 @dataclass(frozen=True, kw_only=True)
 class SlotConfig:
-    """The static shapes of an engine: they decide what is compiled and, to the last bit, what is computed."""
+    """The static shapes of an engine: they decide what is compiled and, to the last bit, what is computed.
+
+    The same request gives the same bits in every engine of the same SlotConfig. With other shapes log-probs may differ
+    in their last bits; tokens then too, where a draw falls on the edge between two.
+    """
 
     slots: int = 8
     """sequences decoded together; at 1 a matmul is a matrix-vector product, which rounds otherwise"""

@@ -88,6 +88,9 @@ def test_log_probs_are_the_learners(engine, params):
         assert c.mask.all()
         assert c.finish == "length"
         assert c.routes is None
+        assert c.timings.queued >= c.timings.prefill >= 0
+        assert c.timings.decode > 0
+    assert out[6].timings.prefill == out[7].timings.prefill > 0
 
 
 def test_replayed_routes_close_the_gap(moe, params):
