@@ -243,4 +243,4 @@ def _report(completions: Sequence[Completion], seconds: float) -> None:
     """One line on stderr."""
     tokens = sum(len(c.tokens) for c in completions)
     rate = f"{tokens / seconds:.1f} tokens/s, compile included"
-    print(f"{len(completions)} completions, {tokens} tokens in {seconds:.1f} s ({rate})", file=sys.stderr)
+    print(f"{len(completions)} completion{'s' * (len(completions) > 1)}, {tokens} tokens in {seconds:.1f} s ({rate})", file=sys.stderr)
