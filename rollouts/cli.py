@@ -243,4 +243,5 @@ def _report(completions: Sequence[Completion], seconds: float) -> None:
     """One line on stderr."""
     tokens = sum(len(c.tokens) for c in completions)
     rate = f"{tokens / seconds:.1f} tokens/s, compile included"
-    print(f"{len(completions)} completion{'s' * (len(completions) > 1)}, {tokens} tokens in {seconds:.1f} s ({rate})", file=sys.stderr)
+    many = "s" if len(completions) > 1 else ""
+    print(f"{len(completions)} completion{many}, {tokens} tokens in {seconds:.1f} s ({rate})", file=sys.stderr)
