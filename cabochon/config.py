@@ -196,15 +196,6 @@ class AuxLossConfig(Frozen):
     """step of the selection bias of models with moe.aux_free_bias"""
 
 
-class CheckpointConfig(Frozen):
-    """What is kept of a run."""
-
-    every_steps: int = Field(100, ge=1)
-    keep_last: int = Field(2, ge=1)
-    keep_best: int = Field(1, ge=0)
-    """kept beside the last ones, by the stage's own metric"""
-
-
 class TrainConfig(Frozen):
     """What every stage needs to build its train step; a stage's recipe adds its data and its loss."""
 
@@ -215,8 +206,5 @@ class TrainConfig(Frozen):
     precision: PrecisionConfig = PrecisionConfig()
     lora: LoraConfig | None = None
     aux: AuxLossConfig = AuxLossConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    run_dir: str = "runs/default"
-    """everything a run writes goes here"""
     seed: int = Field(0, ge=0)
     """of initialisation and of everything random in the run"""

@@ -190,7 +190,7 @@ def disk() -> Check:
     free = {name: shutil.disk_usage(path).free / GIB for name, path in places.items()}
     text = ", ".join(f"{gib:.0f} GiB free {name} ({places[name]})" for name, gib in free.items())
     if min(free.values()) < 1:
-        return _fail("disk", text, "free 1 GiB, or set run_dir and TMPDIR to another disk")
+        return _fail("disk", text, "free 1 GiB, or set TMPDIR to another disk")
     if min(free.values()) < 10:
         return _warn("disk", text, "checkpoints of SmolLM2 take 1.6 GB each: free 10 GiB")
     return _ok("disk", text)

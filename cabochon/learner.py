@@ -214,8 +214,16 @@ class Learner:
     # -- the step ------------------------------------------------------------------------------------------------------
 
     def step_fn(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
-        """One update, unjitted. A non-finite loss or gradient leaves the state as it was; see `check`."""
+        """One update, unjitted. A non-finite loss or gradient leaves the state as it was; see `check`.
+
+        Raises UserError where the batch has not the shape that the config says.
+        """
         cfg, lora = self.cfg, self.cfg.lora is not None
+        expected = (cfg.step.batch_size, cfg.step.sequence_length)
+        if batch.tokens_BT.shape != expected:
+            raise UserError(
+                f"the batch is {batch.tokens_BT.shape}, expected step.batch_size, step.sequence_length {expected}"
+            )
         trained, frozen = split_trained(state.params, lora)
         parts = self._micro_batches(batch)
         counts = self._counts(batch)

@@ -72,10 +72,6 @@ def test_defaults_need_only_a_model():
         made.seed = 3
 
 
-WAITING = {"every_steps", "run_dir", "sequence_length"}
-"""keys of the stages' loops, which are not here yet"""
-
-
 def test_no_key_is_dead():
     """Every key is read as an attribute somewhere in the package, outside the files that define and merge configs."""
     package = Path(config.__file__).parent
@@ -85,4 +81,4 @@ def test_no_key_is_dead():
             tree = ast.parse(path.read_text())
             read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     keys = {str(key[-1]) for schema in (TrainConfig, config.UpcycleRun) for key in keys_of(schema)}
-    assert keys - read - set(config.AXES) == WAITING  # `MeshConfig.shape`, tested above, reads the axes
+    assert keys - read <= set(config.AXES)  # which `MeshConfig.shape`, tested above, reads

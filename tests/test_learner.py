@@ -225,3 +225,10 @@ def test_a_gradient_norm_that_overflows_stops():
     assert int(state.step) == 0
     with pytest.raises(NonFiniteError, match="gradients are finite, their global norm is inf"):
         check(report, 3)
+
+
+def test_a_batch_of_another_shape_is_refused():
+    with pytest.raises(
+        UserError, match=r"the batch is \(8, 9\), expected step\.batch_size, step\.sequence_length \(8, 12\)"
+    ):
+        run(config(model=tiny_config()), from_sequences(sequences(8, 9), [np.ones(len(t)) for t in sequences(8, 9)], 9))

@@ -49,10 +49,28 @@ def test_a_section_can_be_set_switched_off_and_set_again(write):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-4", 1e-4), ("1E3", 1e3), ("-.5", -0.5), ("+7", 7), ("0", 0), ("010", 10.0), ("null", None), ("", None),
-        ("true", True), ("no", "no"), ("on", "on"), ("2026-01-01", "2026-01-01"), ("1:30", "1:30"), ("'5'", "5"),
-        ("[dense, moe]", ["dense", "moe"]), ("${oc.env:HOME}", "${oc.env:HOME}"), ("a=b", "a=b"), ("hf:o/n", "hf:o/n"),
-        ("{a: 1}", {"a": 1}), ("~", None), ("0x10", "0x10"), ("???", "???"),
+        ("1e-4", 1e-4),
+        ("1E3", 1e3),
+        ("-.5", -0.5),
+        ("+7", 7),
+        ("0", 0),
+        ("010", 10.0),
+        ("null", None),
+        ("", None),
+        ("true", True),
+        ("no", "no"),
+        ("on", "on"),
+        ("2026-01-01", "2026-01-01"),
+        ("1:30", "1:30"),
+        ("'5'", "5"),
+        ("[dense, moe]", ["dense", "moe"]),
+        ("${oc.env:HOME}", "${oc.env:HOME}"),
+        ("a=b", "a=b"),
+        ("hf:o/n", "hf:o/n"),
+        ("{a: 1}", {"a": 1}),
+        ("~", None),
+        ("0x10", "0x10"),
+        ("???", "???"),
     ],
 )
 def test_values_are_yaml_1_2_taken_literally(text, value):
@@ -104,11 +122,15 @@ FILE_ERRORS = [
     ("seed", ": expected a mapping of keys at the top, got a single value"),
     ("optim: [1", ": not YAML: line 1: expected ',' or ']', but got '<stream end>'"),
     ("optim: *nowhere", ": not YAML: line 1: found undefined alias 'nowhere'"),
-    ("seed: !!python/name:os.system 1", ":1: seed: line 1: could not determine a constructor for the tag "
-     "'tag:yaml.org,2002:python/name:os.system'"),
+    (
+        "seed: !!python/name:os.system 1",
+        ":1: seed: line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'",
+    ),
     ("seed: {1: 2}", ":1: seed: expected a valid integer, got {'1': 2}"),
-    ("seed: a\nstep: {batch_size: b}", ":2: step.batch_size: expected a valid integer, unable to parse string as an "
-     "integer, got 'b' (and 1 more)"),
+    (
+        "seed: a\nstep: {batch_size: b}",
+        ":2: step.batch_size: expected a valid integer, unable to parse string as an integer, got 'b' (and 1 more)",
+    ),
 ]
 
 
@@ -190,7 +212,7 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path, monkeypatch, write):
 
 
 def test_an_unreadable_file_is_one_line(tmp_path):
-    (tmp_path / "latin.yaml").write_bytes(b"run_dir: caf\xe9\n")
+    (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9\n")
     with pytest.raises(UserError, match=r"latin\.yaml: not YAML: "):
         load(TrainConfig, [str(tmp_path / "latin.yaml")])
 
@@ -201,7 +223,7 @@ def test_arguments_split_into_recipes_and_settings():
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_dump_reads_back_to_the_same_config_and_the_same_dump(name, write):
-    odd = ["optim.eps=1e-20", "lora.rank=3", "run_dir='1e-4'", "lora.targets=['no', '7', a b]"]
+    odd = ["optim.eps=1e-20", "lora.rank=3", "lora.targets=['no', '7', a b, '1e-4']"]
     made = load(TrainConfig, [name], odd)
     text = dump(made)
     again = load(TrainConfig, [write(text)])
@@ -215,7 +237,8 @@ def test_a_dump_reads_back_to_the_same_config_and_the_same_dump(name, write):
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), st.floats(0, 1e30, allow_subnormal=False))
 def test_any_text_and_any_number_survive_the_round_trip(tmp_path_factory, text, number):
     made = load(TrainConfig, [TINY])
-    made = made.model_copy(update={"run_dir": text, "optim": made.optim.model_copy(update={"learning_rate": number})})
+    lora = LoraConfig(targets=(text, "qkv"))
+    made = made.model_copy(update={"lora": lora, "optim": made.optim.model_copy(update={"learning_rate": number})})
     path = tmp_path_factory.mktemp("dump") / "x.yaml"
     path.write_text(dump(made), encoding="utf-8", newline="")
     assert load(TrainConfig, [str(path)]) == made

@@ -33,10 +33,8 @@ def test_recipes_are_inside_the_package():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_says_what_it_is_and_where_it_writes(name):
-    cfg = load(TrainConfig, [name])
+def test_a_recipe_says_what_it_is(name):
     assert len(summary(name)) > 20
-    assert cfg.run_dir.startswith("runs/")
     assert (RECIPES / f"{name}.yaml").read_text().startswith("# ")
 
 
