@@ -11,6 +11,7 @@ import typer
 
 from cabochon import cli_weights
 from cabochon.errors import MachineError, UserError
+from cabochon.rollouts import cli as rollouts_cli
 from cabochon.verifiers import cli as verifiers_cli
 from cabochon.verifiers.sandbox import cli as sandbox_cli
 
@@ -29,7 +30,7 @@ app = typer.Typer(
 
 MACHINE = "This machine"
 CONFIGS = "Configs"
-WEIGHTS = "Weights"
+WEIGHTS = "Models"
 REWARDS = "Rewards"
 
 RecipeAndSettings = Annotated[
@@ -68,6 +69,9 @@ app.command(rich_help_panel=WEIGHTS)(cli_weights.inspect)
 app.command(rich_help_panel=WEIGHTS)(cli_weights.export)
 app.command(rich_help_panel=WEIGHTS)(cli_weights.upcycle)
 
+app.command("generate", rich_help_panel=WEIGHTS)(rollouts_cli.generate_command)
+app.command("chat", rich_help_panel=WEIGHTS)(rollouts_cli.chat_command)
+
 app.command("verify", rich_help_panel=REWARDS)(verifiers_cli.verify_command)
 reward = typer.Typer(no_args_is_help=True, help="Rewards: test one before a run trusts it.")
 @reward.callback()
@@ -88,6 +92,8 @@ def main() -> None:
     keeps its traceback."""
     try:
         try:
+            cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+            os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "cabochon", "jax"))
             app()
         except ValueError as error:
             line = _line_of(error)

@@ -21,7 +21,10 @@ from cabochon.chat import encode_chat
 from cabochon.model import transformer as tf
 from cabochon.model.address import open_model
 from cabochon.policy import Policy
-from cabochon.types import Task
+from cabochon.protocols import Weights
+from cabochon.rollouts.local import LocalEngine
+from cabochon.rollouts.slots import SlotConfig
+from cabochon.types import Message, Request, Sampling, Task
 from cabochon.verifiers.build import verifier_for
 
 SOURCE = "smollm2-135m-instruct"
@@ -61,7 +64,7 @@ def main() -> None:
 
     _title("the same function")
     models = {"dense": _open(SOURCE), "4 experts": _open(str(PLACE))}
-    messages = [{"role": "user", "content": QUESTION}]
+    messages: list[Message] = [{"role": "user", "content": QUESTION}]
     prompt = encode_chat(models["dense"].tokenizer, messages, add_generation_prompt=True)
     dense, sparse = _logits(models["dense"], prompt), _logits(models["4 experts"], prompt)
     padded = _logits(models["dense"], prompt + [0] * PADDING)[: len(prompt)]
@@ -76,8 +79,7 @@ def main() -> None:
     _title(f"greedy answers to {QUESTION!r}")
     for name, policy in models.items():
         start = time.monotonic()
-        answer = greedy(policy, prompt)
-        text = policy.tokenizer.decode(answer, skip_special=True).strip()
+        text = greedy(policy, messages).strip()
         print(f"{name:10} {text}   [{time.monotonic() - start:.1f} s, compile included]")
 
     _title("verdicts")
@@ -88,23 +90,12 @@ def main() -> None:
         print(f"{task.verifier:5} {what:30} score {score:2} {verdict.status:10} {verdict.detail[:60]}")
 
 
-def greedy(policy: Policy, prompt: Sequence[int]) -> list[int]:
-    """The most likely continuation, token by token, against a cache; the stop token is left out."""
-    config = policy.config
-
-    @jax.jit
-    def step(params: tf.Params, ids: jax.Array, cache: tf.Cache) -> tuple[jax.Array, tf.Cache]:
-        out = tf.forward(config, params, ids, cache=cache)
-        assert out.cache is not None
-        return tf.logits(config, params, out.hidden_BTD[:, -1]).argmax(-1), out.cache
-
-    cache = tf.init_cache(config, 1, len(prompt) + NEW_TOKENS)
-    token, cache = step(policy.params, jnp.asarray([prompt], jnp.int32), cache)
-    answer: list[int] = []
-    while len(answer) < NEW_TOKENS and int(token[0]) not in config.eos_ids:
-        answer.append(int(token[0]))
-        token, cache = step(policy.params, token[:, None], cache)
-    return answer
+def greedy(policy: Policy, messages: Sequence[Message]) -> str:
+    """The most likely answer, by the sampler."""
+    weights = Weights(version=0, params=policy.params)
+    engine = LocalEngine(policy.config, policy.tokenizer, weights, SlotConfig(slots=2, length=128, chunks=(32,)))
+    sampling = Sampling(max_tokens=NEW_TOKENS, temperature=0.0)
+    return engine.generate([Request(prompt=messages, sampling=sampling)])[0].text
 
 
 def _open(address: str) -> Policy:

@@ -21,8 +21,11 @@ def replaced_directory(directory: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())) and not overwrite:
         raise UserError(f"{directory}: exists and is not empty; choose another place or allow overwriting")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be made there: {error.strerror or error}") from None
     try:
         yield temporary
         temporary.chmod(0o755)

@@ -1,29 +1,9 @@
-"""The demo's own small parts quickly, and the whole of it as a slow test."""
+"""The whole of the demo, as a user runs it."""
 
 import subprocess
 import sys
 
 import pytest
-
-from cabochon import demo
-from cabochon.config import TrainConfig
-from cabochon.overrides import load
-from cabochon.policy import Policy, open_policy
-
-
-def test_greedy_takes_the_most_likely_token_of_the_full_forward_pass(monkeypatch):
-    monkeypatch.setattr(demo, "NEW_TOKENS", 6)
-    policy = open_policy(load(TrainConfig, ["tiny-moe"]).model, seed=5)
-    prompt = policy.tokenizer.encode("hello")
-    wanted: list[int] = []
-    for _ in range(6):
-        ids = [*prompt, *wanted, *[0] * (6 - len(wanted))]  # what follows cannot reach back
-        wanted.append(int(demo._logits(policy, ids)[len(prompt) + len(wanted) - 1].argmax()))
-    assert demo.greedy(policy, prompt) == wanted
-    stopping = policy.config.model_copy(update={"eos_ids": (wanted[3],)})
-    stop = wanted.index(wanted[3])
-    stopping_policy = Policy(config=stopping, params=policy.params, tokenizer=policy.tokenizer)
-    assert demo.greedy(stopping_policy, prompt) == wanted[:stop]
 
 
 @pytest.mark.slow

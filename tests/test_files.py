@@ -63,3 +63,12 @@ def test_a_file_of_that_name_is_not_overwritten_either(tmp_path):
     with pytest.raises(UserError, match="exists"), replaced_directory(tmp_path / "x", overwrite=False):
         pass
     assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with (
+        pytest.raises(UserError, match=r"file/x: cannot be made there: Not a directory$"),
+        replaced_directory(tmp_path / "file" / "x", overwrite=False),
+    ):
+        pass
