@@ -238,12 +238,12 @@ def _named(state: Any) -> dict[str, Any]:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
             raise TypeError(f"state.{name}: expected an array, found {type(leaf).__name__}; plain values go into meta")
-        if leaf.dtype != jax.dtypes.canonicalize_dtype(leaf.dtype):
-            raise TypeError(f"state.{name}: {leaf.dtype} would be stored as a narrower type; it goes into meta")
         out[name] = leaf
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = jax.eval_shape(jax.random.key_data, leaf)
             out[name] = jax.random.key_data(leaf) if isinstance(leaf, jax.Array) else data
+        elif leaf.dtype != jax.dtypes.canonicalize_dtype(leaf.dtype):
+            raise TypeError(f"state.{name}: {leaf.dtype} would be stored as a narrower type; it goes into meta")
     return out
 
 

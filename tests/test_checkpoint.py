@@ -162,6 +162,21 @@ def test_keeps_the_last_and_the_best(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_best_are_kept_beside_the_last(tmp_path):
+    """The newest is the best so far: the best of the others stays as well."""
+    saver = Checkpointer(tmp_path, keep_last=1, keep_best=1)
+    for step in (1, 2, 3):
+        saver.save(step, {"a": jnp.ones(2)}, {}, metric=float(step))
+    assert [e.step for e in saver.entries()] == [2, 3]
+
+
+@pytest.mark.parametrize("wide", [np.array([2**40 + 5]), np.array([1 / 3])], ids=["int64", "float64"])
+def test_a_leaf_that_would_lose_bits_is_refused(tmp_path, wide):
+    with pytest.raises(TypeError, match=r"state\.a: \w+64 would be stored as a narrower type; it goes into meta"):
+        Checkpointer(tmp_path).save(1, {"a": wide}, {})
+    assert Checkpointer(tmp_path).latest() is None
+
+
 def test_a_run_that_went_back_finds_its_own_checkpoints(tmp_path):
     """Steps 10, 20, 30, then back to 10: its step 20 comes after the abandoned 30."""
     saver = Checkpointer(tmp_path, keep_last=2)
