@@ -10,6 +10,7 @@ torch is a development dependency; without it the peer rows are left out and sai
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -91,13 +92,18 @@ def peer(a: argparse.Namespace, weights: tuple, implementation: str) -> dict[str
 
 
 def interleaved(calls: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Median seconds per call; the order turns by one each round."""
+    """Median seconds per call, in a new random order each round, a pause before each.
+
+    A fixed order would always let the same call pay for its predecessor: threads of torch spin on for a while.
+    """
+    order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for name in names:
         calls[name]()
-    for r in range(rounds):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
+    for _ in range(rounds):
+        for name in order.sample(names, len(names)):
+            time.sleep(0.05)
             start = time.perf_counter()
             calls[name]()
             times[name].append(time.perf_counter() - start)
