@@ -22,20 +22,12 @@ _FIXED = ("cabochon.verifiers.functions_worker",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FunctionVerifier:
-    """A TRL-style reward function, plain or async.
-
-    Rewards in [`low`, `high`] are mapped to scores in [0, 1]; one outside is an `infra_error`, since a scale that is
-    not what was declared would shift the training signal unseen. `None` abstains: no score, status `ok`.
-    """
+class _AtAddress:
+    """A reward function by its address, called in a killable worker. Rewards in [`low`, `high`] become scores."""
 
     address: str
-    arguments: tuple[tuple[str, Any], ...] | None = None
-    """set: the address is a factory, called with these to get the function (`trl.rewards:get_cosine_scaled_reward`)"""
     low: float = 0.0
     high: float = 1.0
-    chat: bool | None = None
-    """give the completion as messages; None: as the prompt is"""
     deadline: float = 30.0
     memory_mib: int = 8192
     keep_environment: tuple[str, ...] = ()
@@ -46,20 +38,11 @@ class FunctionVerifier:
         if not self.low < self.high:
             raise UserError(f"{self.address}: low must be less than high, got {self.low} and {self.high}")
 
-    def verify(self, task: Task, text: str) -> Verdict:
-        """Raises ValueError where the task's payload is not plain data."""
-        plain = isinstance(task.prompt, str)
-        chat = not plain if self.chat is None else self.chat
-        prompt: Any = [{"role": "user", "content": task.prompt}] if plain and chat else task.prompt
+    def _called(self, form: str, arguments: dict[str, Any]) -> Verdict:
+        """The verdict on one call of `functions_worker:form`."""
         outcome = shared_pool(_workers(self.address, self.memory_mib, self.keep_environment)).call(
-            "cabochon.verifiers.functions_worker:trl",
-            {
-                "address": self.address,
-                "factory": None if self.arguments is None else dict(self.arguments),
-                "prompt": prompt if isinstance(prompt, str) else [dict(message) for message in prompt],
-                "completion": [{"role": "assistant", "content": text}] if chat else text,
-                "columns": dict(task.payload),
-            },
+            f"cabochon.verifiers.functions_worker:{form}",
+            {"address": self.address, **arguments},
             deadline=self.deadline,
         )
         if outcome.status != "done":
@@ -68,36 +51,49 @@ class FunctionVerifier:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerlVerifier:
+class FunctionVerifier(_AtAddress):
+    """A TRL-style reward function, plain or async.
+
+    Rewards in [`low`, `high`] are mapped to scores in [0, 1]; one outside is an `infra_error`, since a scale that is
+    not what was declared would shift the training signal unseen. `None` abstains: no score, status `ok`.
+    """
+
+    arguments: tuple[tuple[str, Any], ...] | None = None
+    """set: the address is a factory, called with these to get the function (`trl.rewards:get_cosine_scaled_reward`)"""
+    chat: bool | None = None
+    """give the completion as messages; None: as the prompt is"""
+
+    def verify(self, task: Task, text: str) -> Verdict:
+        """Raises ValueError where the task's payload is not plain data."""
+        plain = isinstance(task.prompt, str)
+        chat = not plain if self.chat is None else self.chat
+        prompt: Any = [{"role": "user", "content": task.prompt}] if plain and chat else task.prompt
+        return self._called(
+            "trl",
+            {
+                "factory": None if self.arguments is None else dict(self.arguments),
+                "prompt": prompt if isinstance(prompt, str) else [dict(message) for message in prompt],
+                "completion": [{"role": "assistant", "content": text}] if chat else text,
+                "columns": dict(task.payload),
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerlVerifier(_AtAddress):
     """verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`; the payload has the other three."""
-
-    address: str
-    low: float = 0.0
-    high: float = 1.0
-    deadline: float = 30.0
-    memory_mib: int = 8192
-    keep_environment: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "address", checked_address(self.address))
-        if not self.low < self.high:
-            raise UserError(f"{self.address}: low must be less than high, got {self.low} and {self.high}")
 
     def verify(self, task: Task, text: str) -> Verdict:
         """Raises ValueError without `ground_truth` in the payload."""
         if "ground_truth" not in task.payload:
             raise ValueError(f'task {task.id}: payload needs "ground_truth" for {self.address}')
-        outcome = shared_pool(_workers(self.address, self.memory_mib, self.keep_environment)).call(
-            "cabochon.verifiers.functions_worker:verl",
+        return self._called(
+            "verl",
             {
-                "address": self.address, "data_source": str(task.payload.get("data_source", task.domain)), "text": text,
+                "data_source": str(task.payload.get("data_source", task.domain)), "text": text,
                 "ground_truth": task.payload["ground_truth"], "extra_info": task.payload.get("extra_info"),
             },
-            deadline=self.deadline,
         )
-        if outcome.status != "done":
-            return verdict_of_outcome(outcome)
-        return _scaled(self.address, outcome.value, self.low, self.high, outcome.seconds)
 
 
 def checked_address(address: str) -> str:
