@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from cabochon.batch import Batch
 from cabochon.config import OptimConfig, StepConfig
+from cabochon.heap import keep_pages
 from cabochon.learner import Learner, LearnerConfig, cross_entropy
 from cabochon.model.config import ModelConfig, MoeConfig
 from cabochon.model.dispatch import experts
@@ -135,6 +136,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--skew", type=float, default=0.0, help="added to expert e's logit, times e: an uneven router")
     a = parser.parse_args()
+    keep_pages()  # as the command does; the peer and the dense layer gain as well
     calls, weights = ours(a, a.skew)
     try:
         for implementation in ("grouped_mm", "eager"):

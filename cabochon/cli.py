@@ -11,6 +11,7 @@ import typer
 
 from cabochon import cli_weights
 from cabochon.errors import MachineError, UserError
+from cabochon.heap import keep_pages
 from cabochon.rollouts import cli as rollouts_cli
 from cabochon.verifiers import cli as verifiers_cli
 from cabochon.verifiers.sandbox import cli as sandbox_cli
@@ -94,6 +95,7 @@ def main() -> None:
         try:
             cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
             os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "cabochon", "jax"))
+            keep_pages()
             app()
         except ValueError as error:
             line = _line_of(error)

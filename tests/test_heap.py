@@ -1,0 +1,31 @@
+"""In a process of its own: the allocator's settings are for good."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+import numpy as np
+if sys.argv[1] == "keep":
+    from cabochon.heap import keep_pages
+    assert keep_pages()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+np.ones(64 << 20, np.uint8)
+before = faults()
+for _ in range(10):
+    np.ones(64 << 20, np.uint8)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_buffers_used_again_are_not_faulted_in_again():
+    kept, default = (
+        int(subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "default")
+    )
+    assert kept < 200, "ten buffers of 64 MB, all in pages the first one touched"
+    assert default > 10 * max(kept, 1), "and what is avoided: glibc maps each anew"
