@@ -7,7 +7,7 @@ the address of a reward function (see `functions`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from cabochon.errors import UserError
@@ -15,6 +15,7 @@ from cabochon.protocols import Verifier
 from cabochon.types import Task
 from cabochon.verifiers.base import Probe
 from cabochon.verifiers.compose import ByTask
+from cabochon.verifiers.sandbox.base import Limits, RunResult, Sandbox, python_program
 
 NAMES = ("math", "instructions", "reasoning", "thinking", "code")
 
@@ -55,13 +56,23 @@ def verifier_named(name: str, *, sandbox: SandboxName = "bubblewrap") -> Verifie
 def _code(sandbox: SandboxName) -> Verifier:
     from cabochon.verifiers.code import CodeVerifier
 
-    if sandbox == "docker":
+    return CodeVerifier(sandbox_named(sandbox))
+
+
+def sandbox_named(name: SandboxName) -> Sandbox:
+    """The isolation of that name; what it starts, `close` ends."""
+    if name == "docker":
         from cabochon.verifiers.sandbox.docker import DockerSandbox
 
-        return CodeVerifier(DockerSandbox())
+        return DockerSandbox()
     from cabochon.verifiers.sandbox.bubblewrap import BubblewrapSandbox
 
-    return CodeVerifier(BubblewrapSandbox())
+    return BubblewrapSandbox()
+
+
+def python_runner(sandbox: Sandbox, limits: Limits | None = None) -> Callable[[str], RunResult]:
+    """`run(source)`: a program in the sandbox, for a policy's Python tool. Raises SandboxError only."""
+    return lambda source: sandbox.run(python_program(source), limits)
 
 
 def verifier_for(tasks: Iterable[Task], *, sandbox: SandboxName = "bubblewrap") -> ByTask:
