@@ -32,8 +32,22 @@ class Batch:
     """int32, restarts at 0 in each segment"""
     mask_BT: Leaf
     """f32, weight of the token *at* t in the loss; 0 at the first token of a segment, which has no log-prob"""
+    divisor_B: Leaf | None = None
+    """f32, each row's part of what the weighted sum is divided by, so that parts of a batch add up; None: its mask"""
     routes_BTLC: Leaf | None = None
     """int, recorded routes to replay; -1 where none was recorded"""
+    logp_behaviour_BT: Leaf | None = None
+    """f32 nats, as the sampler reported it: of the distribution really drawn from"""
+    logp_proximal_BT: Leaf | None = None
+    """f32 nats, by the learner, before the first update on these tokens; None where there is just one update"""
+    logp_reference_BT: Leaf | None = None
+    """f32 nats, by the reference policy"""
+    advantage_BT: Leaf | None = None
+    """f32"""
+    return_BT: Leaf | None = None
+    """f32, what the critic's value of the state before token t should be"""
+    value_BT: Leaf | None = None
+    """f32, that value before the first update on these tokens"""
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -55,6 +69,28 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         rows[r].append(i)
         room[r] -= lengths[i]
     return [sorted(row) for row in rows]
+
+
+def to_rows(values: Sequence[np.ndarray], rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    """[B, T] f32 with one value per token of each sequence in its place of `rows`, 0 elsewhere."""
+    out = np.zeros((len(rows), length), np.float32)
+    for r, members in enumerate(rows):
+        start = 0
+        for i in members:
+            out[r, start : start + len(values[i])] = values[i]
+            start += len(values[i])
+    return out
+
+
+def from_rows(x: np.ndarray, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[np.ndarray]:
+    """Per sequence, in index order, its part [t, ...] of x [B, T, ...]: the inverse of `to_rows`."""
+    out: dict[int, np.ndarray] = {}
+    for r, members in enumerate(rows):
+        start = 0
+        for i in members:
+            out[i] = x[r, start : start + lengths[i]]
+            start += lengths[i]
+    return [out[i] for i in range(len(lengths))]
 
 
 def _sound(i: int, routes_TLC: np.ndarray) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 Legend: B rows, T tokens, L sparse layers, E experts. Every stage (SFT, distillation, reward model, RL) is this step
 with another loss. Losses are sums and counts; counts depend on the batch alone, so the step knows the global divisor
-before it starts, and micro-batches and devices add up to exactly the loss and gradient of one big batch.
+before it starts, and micro-batches and devices add up to exactly the loss and gradient of one big batch. A micro-batch
+that is all padding is skipped as it runs, so a fixed shape that is rarely full costs no compute and no second compile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -22,12 +23,12 @@ from cabochon import parallel
 from cabochon.batch import Batch
 from cabochon.config import AuxLossConfig, LoraConfig, OptimConfig, PrecisionConfig, StepConfig
 from cabochon.errors import UserError
-from cabochon.model import moe
+from cabochon.model import moe, value
 from cabochon.model import transformer as tf
 from cabochon.model.config import ModelConfig
 from cabochon.model.lora import add_lora
 from cabochon.ops import Leaf, Mean, TokenOutputs, token_outputs
-from cabochon.optim import make_optimizer, schedule
+from cabochon.optim import join, make_optimizer, schedule, split_trained
 
 
 class Loss(NamedTuple):
@@ -44,7 +45,7 @@ LossFn = Callable[[TokenOutputs, Batch], Loss]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """All that an update changes. `params` is the whole tree; with LoRA only its lora leaves ever change."""
+    """All that an update changes. `params` is the whole tree; with LoRA only lora leaves and a value head change."""
 
     step: Leaf
     params: tf.Params
@@ -66,6 +67,14 @@ class StepReport:
     """a bool per trained tensor"""
 
 
+class Forward(NamedTuple):
+    """A forward pass: what losses see, the routes used [B, T, L, C], router statistics. None in a dense model."""
+
+    tokens: TokenOutputs
+    routes_BTLC: Array | None
+    stats: moe.RouterStats | None
+
+
 class NonFiniteError(ArithmeticError):
     """A loss or gradient is not finite. The state is that before the step."""
 
@@ -82,26 +91,14 @@ class LearnerConfig:
     lora: LoraConfig | None = None
     entropy: bool = False
     """compute `TokenOutputs.entropy_BT`, one more pass over the logits"""
+    value: bool = False
+    """a scalar head, `params["value"]`, and `TokenOutputs.value_BT`"""
+    freeze_router: bool = False
+    """routers keep their weights; gradients still pass through the gates"""
 
     @property
     def lora_matrices(self) -> tf.Lora | None:
         return tf.Lora(rank=self.lora.rank, alpha=self.lora.alpha, targets=self.lora.targets) if self.lora else None
-
-
-def split_trained(params: tf.Params, lora: bool) -> tuple[Any, Any]:
-    """(trained, frozen) trees with None in the other's places: the lora leaves, or all but selection biases."""
-
-    def trained(path: tuple[Any, ...]) -> bool:
-        name = path[-1].key
-        return name.startswith("lora_") if lora else name != "bias"
-
-    pick = jax.tree_util.tree_map_with_path
-    return pick(lambda p, x: x if trained(p) else None, params), pick(lambda p, x: None if trained(p) else x, params)
-
-
-def join(trained: Any, frozen: Any) -> tf.Params:
-    """The inverse of `split_trained`."""
-    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
 
 
 class Learner:
@@ -128,18 +125,25 @@ class Learner:
             raise UserError(
                 f"aux.bias_update_rate={cfg.aux.bias_update_rate} needs a model with moe.aux_free_bias; set it to 0"
             )
+        if cfg.freeze_router and cfg.model.moe is None:
+            raise UserError("router.freeze=true needs a sparse model, this one is dense; set it to false")
         self.step = jax.jit(self.step_fn, donate_argnums=0)
+        self.score = jax.jit(self.score_fn)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def init_state(self, params: tf.Params) -> TrainState:
-        """Step 0 from parameters, placed on the mesh; adds lora leaves where the config asks and there are none."""
+        """Step 0 from parameters, placed on the mesh; adds lora leaves and a value head where the config asks for them.
+
+        A value head that the config does not ask for is left behind.
+        """
         lora = self.cfg.lora_matrices
         if lora is not None:
             params = add_lora(self.cfg.model, params, lora)
+        params = value.with_head(self.cfg.model, params) if self.cfg.value else value.without_head(params)
 
         def make(params: tf.Params) -> TrainState:
-            trained, _ = split_trained(params, lora is not None)
+            trained, _ = self._split(params)
             return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.tx.init(trained))
 
         if self.mesh is None:
@@ -149,9 +153,8 @@ class Learner:
 
     def abstract_state(self) -> TrainState:
         """The state as shapes, with shardings where there is a mesh: what a checkpoint is restored into."""
-        lora = self.cfg.lora_matrices
-        params = tf.abstract(self.cfg.model, lora)
-        trained, _ = split_trained(params, lora is not None)
+        params = self._abstract_params()
+        trained, _ = self._split(params)
         state = TrainState(
             step=jax.ShapeDtypeStruct((), jnp.int32), params=params, opt_state=jax.eval_shape(self.tx.init, trained)
         )
@@ -163,11 +166,13 @@ class Learner:
     def state_shardings(self) -> TrainState:
         """NamedSharding per leaf: optimiser moments lie as their parameters do, everything else is replicated."""
         assert self.mesh is not None
-        lora, whole = self.cfg.lora_matrices, parallel.replicated(self.mesh)
-        params = tf.abstract(self.cfg.model, lora)
-        shardings = parallel.param_shardings(tf.logical_axes(self.cfg.model, lora), params, self.mesh)
-        trained, _ = split_trained(params, lora is not None)
-        trained_shardings, _ = split_trained(shardings, lora is not None)
+        model, whole, params = self.cfg.model, parallel.replicated(self.mesh), self._abstract_params()
+        axes = tf.logical_axes(model, self.cfg.lora_matrices)
+        if self.cfg.value:
+            axes = {**axes, value.KEY: value.logical_axes(model)}
+        shardings = parallel.param_shardings(axes, params, self.mesh)
+        trained, _ = self._split(params)
+        trained_shardings, _ = self._split(shardings)
         opt = optax.tree_map_params(
             self.tx,
             lambda leaf, sharding, p: sharding if leaf.shape == p.shape else whole,
@@ -178,17 +183,24 @@ class Learner:
         )
         return TrainState(step=whole, params=shardings, opt_state=opt)
 
+    def _abstract_params(self) -> tf.Params:
+        params = tf.abstract(self.cfg.model, self.cfg.lora_matrices)
+        return {**params, value.KEY: value.abstract(self.cfg.model)} if self.cfg.value else params
+
+    def _split(self, params: tf.Params) -> tuple[Any, Any]:
+        return split_trained(params, lora=self.cfg.lora is not None, freeze_router=self.cfg.freeze_router)
+
     # -- forward -------------------------------------------------------------------------------------------------------
 
-    def outputs(self, params: tf.Params, batch: Batch) -> tuple[TokenOutputs, moe.RouterStats | None]:
-        """The policy's forward pass: log-probs of the batch's tokens, and router statistics."""
+    def outputs(self, params: tf.Params, batch: Batch) -> Forward:
+        """The policy's forward pass over one part of a batch."""
         cfg = self.cfg
         run = tf.Runtime(remat=cfg.step.remat, mesh=self.mesh)
         # f32 means f32: an accelerator's default would multiply f32 in bf16 passes. Gradients inherit it.
         with jax.default_matmul_precision("float32" if cfg.precision.compute == "float32" else "default"):
             return self._outputs(params, batch, run)
 
-    def _outputs(self, params: tf.Params, batch: Batch, run: tf.Runtime) -> tuple[TokenOutputs, moe.RouterStats | None]:
+    def _outputs(self, params: tf.Params, batch: Batch, run: tf.Runtime) -> Forward:
         cfg = self.cfg
         cast = tf.cast(params, jnp.dtype(cfg.precision.compute))
         out = tf.forward(
@@ -209,7 +221,28 @@ class Learner:
             chunk=cfg.step.logit_chunk,
             entropy=cfg.entropy,
         )
-        return tokens, out.stats
+        if cfg.value:
+            values_BT = value.values(cast[value.KEY], out.hidden_BTD)
+            tokens = replace(tokens, value_BT=jnp.where(batch.segment_BT != 0, values_BT, 0.0))
+        return Forward(tokens, out.routes_BTLC, out.stats)
+
+    def score_fn(self, params: tf.Params, batch: Batch) -> Forward:
+        """The forward pass alone, unjitted (`score` is jitted), in the micro-batches of the step.
+
+        What the step takes as given is measured with this: proximal and reference log-probs, old values, routes.
+        Rows of a micro-batch that is all padding read 0.
+        """
+        parts = self._micro_batches(self._checked(batch))
+        one = lambda part: self.outputs(params, part)  # noqa: E731
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+
+        def real(part: Batch) -> Forward:
+            blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            return jax.lax.cond((part.segment_BT != 0).any(), lambda: one(part), lambda: blank)
+
+        tokens, routes, stats = jax.lax.map(real, parts)
+        back = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
+        return Forward(*jax.tree.map(back, (tokens, routes)), jax.tree.map(lambda x: x.sum(0), stats))
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -218,37 +251,22 @@ class Learner:
 
         Raises UserError where the batch has not the shape that the config says.
         """
-        cfg, lora = self.cfg, self.cfg.lora is not None
-        expected = (cfg.step.batch_size, cfg.step.sequence_length)
-        if batch.tokens_BT.shape != expected:
-            raise UserError(
-                f"the batch is {batch.tokens_BT.shape}, expected step.batch_size, step.sequence_length {expected}"
-            )
-        trained, frozen = split_trained(state.params, lora)
-        parts = self._micro_batches(batch)
+        trained, frozen = self._split(state.params)
+        parts = self._micro_batches(self._checked(batch))
         counts = self._counts(batch)
         load_LE = self._global_load(state.params, parts) if self._needs_global_load else None
 
         def objective(trained: Any, part: Batch) -> tuple[Array, tuple[Loss, moe.RouterStats | None]]:
             params = join(trained, frozen)
-            outputs, stats = self.outputs(params, part)
+            outputs, _, stats = self.outputs(params, part)
             loss = self.loss_fn(outputs, part)
             total = sum(term.total / counts[name] for name, term in loss.terms.items())
-            aux, aux_terms = self._aux(params, stats, batch, load_LE)
+            aux, aux_terms = self._aux(params, stats, parts, load_LE)
             loss = Loss({**loss.terms, **aux_terms}, loss.metrics)
             return jnp.asarray(total + aux, jnp.float32), (loss, stats)
 
-        def accumulate(grads: Any, part: Batch) -> tuple[Any, tuple[Loss, moe.RouterStats | None]]:
-            (_, seen), new = jax.value_and_grad(objective, has_aux=True)(trained, part)
-            return jax.tree.map(jnp.add, grads, new), seen
-
-        if cfg.step.micro_batches == 1:
-            (_, (loss, stats)), grads = jax.value_and_grad(objective, has_aux=True)(
-                trained, jax.tree.map(lambda x: x[0], parts)
-            )
-        else:
-            grads, seen = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, trained), parts)
-            loss, stats = jax.tree.map(lambda x: x.sum(0), seen)
+        measure = jax.value_and_grad(objective, has_aux=True)
+        (_, (loss, stats)), grads = _sum_parts(lambda part: measure(trained, part), parts)
         return self._apply(state, trained, frozen, grads, loss, stats)
 
     def _apply(
@@ -261,7 +279,7 @@ class Learner:
         updates, opt_state = self.tx.update(grads, state.opt_state, trained)
         params = join(optax.apply_updates(trained, updates), frozen)
         if self.cfg.aux.bias_update_rate and stats is not None:
-            params = _update_biases(self.cfg.model, params, stats, self.cfg.aux.bias_update_rate)
+            params = moe.step_biases(self.cfg.model, params, stats, self.cfg.aux.bias_update_rate)
         new = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
         new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
         report = StepReport(
@@ -274,6 +292,14 @@ class Learner:
             finite_grads=finite_grads,
         )
         return new, report
+
+    def _checked(self, batch: Batch) -> Batch:
+        expected = (self.cfg.step.batch_size, self.cfg.step.sequence_length)
+        if batch.tokens_BT.shape != expected:
+            raise UserError(
+                f"the batch is {batch.tokens_BT.shape}, expected step.batch_size, step.sequence_length {expected}"
+            )
+        return batch
 
     def _micro_batches(self, batch: Batch) -> Batch:
         """[M, B/M, ...]: part m takes rows m, m + M, ...: rows stay on their device."""
@@ -288,7 +314,7 @@ class Learner:
     def _counts(self, batch: Batch) -> Mapping[str, Array]:
         """Each term's divisor over the whole batch, at least a safe 1: from a dry call of the loss on zeros."""
         zero = jnp.zeros(batch.tokens_BT.shape, jnp.float32)
-        dry = TokenOutputs(zero, zero, zero if self.cfg.entropy else None)
+        dry = TokenOutputs(zero, zero, zero if self.cfg.entropy else None, zero if self.cfg.value else None)
         terms = self.loss_fn(dry, batch).terms
         return {k: jnp.where(m.count == 0, 1.0, m.count) for k, m in terms.items()}
 
@@ -302,23 +328,23 @@ class Learner:
         assert self.cfg.model.moe is not None
 
         def count(part: Batch) -> tuple[Array, Array]:
-            stats = self.outputs(params, part)[1]
+            stats = self.outputs(params, part).stats
             assert stats is not None
             return stats.natural_E, stats.tokens
 
-        natural_LE, tokens_L = jax.tree.map(lambda x: x.sum(0), jax.lax.map(count, parts))
+        natural_LE, tokens_L = _sum_parts(count, parts)
         return natural_LE / jnp.maximum(tokens_L * self.cfg.model.moe.top_k, 1.0)[:, None]
 
     def _aux(
-        self, params: tf.Params, stats: moe.RouterStats | None, batch: Batch, load_LE: Array | None
+        self, params: tf.Params, stats: moe.RouterStats | None, parts: Batch, load_LE: Array | None
     ) -> tuple[Array, dict[str, Mean]]:
         """This part's share of the router losses, weighted, and the unweighted terms for the report."""
         aux, total = self.cfg.aux, jnp.zeros(())
         terms: dict[str, Mean] = {}
         if stats is None or self.cfg.model.moe is None:
             return total, terms
-        tokens = jnp.maximum((batch.segment_BT != 0).sum().astype(jnp.float32), 1.0)
-        M = self.cfg.step.micro_batches
+        real_MBT = parts.segment_BT != 0
+        tokens = jnp.maximum(real_MBT.sum().astype(jnp.float32), 1.0)
         if aux.balance:
             terms["balance"] = Mean(*moe.balance_loss(stats, self.cfg.model.moe.top_k, load_LE))
             total += aux.balance * terms["balance"].total / tokens
@@ -328,7 +354,7 @@ class Learner:
         if aux.simbal:
             routers = [b["moe"]["router"]["w"] for g in params["blocks"].values() for b in g.values() if "moe" in b]
             terms["simbal"] = Mean(moe.simbal_loss(jnp.concatenate(routers)), jnp.ones(()))
-            total += aux.simbal * terms["simbal"].total / M
+            total += aux.simbal * terms["simbal"].total / jnp.maximum(real_MBT.any((1, 2)).sum(), 1)
         return total, terms
 
 
@@ -336,21 +362,18 @@ def _part_rows(mesh: Mesh) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, parallel.ROWS))
 
 
-def _update_biases(cfg: ModelConfig, params: tf.Params, stats: moe.RouterStats, rate: float) -> tf.Params:
-    """The aux-free rule on every selection bias; statistics are in layer order, biases lie per group and position."""
-    blocks, first = {}, 0
-    for g, (pattern, n) in enumerate(cfg.groups):
-        sparse = [p for p, kind in enumerate(pattern) if kind == "moe"]
-        group = dict(params["blocks"][str(g)])
-        for j, p in enumerate(sparse):
-            block = group[str(p)]
-            router = block["moe"]["router"]
-            natural_nE = stats.natural_E[first + j : first + n * len(sparse) : len(sparse)]
-            router = {**router, "bias": moe.bias_step(router["bias"], natural_nE, rate)}
-            group[str(p)] = {**block, "moe": {**block["moe"], "router": router}}
-        blocks[str(g)] = group
-        first += n * len(sparse)
-    return {**params, "blocks": blocks}
+def _sum_parts(measure: Callable[[Batch], Any], parts: Batch) -> Any:
+    """`measure` summed over the micro-batches; one that is all padding is not computed."""
+    first = jax.tree.map(lambda x: x[0], parts)
+    if parts.tokens_BT.shape[0] == 1:
+        return measure(first)
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        more = lambda: jax.tree.map(jnp.add, total, measure(part))  # noqa: E731
+        return jax.lax.cond((part.segment_BT != 0).any(), more, lambda: total), None
+
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(measure, first))
+    return jax.lax.scan(add, zero, parts)[0]
 
 
 def check(report: StepReport, step: int) -> None:

@@ -47,10 +47,24 @@ def has_target(segment_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     return (segment_BT == before) & (segment_BT != 0)
 
 
+def before(x_BT: Float[Array, "B T"], segment_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """x at the token before, 0 at the first of a segment and at padding: of the state in which the token was drawn."""
+    return jnp.where(has_target(segment_BT), jnp.roll(x_BT, 1, axis=1), 0.0)
+
+
+def segment_sum(x_BT: Float[Array, "B T"], segment_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """At each token the sum of x over its segment, 0 at padding. Packed rows give what separate rows give."""
+
+    def row(x_T: Array, segment_T: Array) -> Array:
+        return jax.ops.segment_sum(x_T, segment_T, num_segments=x_T.shape[0] + 1)[segment_T]
+
+    return jnp.where(segment_BT != 0, jax.vmap(row)(x_BT, segment_BT), 0.0)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenOutputs:
-    """What a loss sees of the policy: all [B, T] f32, 0 where the token has no log-prob."""
+    """What a loss sees of the policy: all [B, T] f32, 0 where the token has no log-prob (`value_BT`: at padding)."""
 
     logp_BT: Leaf
     """log-prob of the token that stands there, nats"""
@@ -58,6 +72,9 @@ class TokenOutputs:
     """log-sum-exp of the logits it was drawn from"""
     entropy_BT: Leaf | None = None
     """entropy of the distribution it was drawn from, nats; only where asked for"""
+    value_BT: Leaf | None = None
+    """the scalar head on the hidden state *of* token t, which has read it; only where asked for. The value of the
+    state that token t was drawn in is `before(value_BT, segment_BT)`; a score is read at the last token"""
 
 
 def token_outputs(

@@ -1,4 +1,4 @@
-"""Learning-rate schedule and optax chain from an OptimConfig."""
+"""What is trained, its learning-rate schedule, and the optax chain from an OptimConfig."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from cabochon.config import OptimConfig
+from cabochon.model import value
 
 NOT_DECAYED = ("scale", "b", "bias")
 """Leaf names without weight decay: norms and biases."""
@@ -27,6 +28,28 @@ def schedule(cfg: OptimConfig) -> optax.Schedule:
     if not cfg.warmup_steps:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, cfg.warmup_steps), after], [cfg.warmup_steps])
+
+
+def split_trained(params: Any, *, lora: bool, freeze_router: bool = False) -> tuple[Any, Any]:
+    """(trained, frozen) trees with None in the other's places.
+
+    Trained are the lora leaves and a value head, or without `lora` everything but selection biases, which move by a
+    rule; `freeze_router` keeps the routers as they are.
+    """
+
+    def trained(path: tuple[Any, ...]) -> bool:
+        names = [p.key for p in path]
+        if lora:
+            return names[-1].startswith("lora_") or names[0] == value.KEY
+        return names[-1] != "bias" and not (freeze_router and "router" in names)
+
+    pick = jax.tree_util.tree_map_with_path
+    return pick(lambda p, x: x if trained(p) else None, params), pick(lambda p, x: None if trained(p) else x, params)
+
+
+def join(trained: Any, frozen: Any) -> Any:
+    """The inverse of `split_trained`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
 
 
 def decayed(params: Any) -> Any:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cabochon.batch import best_fit, from_sequences
+from cabochon.batch import best_fit, from_rows, from_sequences, to_rows
 from cabochon.errors import UserError
 
 
@@ -20,6 +20,16 @@ def test_routes_lie_beside_their_tokens():
     routes = [np.tile([3, 4], (2, 1, 1)), np.tile([5, 6], (1, 1, 1))]
     batch = from_sequences([np.array([1, 2]), np.array([3])], [np.ones(2), np.ones(1)], 4, rows=[[0, 1]], routes=routes)
     np.testing.assert_array_equal(batch.routes_BTLC[0, :, 0, 0], [3, 3, 5, -1])
+
+
+def test_values_lie_beside_their_tokens_and_come_back():
+    lengths, rows = [3, 1, 2], [[1, 2], [0]]
+    tokens = [np.arange(n) + 10 * i for i, n in enumerate(lengths, 1)]
+    batch = from_sequences(tokens, [np.ones(n) for n in lengths], 4, rows=rows)
+    laid = to_rows([t / 2 for t in tokens], rows, 4)
+    np.testing.assert_array_equal(laid, batch.tokens_BT / 2)
+    for got, want in zip(from_rows(batch.tokens_BT, rows, lengths), tokens, strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_best_fit_fills_rows_and_keeps_every_sequence_once():

@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cabochon import parallel
 from cabochon.batch import Batch, best_fit, from_sequences
-from cabochon.config import AuxLossConfig, LoraConfig, OptimConfig, PrecisionConfig, StepConfig
+from cabochon.config import AuxLossConfig, LoraConfig, MeshConfig, OptimConfig, PrecisionConfig, StepConfig
 from cabochon.errors import UserError
 from cabochon.learner import Learner, LearnerConfig, Loss, NonFiniteError, check, cross_entropy
 from cabochon.model import transformer as tf
 from cabochon.model.config import MoeConfig
-from cabochon.ops import Mean
+from cabochon.model.value import values, with_head, without_head
+from cabochon.ops import Mean, before
 from cabochon.testing import tiny_config, tiny_moe
 
 MODEL = tiny_moe(num_layers=2, layer_kinds=("moe", "moe"))
@@ -43,7 +45,8 @@ def run(cfg, data, loss=cross_entropy, seed=0):
 def assert_same_update(a, b, seed=0, tolerance=1e-6):
     """The two updates from the same start differ by at most `tolerance` of their size (Euclidean, over all tensors)."""
     flat = lambda params: np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(params)])  # noqa: E731
-    start = flat(tf.init(a[0], jax.random.key(seed)))
+    start = tf.init(a[0], jax.random.key(seed))
+    start = flat(with_head(a[0], start) if "value" in a[1].params else start)
     update, other = flat(a[1].params) - start, flat(b[1].params) - start
     assert np.linalg.norm(update) > 0.1
     assert np.linalg.norm(update - other) <= tolerance * np.linalg.norm(update)
@@ -232,3 +235,93 @@ def test_a_batch_of_another_shape_is_refused():
         UserError, match=r"the batch is \(8, 9\), expected step\.batch_size, step\.sequence_length \(8, 12\)"
     ):
         run(config(model=tiny_config()), from_sequences(sequences(8, 9), [np.ones(len(t)) for t in sequences(8, 9)], 9))
+
+
+def regress(outputs, data):
+    """The value of the state before each token is to be that token's id over 64."""
+    error = before(outputs.value_BT, data.segment_BT) - data.tokens_BT / 64.0
+    nll = cross_entropy(outputs, data).terms["nll"]
+    return Loss({"value": Mean((error**2 * data.mask_BT).sum(), data.mask_BT.sum()), "nll": nll}, {})
+
+
+def test_a_value_head_starts_at_zero_and_learns():
+    cfg = config(value=True, optim=OptimConfig(learning_rate=1e-2))
+    learner = Learner(cfg, regress)
+    state = learner.init_state(tf.init(MODEL, jax.random.key(0)))
+    assert not np.asarray(learner.score(state.params, batch()).tokens.value_BT).any()
+    losses = []
+    for _ in range(40):
+        state, report = learner.step(state, batch())
+        losses.append(float(report.loss["value"].value))
+    data = batch()
+    want = ((data.tokens_BT / 64.0) ** 2 * data.mask_BT).sum() / data.mask_BT.sum()
+    assert losses[0] == pytest.approx(want, rel=1e-5)
+    assert losses[-1] < 0.2 * losses[0]
+    inputs = (jnp.asarray(x) for x in (data.tokens_BT, data.position_BT, data.segment_BT))
+    out = tf.forward(MODEL, without_head(state.params), *inputs)
+    read = jnp.where(data.segment_BT != 0, values(state.params["value"], out.hidden_BTD), 0.0)
+    np.testing.assert_allclose(learner.score(state.params, data).tokens.value_BT, read, atol=1e-5)
+    plain = Learner(config(), cross_entropy).init_state(state.params)
+    assert jax.tree.structure(plain.params) == jax.tree.structure(without_head(state.params))
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 2, 2, 2)])
+def test_a_value_head_over_micro_batches_and_devices(mesh):
+    cfg = config(value=True)
+    data, cut = batch(), config(value=True, micro=1 if mesh else 4)
+    one, want = run(cfg, data, regress)
+    axes = ("data", "fsdp", "expert", "tensor")
+    learner = Learner(cut, regress, mesh and parallel.make_mesh(MeshConfig(**dict(zip(axes, mesh, strict=True)))))
+    other, got = learner.step(learner.init_state(tf.init(MODEL, jax.random.key(0))), data)
+    assert_same_update((MODEL, one), (MODEL, other), tolerance=1e-5)
+    np.testing.assert_allclose(got.loss["value"].value, want.loss["value"].value, rtol=1e-5)
+    if mesh:
+        assert other.params["value"]["w"].sharding == learner.abstract_state().params["value"]["w"].sharding
+
+
+def test_lora_trains_the_value_head_too():
+    model = tiny_config()
+    state, _ = run(config(model=model, lora=LoraConfig(rank=2), value=True), batch(), regress)
+    assert np.abs(state.params["value"]["b"]) > 0.1
+    np.testing.assert_array_equal(state.params["embed"]["table"], tf.init(model, jax.random.key(0))["embed"]["table"])
+
+
+def test_micro_batches_of_padding_are_skipped_and_change_nothing():
+    data = batch(4)
+    pad = lambda x: np.concatenate([x, np.zeros_like(x)])[[0, 4, 1, 5, 2, 6, 3, 7]]  # noqa: E731  part 1 of 2 is empty
+    padded = Batch(**{k: None if v is None else pad(v) for k, v in vars(data).items()})
+    aux = AuxLossConfig(balance=0.5, router_z=0.1, simbal=0.01)
+    a, want = run(config(aux=aux, step=StepConfig(batch_size=4, sequence_length=12)), data)
+    b, got = run(config(micro=2, aux=aux), padded)
+    assert_same_update((MODEL, a), (MODEL, b))
+    for name in want.loss:
+        np.testing.assert_allclose(got.loss[name].value, want.loss[name].value, rtol=1e-6)
+
+
+def test_scores_are_the_step_s_own_log_probs_whatever_the_micro_batches():
+    def difference(outputs, data):
+        gap = jnp.abs(outputs.logp_BT - data.logp_proximal_BT)
+        return Loss({"gap": Mean(gap.sum(), jnp.ones(()))}, {})
+
+    learner = Learner(config(micro=2, entropy=True), difference)
+    state = learner.init_state(tf.init(MODEL, jax.random.key(0)))
+    data = batch()
+    tokens, routes, stats = learner.score(state.params, data)
+    whole = Learner(config(entropy=True), difference).score(state.params, data)
+    np.testing.assert_allclose(tokens.logp_BT, whole.tokens.logp_BT, atol=1e-5)
+    np.testing.assert_allclose(tokens.entropy_BT, whole.tokens.entropy_BT, atol=1e-5)
+    np.testing.assert_array_equal(np.sort(routes), np.sort(whole.routes_BTLC))
+    np.testing.assert_array_equal(stats.natural_E, whole.stats.natural_E)
+    known = Batch(**{**vars(data), "logp_proximal_BT": tokens.logp_BT, "routes_BTLC": routes})
+    _, report = learner.step(state, known)
+    assert float(report.loss["gap"].total) == 0.0, "the ratio of the first update is 1, bit for bit"
+
+
+def test_a_frozen_router_stays_while_the_rest_moves():
+    start = jax.tree.map(np.asarray, tf.init(MODEL, jax.random.key(0)))["blocks"]["0"]["0"]["moe"]
+    state, _ = run(config(freeze_router=True), batch())
+    moe = state.params["blocks"]["0"]["0"]["moe"]
+    np.testing.assert_array_equal(moe["router"]["w"], start["router"]["w"])
+    assert np.abs(moe["down"] - start["down"]).max() > 1e-3
+    with pytest.raises(UserError, match=r"router\.freeze=true needs a sparse model"):
+        Learner(config(model=tiny_config(), freeze_router=True), cross_entropy)

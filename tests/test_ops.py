@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cabochon.ops import Mean, has_target, masked_mean, token_outputs
+from cabochon.ops import Mean, before, has_target, masked_mean, segment_sum, token_outputs
 
 
 def identity(h):
@@ -61,3 +61,19 @@ def test_nothing_counted_is_zero_with_a_finite_gradient():
 def test_garbage_under_the_mask_is_not_read():
     got = masked_mean(jnp.array([jnp.nan, 3.0, 5.0]), jnp.array([0.0, 1.0, 3.0]))
     assert float(got.value) == pytest.approx((3 + 15) / 4)
+
+
+SEGMENTS = jnp.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+
+
+def test_the_state_before_a_token_is_that_of_its_own_segment():
+    x = jnp.arange(12.0).reshape(2, 6) + 1
+    np.testing.assert_array_equal(before(x, SEGMENTS), [[0, 1, 0, 3, 4, 0], [0, 7, 8, 9, 10, 11]])
+
+
+def test_sums_are_per_segment_never_per_row():
+    x = jnp.arange(12.0).reshape(2, 6)
+    np.testing.assert_array_equal(segment_sum(x, SEGMENTS), [[1, 1, 9, 9, 9, 0], [51] * 6])
+    weight = jnp.arange(12.0).reshape(2, 6)
+    got = jax.grad(lambda x: (segment_sum(x, SEGMENTS) * weight).sum())(x)
+    np.testing.assert_array_equal(got, segment_sum(weight, SEGMENTS))

@@ -35,6 +35,7 @@ from cabochon.model.hf_names import (
     set_leaf,
     written_layout,
 )
+from cabochon.model.value import without_head
 
 Params = dict[str, Any]
 SaveDtype = Literal["float32", "bfloat16", "float16"]
@@ -227,7 +228,8 @@ def save(
 
 def _check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
     expected = leaf_shapes(config)
-    given = {tuple(str(k.key) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = jax.tree_util.tree_leaves_with_path(without_head(params))  # a value head is no part of a language model
+    given = {tuple(str(k.key) for k in path): leaf for path, leaf in leaves}
     for path, shape in expected.items():
         if path not in given or tuple(given[path].shape) != shape:
             found = list(given[path].shape) if path in given else "nothing"

@@ -8,7 +8,8 @@ neighbours in the batch, and then no importance ratio is 1 even with equal weigh
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +223,23 @@ def bias_step(bias_LE: Array, natural_LE: Array, rate: float) -> Array:
     """Aux-free balancing (2408.15664): b += rate * sign(mean load - load), the mean of the change taken out."""
     step = rate * jnp.sign(natural_LE.mean(-1, keepdims=True) - natural_LE)
     return bias_LE + step - step.mean(-1, keepdims=True)
+
+
+def step_biases(cfg: ModelConfig, params: Mapping[str, Any], stats: RouterStats, rate: float) -> dict[str, Any]:
+    """`bias_step` on every selection bias; statistics are in layer order, biases lie per group and position."""
+    blocks, first = {}, 0
+    for g, (pattern, n) in enumerate(cfg.groups):
+        sparse = [p for p, kind in enumerate(pattern) if kind == "moe"]
+        group = dict(params["blocks"][str(g)])
+        for j, p in enumerate(sparse):
+            block = group[str(p)]
+            router = block["moe"]["router"]
+            natural_nE = stats.natural_E[first + j : first + n * len(sparse) : len(sparse)]
+            router = {**router, "bias": bias_step(router["bias"], natural_nE, rate)}
+            group[str(p)] = {**block, "moe": {**block["moe"], "router": router}}
+        blocks[str(g)] = group
+        first += n * len(sparse)
+    return {**params, "blocks": blocks}
 
 
 def router_metrics(stats: RouterStats) -> dict[str, Array]:

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from cabochon.errors import UserError
+from cabochon.model import value
 from cabochon.model.config import LayerKind, ModelConfig
 from cabochon.model.dispatch import Dispatch
 from cabochon.model.layers import Attention, Mlp, RMSNorm, Stack, may_attend, param, rope_tables
@@ -131,7 +132,7 @@ def logical_axes(cfg: ModelConfig, lora: Lora | None = None) -> Params:
 def _module(cfg: ModelConfig, params: Mapping[str, Any], lora: Lora | None) -> Transformer:
     graph, state = _structure(cfg, lora)
     state = jax.tree.map(lambda v: v, state)
-    nnx.replace_by_pure_dict(state, dict(params))
+    nnx.replace_by_pure_dict(state, value.without_head(params))
     return nnx.merge(graph, state)
 
 
@@ -148,10 +149,11 @@ def logits(cfg: ModelConfig, params: Mapping[str, Any], hidden: Float[Array, "*B
 
 
 def cast(params: Params, dtype: DTypeLike) -> Params:
-    """Parameters in a compute dtype; the router stays f32."""
+    """Parameters in a compute dtype; the router and a value head stay f32."""
 
     def one(path: tuple[Any, ...], x: Array) -> Array:
-        return x if any(getattr(p, "key", None) == "router" for p in path) else x.astype(dtype)
+        kept = any(getattr(p, "key", None) in ("router", value.KEY) for p in path)
+        return x if kept else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
