@@ -208,3 +208,26 @@ class TrainConfig(Frozen):
     aux: AuxLossConfig = AuxLossConfig()
     seed: int = Field(0, ge=0)
     """of initialisation and of everything random in the run"""
+
+
+class RunConfig(Frozen):
+    """The run directory. Nothing here changes what is learnt, so a run may be resumed with other values."""
+
+    dir: str = "runs/unnamed"
+    """where the run is written; the same command again goes on where it stopped"""
+    save_every: int = Field(100, ge=1)
+    """steps between checkpoints"""
+    keep_last: int = Field(2, ge=1)
+    """newest checkpoints that stay on disk"""
+    log_every: int = Field(10, ge=1)
+    """steps between printed lines; metrics.jsonl has a row for every step"""
+    tensorboard: bool = True
+    """write TensorBoard event files to DIR/tensorboard"""
+    peak_tflops: float = Field(0.0, ge=0)
+    """of one device, what utilisation is measured against; 0 measures a matrix product at the start"""
+
+
+class StageConfig(TrainConfig):
+    """What `cabochon.run` needs of a stage's recipe; a stage adds its data, its loss and `stage: Literal[...]`."""
+
+    run: RunConfig = RunConfig()

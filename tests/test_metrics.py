@@ -1,0 +1,90 @@
+"""Journals, TensorBoard files as tensorboardX reads them, and the arithmetic of utilisation."""
+
+import json
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.crc32c import crc32c
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from cabochon.errors import UserError
+from cabochon.metrics import EventFile, Journal, flops_per_token, measured_peak, plain, scalars
+from cabochon.model import transformer as tf
+from cabochon.testing import tiny_config, tiny_moe
+
+
+def test_a_journal_appends_cuts_and_names_a_bad_line(tmp_path):
+    journal = Journal(tmp_path / "m.jsonl")
+    for step in range(4):
+        journal.append({"step": step, "x": np.float32(0.1), "y": jnp.arange(2)})
+    assert journal.rows()[3] == {"step": 3, "x": float(np.float32(0.1)), "y": [0, 1]}
+    assert journal.cut(lambda row: row["step"] > 1) == 2
+    assert journal.cut(lambda row: row["step"] > 1) == 0
+    journal.append({"step": 9})
+    assert [row["step"] for row in journal.rows()] == [0, 1, 9]
+    journal.close()
+    text = (tmp_path / "m.jsonl").read_text().splitlines()
+    (tmp_path / "m.jsonl").write_text("\n".join([text[0], "{oops", text[2]]) + "\n")
+    with pytest.raises(UserError, match=r"m\.jsonl:2: not JSON"):
+        Journal(tmp_path / "m.jsonl").rows()
+
+
+def test_what_is_not_finite_is_null():
+    row = plain({"a": float("nan"), "b": [np.inf, 1], "c": jnp.float32(2), "d": np.bool_(True), "e": None, "f": "x"})
+    assert row == {"a": None, "b": [None, 1], "c": 2.0, "d": True, "e": None, "f": "x"}
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    with pytest.raises(TypeError, match="got object"):
+        plain({"a": object()})
+
+
+def test_scalars_are_the_numbers_by_nested_name():
+    row = {"loss": 1.5, "moe": {"dead": 2, "load": [1, 2]}, "note": "text", "none": None}
+    assert dict(scalars(row)) == {"loss": 1.5, "moe/dead": 2.0}
+
+
+def test_event_files_are_what_tensorboard_reads(tmp_path):
+    file = EventFile(tmp_path, purge_from=200)
+    file.add(300, [("loss", 1.25), ("moe/" + "long" * 40, -3.0)])
+    file.close()
+    data, events = file.path.read_bytes(), []
+    mask = lambda crc: ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF  # noqa: E731
+    while data:
+        (length,), (crc,) = struct.unpack("<Q", data[:8]), struct.unpack("<I", data[8:12])
+        assert crc == mask(crc32c(data[:8]))
+        body, (crc,) = data[12 : 12 + length], struct.unpack("<I", data[12 + length : 16 + length])
+        assert crc == mask(crc32c(body))
+        events.append(Event.FromString(body))
+        data = data[16 + length :]
+    assert events[0].file_version == "brain.Event:2"
+    assert (events[1].step, events[1].session_log.status) == (200, SessionLog.START)
+    assert events[2].step == 300
+    assert [(v.tag, v.simple_value) for v in events[2].summary.value] == [("loss", 1.25), ("moe/" + "long" * 40, -3.0)]
+    assert events[2].wall_time > 1.7e9
+
+
+@pytest.mark.parametrize("model", [tiny_config(num_layers=1), tiny_config(num_layers=1, tied_head=False)])
+def test_flops_of_a_forward_and_backward_pass_are_what_xla_counts(model):
+    """One layer, since XLA counts the body of a loop once; attention counts, and XLA computes all of it."""
+    T = 64
+    params, ids = tf.abstract(model), jax.ShapeDtypeStruct((4, T), jnp.int32)
+
+    def loss(params, ids):
+        return tf.logits(model, params, tf.forward(model, params, ids).hidden_BTD).sum()
+
+    counted = jax.jit(jax.grad(loss)).lower(params, ids).cost_analysis()["flops"] / (4 * T)
+    causal = flops_per_token(model, T)
+    whole = causal + (causal - flops_per_token(model, 0))
+    assert counted == pytest.approx(whole, rel=0.15)
+
+
+def test_only_active_experts_count():
+    one, two = (tiny_moe(moe=tiny_moe().moe.model_copy(update={"top_k": k})) for k in (1, 2))
+    expert = 3 * 32 * 24
+    assert flops_per_token(two, 16) - flops_per_token(one, 16) == 6 * 2 * expert
+
+
+def test_the_peak_of_this_machine_is_a_plausible_number():
+    assert 1e9 < measured_peak(size=256) < 1e14
