@@ -31,12 +31,17 @@ app = typer.Typer(
 
 MACHINE = "This machine"
 CONFIGS = "Configs"
+STAGES = "Stages"
 WEIGHTS = "Models"
 REWARDS = "Rewards"
 
 RecipeAndSettings = Annotated[
     list[str] | None,
     typer.Argument(metavar="[RECIPE]... [KEY=VALUE]...", help="recipe names or files, then settings (optim.b1=0.9)"),
+]
+
+StagesAndSettings = Annotated[
+    list[str], typer.Argument(metavar="RECIPE [STAGE.KEY=VALUE]...", help="a job, then settings for its stages")
 ]
 
 
@@ -64,6 +69,17 @@ def config(parts: RecipeAndSettings = None) -> None:
             print(f"{name:20} {overrides.summary(name)}")
         return
     print(overrides.dump(overrides.load(TrainConfig, *overrides.split(parts))), end="")
+
+
+@app.command(rich_help_panel=STAGES)
+def run(parts: StagesAndSettings) -> None:
+    """Run a job's stages in order, going on where it stopped: SFT, reward models, RL, evaluation.
+
+    Example: cabochon run demo rl.steps=50 dir=runs/mine
+    """
+    from cabochon import pipeline
+
+    pipeline.run(pipeline.read(parts))
 
 
 app.command(rich_help_panel=WEIGHTS)(cli_weights.inspect)

@@ -1,0 +1,144 @@
+"""`cabochon run RECIPE`: stages in order, each a cabochon command of its own, what is done skipped.
+
+    dir: runs/demo
+    stages:
+      sft: [sft, demo-sft, "run.dir={dir}/sft"]
+      rl: [rl, demo-rl, "model.address={dir}/sft/final", "run.dir={dir}/rl"]
+
+A stage is a process: its memory and its faults are its own, and its command can be copied to a shell. A stage that was
+killed is simply started again, for every stage goes on where it stopped. `DIR/pipeline.json` has each stage's command
+and time; a stage whose command differs from the one that was done is run again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from cabochon import overrides
+from cabochon.config import Frozen
+from cabochon.errors import MachineError, UserError
+
+_PDEATHSIG = 1  # prctl(2)
+
+
+class PipelineConfig(Frozen):
+    """The stages of a job, in order."""
+
+    dir: str = "runs/unnamed"
+    """where all of it goes; `{dir}` in a command is this"""
+    stages: dict[str, tuple[str, ...]] = Field(min_length=1)
+    """name -> the words of a cabochon command"""
+
+    @field_validator("stages")
+    @classmethod
+    def _check(cls, stages: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for name, words in stages.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_-]*", name) or name == "dir":
+                raise ValueError(f"stage {name!r}: a name is lower-case letters, digits, - and _")
+            if not words:
+                raise ValueError(f"stage {name!r} has no command")
+        return stages
+
+
+def read(parts: Sequence[str]) -> PipelineConfig:
+    """A recipe of stages and settings; `STAGE.key=value` is handed to that stage's command.
+
+    Raises UserError for a setting of no stage.
+    """
+    recipes, settings = overrides.split(parts)
+    own = [s for s in settings if s.split("=")[0] == "dir"]
+    cfg = overrides.load(PipelineConfig, recipes, own)
+    stages = {name: [word.replace("{dir}", cfg.dir) for word in words] for name, words in cfg.stages.items()}
+    for setting in settings:
+        if setting in own:
+            continue
+        name, dot, rest = setting.partition(".")
+        if not dot or name not in stages:
+            raise UserError(
+                f"{setting}: expected dir=PLACE or STAGE.key=value, with one of the stages {', '.join(stages)}"
+            )
+        stages[name].append(rest)
+    return PipelineConfig(dir=cfg.dir, stages={name: tuple(words) for name, words in stages.items()})
+
+
+def run(cfg: PipelineConfig) -> None:
+    """Run what is not done yet. Raises SystemExit with a stage's own exit code where one fails, after saying how to go
+    on; MachineError where another process has the directory."""
+    place = Path(cfg.dir)
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / ".pipeline.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{place}: another process runs its stages; wait for it, or give another dir") from None
+        done = _done(place)
+        again = False
+        for number, (name, words) in enumerate(cfg.stages.items(), 1):
+            title = f"[{number}/{len(cfg.stages)}] {name}"
+            if not again and done.get(name, {}).get("command") == list(words):
+                print(f"{title}: done before, {done[name]['seconds']:.0f} s", flush=True)
+                continue
+            again = True  # what follows is made of this
+            print(f"{title}: cabochon {shlex.join(words)}", flush=True)
+            begin = time.monotonic()
+            if code := _command(words):
+                print(f"{title}: stopped with exit code {code}; the same command goes on from here", file=sys.stderr)
+                raise SystemExit(code)
+            done[name] = {"command": list(words), "seconds": time.monotonic() - begin}
+            _write(place, done)
+
+
+def _command(words: Sequence[str]) -> int:
+    """The exit code of a cabochon command; it ends with this process, also where this one is killed."""
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def tie() -> None:
+        if sys.platform.startswith("linux"):
+            libc.prctl(_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    child = subprocess.Popen([sys.executable, "-m", "cabochon.cli", *words], preexec_fn=tie)
+    # a terminal sends Ctrl-C to both: the child saves and leaves, and this one waits for it
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    terminate = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
+    return 128 - code if code < 0 else code
+
+
+def _done(place: Path) -> dict[str, Any]:
+    file = place / "pipeline.json"
+    if not file.exists():
+        return {}
+    try:
+        stages: Mapping[str, Any] = json.loads(file.read_text())
+        return {name: {"command": [*s["command"]], "seconds": float(s["seconds"])} for name, s in stages.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file}: not what this command writes; remove it to run every stage again") from None
+
+
+def _write(place: Path, done: Mapping[str, Any]) -> None:
+    draft = place / ".pipeline.json.partial"
+    try:
+        draft.write_text(json.dumps(done, indent=1) + "\n")
+        draft.rename(place / "pipeline.json")
+    except OSError as error:
+        raise MachineError(f"{place / 'pipeline.json'}: cannot be written: {error.strerror}") from error

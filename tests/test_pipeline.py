@@ -1,0 +1,91 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cabochon import pipeline
+from cabochon.errors import UserError
+
+RECIPE = """
+dir: {dir}
+stages:
+  first: [config, tiny-dense, "seed=1"]
+  second: [config, tiny-dense, "run_from={{dir}}"]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text(RECIPE.format(dir=tmp_path / "job"))
+    return str(file)
+
+
+def test_settings_go_to_their_stage_and_the_place_into_the_words(recipe, tmp_path):
+    cfg = pipeline.read([recipe, f"dir={tmp_path / 'x'}", "first.step.batch_size=4"])
+    assert cfg.stages["first"] == ("config", "tiny-dense", "seed=1", "step.batch_size=4")
+    assert cfg.stages["second"][-1] == f"run_from={tmp_path / 'x'}"
+
+
+@pytest.mark.parametrize("setting", ["third.seed=1", "seed=1"])
+def test_a_setting_of_no_stage_is_refused(recipe, setting):
+    with pytest.raises(UserError, match="one of the stages first, second"):
+        pipeline.read([recipe, setting])
+
+
+def cabochon(*words):
+    return subprocess.run([sys.executable, "-m", "cabochon.cli", *words], capture_output=True, text=True, timeout=60)
+
+
+def test_a_failed_stage_stops_the_job_with_its_code_and_what_is_done_is_skipped(recipe, tmp_path):
+    failed = cabochon("run", recipe)
+    assert failed.returncode == 2
+    assert "run_from" in failed.stderr, "the stage's own error line"
+    assert "[2/2] second: stopped with exit code 2" in failed.stderr
+    assert set(json.loads((tmp_path / "job" / "pipeline.json").read_text())) == {"first"}
+
+    text = (tmp_path / "job.yaml").read_text().replace("run_from={dir}", "seed=2")
+    (tmp_path / "job.yaml").write_text(text)
+    mended = cabochon("run", recipe)
+    assert mended.returncode == 0
+    assert "[1/2] first: done before" in mended.stdout
+    assert "seed: 2" in mended.stdout and "seed: 1" not in mended.stdout
+
+    changed = cabochon("run", recipe, "first.seed=3")
+    assert "seed: 3" in changed.stdout and "seed: 2" in changed.stdout, "what follows a changed stage runs again"
+
+
+def test_two_jobs_in_one_place(recipe, tmp_path):
+    cfg = pipeline.read([recipe])
+    os.makedirs(cfg.dir)
+    import fcntl
+
+    with open(f"{cfg.dir}/.pipeline.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process"):
+            pipeline.run(cfg)
+
+
+def test_a_stage_ends_with_its_job(tmp_path):
+    (tmp_path / "job.yaml").write_text(f"dir: {tmp_path / 'job'}\nstages:\n  wait: [chat, none]\n")
+    program = (
+        "import sys; from cabochon import pipeline; sys.executable = '/bin/sh'; "
+        f"pipeline.subprocess.Popen = (lambda P: lambda words, **k: P(['/bin/sh', '-c', "
+        f"'echo $$ > {tmp_path}/pid; sleep 60'], **k))(pipeline.subprocess.Popen); "
+        f"pipeline.run(pipeline.read(['{tmp_path / 'job.yaml'}']))"
+    )
+    job = subprocess.Popen([sys.executable, "-c", program])
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    stage = int((tmp_path / "pid").read_text())
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    while os.path.exists(f"/proc/{stage}") and "sh" in open(f"/proc/{stage}/cmdline").read():
+        assert time.monotonic() < deadline, "the stage outlived its job"
+        time.sleep(0.05)
