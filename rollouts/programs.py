@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from cabochon.model import native
 from cabochon.model import transformer as tf
 from cabochon.model.config import LayerKind, ModelConfig
-from cabochon.model.layers import Attention, RMSNorm, rope_tables
+from cabochon.model.layers import RMSNorm, rope_tables
 from cabochon.rollouts import thinking
 from cabochon.rollouts.filters import draw
 from cabochon.rollouts.slots import Prefix, Row, SlotConfig, Slots
@@ -61,15 +63,56 @@ class Programs(NamedTuple):
     traces: Counter[str]
 
 
-def engine_params(model: ModelConfig, params: Mapping[str, Any], dtype: str) -> EngineParams:
-    """The engine's own copy of the policy's weights, one tree a layer, in a compute dtype (the router stays f32)."""
-    layers: list[Any] = []
-    for g, (pattern, repeats) in enumerate(model.groups):
-        for i in range(repeats):
-            group = params["blocks"][str(g)]
-            layers += [jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), group[str(p)]) for p in range(len(pattern))]
-    rest = {name: jax.tree.map(jnp.array, params[name]) for name in params if name != "blocks"}
-    return tf.cast({"layers": layers, **rest}, dtype)
+def engine_params(model: ModelConfig, params: Mapping[str, Any], cfg: SlotConfig) -> EngineParams:
+    """The engine's own copy of the policy's weights, one tree a layer, in its dtype (the router stays f32).
+
+    For the native kernels matrices are packed, biases and norms stay f32, and `head` is packed beside the table.
+    """
+    if not cfg.native:
+        return _split(model, cfg.dtype, dict(params))
+    host = jax.tree.map(np.asarray, dict(params))
+    layers = [_packed(layer, cfg.dtype) for layer in _layers(model, host)]
+    w = host["embed"]["table"].T if model.tied_head else host["head"]["w"]
+    table = host["embed"]["table"].astype(jnp.dtype(cfg.dtype))
+    packed = {
+        "layers": layers,
+        "embed": {"table": table},
+        "final_norm": host["final_norm"],
+        "head": {"w": native.pack(w, cfg.dtype)},
+    }
+    return jax.tree.map(jnp.array, packed)
+
+
+def _layers(model: ModelConfig, params: Mapping[str, Any]) -> list[Any]:
+    """The stacked groups as one tree a layer, in order."""
+    return [
+        jax.tree.map(lambda x, i=i: x[i], params["blocks"][str(g)][str(p)])
+        for g, (pattern, repeats) in enumerate(model.groups)
+        for i in range(repeats)
+        for p in range(len(pattern))
+    ]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _split(model: ModelConfig, dtype: str, params: dict[str, Any]) -> EngineParams:
+    rest = {name: params[name] for name in params if name != "blocks"}
+    return tf.cast({"layers": _layers(model, params), **rest}, dtype)
+
+
+def _packed(layer: Any, dtype: str, path: tuple[str, ...] = ()) -> Any:
+    """A layer's tree with its matrices packed; `path` is where in it `layer` stands."""
+    if isinstance(layer, Mapping):
+        return {name: _packed(value, dtype, (*path, name)) for name, value in layer.items()}
+    match path:
+        case ("moe", "gate_up"):
+            return native.pack_gated(layer, dtype)
+        case ("moe", "down"):
+            return native.pack_down(layer, dtype)
+        case (*_, "qkv" | "gate_up", "w"):
+            return native.pack(layer.reshape(layer.shape[0], -1), dtype)
+        case (*_, "out" | "down", "w"):
+            return native.pack(layer.reshape(-1, layer.shape[-1]), dtype)
+    return layer
 
 
 @lru_cache(maxsize=16)
@@ -95,32 +138,47 @@ def programs(model: ModelConfig, cfg: SlotConfig) -> Programs:
 # -- forward -----------------------------------------------------------------------------------------------------------
 
 
-def _bound(make: Callable[[], nnx.Module], params: Mapping[str, Any]) -> Any:
-    """A module of the policy over these arrays."""
-    graph, state = nnx.split(nnx.eval_shape(make))
+@lru_cache(maxsize=32)
+def _structure(model: ModelConfig, kind: LayerKind | None) -> tuple[nnx.GraphDef, nnx.State]:
+    """A block of the policy, or its last norm for None, without its arrays."""
+    if kind is None:
+        return nnx.split(nnx.eval_shape(lambda: RMSNorm((model.dim,), ("embed",), model.norm_eps, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: tf.Block(model, kind, nnx.Rngs(0), (), None)))
+
+
+def _bound(model: ModelConfig, kind: LayerKind | None, params: Mapping[str, Any]) -> Any:
+    """The module over these arrays."""
+    graph, state = _structure(model, kind)
+    state = jax.tree.map(lambda v: v, state)
     nnx.replace_by_pure_dict(state, dict(params))
     return nnx.merge(graph, state)
 
 
-def _block(model: ModelConfig, kind: LayerKind, params: Mapping[str, Any]) -> tf.Block:
-    return _bound(lambda: tf.Block(model, kind, nnx.Rngs(0), (), None), params)
+def _use_native(block: tf.Block, live_BT: Array) -> None:
+    """Let the block's matmuls run natively, on the live rows."""
+    feeds = [block.mlp] if block.kind == "dense" else [block.moe.shared] if block.moe.cfg.shared_ffn_dim else []
+    for one in (block.attn.qkv, block.attn.out, *(m for f in feeds for m in (f.gate_up, f.down))):
+        one.multiply = lambda x, w, n, outs=one.outs: native.linear(x, live_BT, w, n, outs)
 
 
 def _attend(
-    attn: Attention, q_BTKGH: Array, k_BKSH: Array, v_BKSH: Array, position_BT: Array, window: int, block: int
+    scale: float, q_BTKGH: Array, k_BKSH: Array, v_BKSH: Array, position_BT: Array, window: int, block: int
 ) -> Array:
-    """Attention over what stands in the cache up to each token, by blocks with a running softmax; [B, T, D]."""
+    """Attention over what stands in the cache up to each token, by blocks with a running softmax; [B, T, K, G, H]."""
     B, T, K, G, H = q_BTKGH.shape
+    S = k_BKSH.shape[2]
     q = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
 
-    def part(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def piece(cache: Array, i: Array | int) -> Array:  # a slice is a copy: a cache of one block is taken whole
+        return (cache if block == S else jax.lax.dynamic_slice_in_dim(cache, i * block, block, axis=2)).astype(q.dtype)
+
+    def part(i: Array | int, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         most, total, out = sums
-        k = jax.lax.dynamic_slice_in_dim(k_BKSH, i * block, block, axis=2).astype(q.dtype)
-        v = jax.lax.dynamic_slice_in_dim(v_BKSH, i * block, block, axis=2).astype(q.dtype)
+        k, v = piece(k_BKSH, i), piece(v_BKSH, i)
         back_BTs = position_BT[:, :, None] - (i * block + jnp.arange(block, dtype=jnp.int32))
         seen_BTs = (back_BTs >= 0) & (back_BTs < (window or 2**30))
         seen = jnp.broadcast_to(seen_BTs[:, None, None], (B, 1, G, T, block)).reshape(B, 1, G * T, block)
-        score = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32) * attn.scale
+        score = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32) * scale
         new = jnp.maximum(most, jnp.where(seen, score, _LOW).max(-1))
         weight = jnp.where(seen, jnp.exp(score - new[..., None]), 0.0)
         keep = jnp.exp(most - new)
@@ -128,15 +186,16 @@ def _attend(
         return new, total * keep + weight.sum(-1), out * keep[..., None] + value
 
     zero = jnp.zeros((B, K, G * T), jnp.float32)
-    blocks = jnp.minimum(position_BT.max() // block + 1, k_BKSH.shape[2] // block)
-    _, total, out = jax.lax.fori_loop(0, blocks, part, (zero + _LOW, zero, jnp.zeros((B, K, G * T, H), jnp.float32)))
+    blocks = jnp.minimum(position_BT.max() // block + 1, S // block)
+    sums = zero + _LOW, zero, jnp.zeros((B, K, G * T, H), jnp.float32)
+    _, total, out = part(0, sums) if block == S else jax.lax.fori_loop(0, blocks, part, sums)
     out = (out / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
-    return attn.out(out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4))
+    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
 
 
 def _forward(
     model: ModelConfig,
-    block: int,
+    cfg: SlotConfig,
     params: EngineParams,
     token_BT: Array,
     position_BT: Array,
@@ -146,21 +205,29 @@ def _forward(
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...], Array]:
     """(hidden [B,T,D] before the final norm, keys, values, routes [B,T,L,C]). `write(cache, new_BTKH)` stores one."""
     x = params["embed"]["table"][token_BT]
+    x = x.astype(jnp.float32) if cfg.native else x
+    seen_BT = jnp.where(real_BT, position_BT, 0)
     cos, sin = rope_tables(model, position_BT)
     keys: list[Array] = []
     values: list[Array] = []
     routes: list[Array] = []
     for layer, (kind, window) in enumerate(zip(model.kinds, model.windows, strict=True)):
-        b = _block(model, kind, params["layers"][layer])
+        b = _bound(model, kind, params["layers"][layer])
+        if cfg.native:
+            _use_native(b, real_BT)
         q, k, v = b.attn.project(b.attn_norm(x), cos, sin)
         keys.append(write(cache[0][layer], k))
         values.append(write(cache[1][layer], v))
-        x = x + _attend(b.attn, q, keys[-1], values[-1], jnp.where(real_BT, position_BT, 0), window, block)
+        if cfg.native:
+            out = native.attend(q, keys[-1], values[-1], seen_BT, real_BT, b.attn.scale, window)
+        else:
+            out = _attend(b.attn.scale, q, keys[-1], values[-1], seen_BT, window, cfg.block)
+        x = x + b.attn.out(out)
         h = b.mlp_norm(x)
         if kind == "dense":
             x = x + b.mlp(h)
         else:
-            y, used_BTC, _ = b.moe(h, real_BT, None, "auto", None)
+            y, used_BTC, _ = b.moe(h, real_BT, None, "native" if cfg.native else "auto", None)
             x, routes = x + y, [*routes, used_BTC]
     none = jnp.zeros((*token_BT.shape, 0, model.moe.top_k if model.moe else 1), jnp.int32)
     return x, tuple(keys), tuple(values), jnp.stack(routes, 2).astype(jnp.int32) if routes else none
@@ -177,7 +244,7 @@ def _prefill(
         return jax.lax.dynamic_update_slice(cache, new, (0, 0, start, 0))
 
     _, k, v, routes = _forward(
-        model, cfg.block, params, token_T[None], (start + step_T)[None], (step_T < real)[None], (prefix.k, prefix.v),
+        model, cfg, params, token_T[None], (start + step_T)[None], (step_T < real)[None], (prefix.k, prefix.v),
         write,
     )  # fmt: skip
     return Prefix(k, v), routes[0]
@@ -234,9 +301,7 @@ def _decode(
     return jax.lax.while_loop(more, partial(_step, model, cfg, params), (slots, out))
 
 
-def _step(
-    model: ModelConfig, cfg: SlotConfig, params: EngineParams, carry: tuple[Slots, Steps]
-) -> tuple[Slots, Steps]:
+def _step(model: ModelConfig, cfg: SlotConfig, params: EngineParams, carry: tuple[Slots, Steps]) -> tuple[Slots, Steps]:
     """One token for every live slot."""
     (k, v, row), out = carry
     every_B = jnp.arange(cfg.slots)
@@ -245,10 +310,13 @@ def _step(
         return cache.at[every_B, :, row.position_B].set(new_B1KH[:, 0].astype(cache.dtype), mode="drop")
 
     x_B1D, k, v, routes_B1LC = _forward(
-        model, cfg.block, params, row.token_B[:, None], row.position_B[:, None], row.live_B[:, None], (k, v), write
+        model, cfg, params, row.token_B[:, None], row.position_B[:, None], row.live_B[:, None], (k, v), write
     )
-    norm = _bound(lambda: RMSNorm((model.dim,), ("embed",), model.norm_eps, nnx.Rngs(0)), params["final_norm"])
-    logits_BV = tf.logits(model, params, norm(x_B1D)[:, 0])
+    x_BD = _bound(model, None, params["final_norm"])(x_B1D)[:, 0]
+    if cfg.native:
+        logits_BV = native.multiply(x_BD, row.live_B, params["head"]["w"], model.vocab_size)
+    else:
+        logits_BV = tf.logits(model, params, x_BD)
     position_B = row.position_B + 1
     keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(row.key_B2), position_B)
     uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)

@@ -114,7 +114,7 @@ class Sampler:
         A running sequence keeps the keys and values it has, as in-flight updates do; its later tokens carry the new
         version. A prompt that waits is read again.
         """
-        self._params, self.version = engine_params(self.model, params, self.cfg.dtype), version
+        self._params, self.version = engine_params(self.model, params, self.cfg), version
         for job in self._queue:
             job.read = False
 

@@ -6,12 +6,14 @@ Legend: B slots, S cache positions, K kv heads, H head dim, M entries of a short
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cabochon.errors import UserError
+from cabochon.model import native
 from cabochon.model.config import ModelConfig
 from cabochon.ops import Leaf
 from cabochon.rollouts import thinking
@@ -37,13 +39,22 @@ class SlotConfig:
     """prompt and completion of one sequence, in tokens"""
     steps: int = 8
     """tokens per dispatch; the host looks at what was drawn this often"""
-    chunks: tuple[int, ...] = (32, 128, 512)
+    chunks: tuple[int, ...] = (64, 512)
     """lengths in which prompts are read; each is compiled once, at first use"""
     block: int = 128
     """cache positions attended to at once; the attention's cost follows the longest running sequence in such steps"""
     dtype: str = "float32"
-    """of the weights and activations"""
+    """of the weights; of the activations too, but for the native kernels, whose activations and sums are f32"""
     cache_dtype: str = "float32"
+    kernels: Literal["auto", "native", "xla"] = "auto"
+    """`native`: C++ for CPUs with AVX-512 (`cabochon.model.native`); `auto`: where this machine can"""
+
+    @property
+    def native(self) -> bool:
+        """Does this engine run the native kernels? Raises UserError where they are asked for and cannot run."""
+        if self.kernels == "native" and (why := native.missing()):
+            raise UserError(f"kernels=native cannot run here: {why}; expected xla or auto")
+        return self.kernels != "xla" and not native.missing()
 
     @property
     def positions(self) -> int:
@@ -95,7 +106,7 @@ def empty_slots(model: ModelConfig, cfg: SlotConfig) -> Slots:
         token=0, position=0, left=0, key=np.zeros(2, np.uint32), stop_ids=(), sampling=Sampling(),
         thought=thinking.idle(), vocab=model.vocab_size,
     )._replace(live_B=np.bool_(False))  # fmt: skip
-    rows = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (cfg.slots, *np.shape(x))), row)
+    rows = jax.tree.map(lambda x: jnp.asarray(np.repeat(np.asarray(x)[None], cfg.slots, 0)), row)
     return Slots(*_cache(model, cfg, cfg.slots, cfg.positions), rows)
 
 
@@ -105,7 +116,8 @@ def empty_prefix(model: ModelConfig, cfg: SlotConfig) -> Prefix:
 
 def _cache(model: ModelConfig, cfg: SlotConfig, rows: int, positions: int) -> tuple[tuple, tuple]:
     shape = (rows, model.num_kv_heads, positions, model.head_dim)
-    k, v = (tuple(jnp.zeros(shape, cfg.cache_dtype) for _ in range(model.num_layers)) for _ in "kv")
+    zeros = np.zeros(shape, jnp.dtype(cfg.cache_dtype))  # copied to the device: nothing to compile
+    k, v = (tuple(jnp.array(zeros) for _ in range(model.num_layers)) for _ in "kv")
     return k, v
 
 

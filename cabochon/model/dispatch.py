@@ -1,4 +1,4 @@
-"""Expert feed-forward: `experts(x, routes, gates, gate_up, down)`, dropless, by one of three equal paths.
+"""Expert feed-forward: `experts(x, routes, gates, gate_up, down)`, dropless, by one of four equal paths.
 
 Legend: N tokens, C experts per token, S = N*C slots, D model, E experts, F ffn, P capacity, R rows of a block.
 
@@ -9,6 +9,7 @@ Legend: N tokens, C experts per token, S = N*C slots, D model, E experts, F ffn,
   since autodiff through the loop would keep every iteration's weights.
 - `ragged`, for accelerators: slots sorted by expert, then `jax.lax.ragged_dot` (all experts for all slots on CPU).
 - `dense`: every expert on every token; the reference the others are tested against.
+- `native`, for the sampler on CPU: a C++ kernel over packed weights (`cabochon.model.native`), forward only.
 """
 
 from __future__ import annotations
@@ -21,22 +22,25 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-Dispatch = Literal["auto", "blocked", "ragged", "dense"]
+from cabochon.model import native
+
+Dispatch = Literal["auto", "blocked", "ragged", "dense", "native"]
 
 
 def experts(
     x_ND: Float[Array, "N D"],
     routes_NC: Int[Array, "N C"],
     gates_NC: Float[Array, "N C"],
-    gate_up_ED2F: Float[Array, "E D 2 F"],
-    down_EFD: Float[Array, "E F D"],
+    gate_up_ED2F: Float[Array, "E *up"],
+    down_EFD: Float[Array, "E *down"],
     dispatch: Dispatch = "auto",
     of_experts: int | None = None,
 ) -> Float[Array, "N D"]:
     """Sum over a token's C experts of gate * SwiGLU expert. A route outside [0, E) contributes nothing.
 
     Differentiable in everything but `routes_NC`. `auto` is `blocked` on CPU and `ragged` elsewhere. `of_experts` is how
-    many experts the routes spread over, where these are a part of them.
+    many experts the routes spread over, where these are a part of them. For `native` the weights are as
+    `native.pack_gated` and `native.pack_down` made them.
     """
     if dispatch == "auto":
         dispatch = "blocked" if jax.default_backend() == "cpu" else "ragged"
@@ -47,6 +51,8 @@ def experts(
     match dispatch:
         case "dense":
             return _dense(x_ND, routes_NC, gates_NC, gate_up_ED2F, down_EFD)
+        case "native":
+            return native.experts(x_ND, routes_NC, gates_NC, gate_up_ED2F, down_EFD)
         case "ragged":
             return _ragged(x_ND, routes_NC, gates_NC, gate_up_ED2F, down_EFD)
         case "blocked":

@@ -8,6 +8,7 @@ Every parameter carries `axes`, the logical name of each of its dims, which `cab
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -72,10 +73,11 @@ class Linear(nnx.Module):
         if lora:
             self.lora_a = param(rngs, stack, (*ins, lora[0]), (*axes[:n], None), 1 / math.sqrt(math.prod(ins)))
             self.lora_b = param(rngs, stack, (lora[0], *outs), (None, *axes[n:]), 0.0)
-        self.n, self.bias, self.lora = n, bias, lora
+        self.n, self.outs, self.bias, self.lora = n, outs, bias, lora
+        self.multiply: Callable[[Array, Array, int], Array] = jnp.tensordot  # the sampler may put a kernel here
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.tensordot(x, self.w[...], self.n)
+        y = self.multiply(x, self.w[...], self.n)
         if self.lora:
             rank, alpha = self.lora
             y = y + jnp.tensordot(jnp.tensordot(x, self.lora_a[...], self.n), self.lora_b[...], 1) * (alpha / rank)

@@ -46,10 +46,12 @@ def params():
     return {"dense": peaked(DENSE), "moe": peaked(MOE)}
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
+@pytest.fixture(scope="module", params=["dense-auto", "moe-auto", "moe-xla"])
 def engine(request, params):
-    model = {"dense": DENSE, "moe": MOE}[request.param]
-    return LocalEngine(model, TOK, Weights(version=7, params=params[request.param]), SLOTS)
+    """Both models with the kernels this machine takes by itself, and XLA's, which any machine has."""
+    name, kernels = request.param.split("-")
+    model, cfg = {"dense": DENSE, "moe": MOE}[name], dataclasses.replace(SLOTS, kernels=kernels)
+    return LocalEngine(model, TOK, Weights(version=7, params=params[name]), cfg)
 
 
 @pytest.fixture(scope="module")
@@ -326,9 +328,10 @@ def test_unusable_weights(moe, params):
 
 
 def test_the_engines_layers_are_the_policys_in_order(params):
-    layers = engine_params(MOE, params["moe"], "float32")["layers"]
+    xla = dataclasses.replace(SLOTS, kernels="xla")
+    layers = engine_params(MOE, params["moe"], xla)["layers"]
     assert [("moe" in layer) for layer in layers] == [False, True, False, True]
     group = params["moe"]["blocks"]["0"]
     np.testing.assert_array_equal(layers[3]["moe"]["down"], group["1"]["moe"]["down"][1])
-    half = engine_params(MOE, params["moe"], "bfloat16")["layers"][1]["moe"]
+    half = engine_params(MOE, params["moe"], dataclasses.replace(xla, dtype="bfloat16"))["layers"][1]["moe"]
     assert (half["down"].dtype, half["router"]["w"].dtype) == (jnp.bfloat16, jnp.float32)
