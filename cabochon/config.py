@@ -231,3 +231,21 @@ class StageConfig(TrainConfig):
     """What `cabochon.run` needs of a stage's recipe; a stage adds its data, its loss and `stage: Literal[...]`."""
 
     run: RunConfig = RunConfig()
+
+
+class RayConfig(Frozen):
+    """Rollout workers in processes of their own, on this machine or on a cluster."""
+
+    workers: int = Field(2, ge=1)
+    cpus: float = Field(1.0, gt=0)
+    """of each worker; its thread pools are no larger"""
+    resources: Mapping[str, float] = Field(default_factory=dict)
+    """what else a worker needs, by Ray's names: {TPU: 4}"""
+    address: str | None = None
+    """of a running cluster, else RAY_ADDRESS; without either, a local Ray is started"""
+    start_seconds: float = Field(600.0, gt=0)
+    """for a worker to be placed, to start, to compile and to take weights over"""
+    deadline_seconds: float = Field(300.0, gt=0)
+    """for an answer, and for one dispatch, compilation included; then the worker is replaced"""
+    retries: int = Field(3, ge=0)
+    """losses of workers in a row, or on one request, and publications of a version, before the run stops"""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from cabochon.types import Completion, Request, Task, Verdict
 
@@ -22,6 +24,20 @@ class Verifier(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class WeightProbe:
+    """Token sequences with the log-probs the learner's forward pass gives them: an engine that took the weights over
+    rightly computes the same. Each row is a prompt and then one token, repeated.
+    """
+
+    tokens: np.ndarray
+    """[N, T] int32"""
+    prompt: int
+    """P, the first tokens of each row; the other T - P are equal"""
+    logprobs: np.ndarray
+    """[N, T - P] f32, nats, of the tokens after the prompt"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Weights:
     """A policy's parameters at one learner step, on their way to an engine."""
 
@@ -29,6 +45,57 @@ class Weights:
     """the learner step that made them"""
     params: Mapping[str, Any]
     """the policy's whole tree of arrays, device or host; low-rank additions already merged in"""
+    probe: WeightProbe | None = None
+
+
+class Piece(NamedTuple):
+    """A run of bytes of one tensor: where it lies."""
+
+    chunk: int
+    offset: int
+    nbytes: int
+
+
+class TensorEntry(NamedTuple):
+    """One tensor of a published version."""
+
+    name: str
+    """its path in the tree, `blocks/0/0/attn/qkv/w`"""
+    dtype: str
+    shape: tuple[int, ...]
+    crc32: int
+    """of its bytes in C order"""
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Manifest:
+    """What was published: every tensor with its place and checksum, and what the engine must reproduce."""
+
+    version: int
+    tensors: tuple[TensorEntry, ...]
+    chunks: tuple[int, ...]
+    """bytes of each"""
+    probe: WeightProbe | None
+
+
+@runtime_checkable
+class WeightStore(Protocol):
+    """Where the learner leaves its weights and the engines pull them from, by version; the oldest are dropped."""
+
+    def publish(self, weights: Weights) -> Manifest:
+        """Store a host copy. A version that is there already is replaced."""
+        ...
+
+    def latest(self) -> int | None:
+        """The version published last; None before the first."""
+        ...
+
+    def fetch(self, version: int) -> Weights:
+        """Host arrays, to be read only. Raises MachineError naming version and tensor where something is lost or is
+        not what was published.
+        """
+        ...
 
 
 @runtime_checkable
@@ -49,4 +116,31 @@ class PolicyEngine(Protocol):
 
     def load(self, weights: Weights) -> None:
         """Draw from these weights from now on. Raises UserError where they are of another model."""
+        ...
+
+
+class Finished(NamedTuple):
+    """One sample of a submitted request."""
+
+    ticket: int
+    sample: int
+    completion: Completion
+
+
+@runtime_checkable
+class StreamingEngine(PolicyEngine, Protocol):
+    """An engine that can be given work and asked for results at any time. Weights loaded meanwhile are used from the
+    next token on; the completion says for each token which version drew it.
+    """
+
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """Queue them; one ticket each. Raises UserError, before anything is queued, where one cannot be met."""
+        ...
+
+    def poll(self, seconds: float) -> list[Finished]:
+        """What finished since the last call, each sample once; waits up to about `seconds` for the first."""
+        ...
+
+    def abort(self, tickets: Sequence[int]) -> None:
+        """Forget them: none of their samples is delivered from now on."""
         ...
