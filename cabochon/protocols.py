@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from cabochon.types import Completion, Request, Task, Verdict
+from cabochon.types import Completion, Request, Rollout, Score, Task, Verdict
 
 
 @runtime_checkable
@@ -19,6 +19,22 @@ class Verifier(Protocol):
         """The verdict on `text` as an answer to `task`. Never raises for what a model wrote.
 
         Raises ValueError where the *task* is unusable (no gold answer, tests that do not parse).
+        """
+        ...
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores completions with a model: a scalar reward model or a judge. It does not change while it is in use."""
+
+    @property
+    def model_id(self) -> str:
+        """A hash of everything that decides its scores; each score carries it."""
+        ...
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """One score per rollout, in their order. What cannot be scored has no value and a status that says why; the
+        call raises for nothing that a policy wrote or a server did.
         """
         ...
 

@@ -5,6 +5,7 @@ Shapes: T tokens of one completion (prompt excluded), L MoE layers, K experts pe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
@@ -178,3 +179,29 @@ class Rollout:
     group: int
     """Rollouts of one prompt share a group."""
     verdict: Verdict | None = None
+
+
+ScoreStatus = Literal["ok", "truncated", "unparsed", "inconsistent", "too_long", "infra_error"]
+"""What a score says happened. `truncated`: the answer was cut off, so its score is of a kind of text the model was not
+trained on. `unparsed`: the judge gave no verdict that can be read. `inconsistent`: its verdict followed the order it
+was shown the answers in. `infra_error`: the machine's doing. Only `ok` and `truncated` carry a value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a reward model says of one completion: on its own scale, a judge's in [0, 1]."""
+
+    value: float | None
+    status: ScoreStatus = "ok"
+    model_id: str
+    """a hash of everything that decides the value: weights, tokenizer, template, settings"""
+    detail: str = ""
+    """One line a person can read."""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    """Plain data behind it: parts of a rubric, votes, what the judge wrote."""
+
+    def __post_init__(self) -> None:
+        if (self.value is not None) != (self.status in ("ok", "truncated")):
+            raise ValueError(f"a score that is {self.status} has value {self.value}")
+        if self.value is not None and not math.isfinite(self.value):
+            raise ValueError(f"Score.value must be a finite number, got {self.value}")
