@@ -110,7 +110,7 @@ def joined(whole: Completion, context: np.ndarray, turn: Completion) -> Completi
     """
     at, gap = len(whole.tokens), len(context)
 
-    def with_gap(a: np.ndarray, b: np.ndarray, fill: float = 0) -> np.ndarray:
+    def with_gap(a: np.ndarray, b: np.ndarray, fill: int = 0) -> np.ndarray:
         return np.concatenate([a, np.full(gap, fill, a.dtype), b])
 
     raw = routes = None
@@ -129,7 +129,7 @@ def joined(whole: Completion, context: np.ndarray, turn: Completion) -> Completi
         logprobs=with_gap(whole.logprobs, turn.logprobs),
         raw_logprobs=raw,
         mask=with_gap(whole.mask, turn.mask),
-        policy_version=with_gap(whole.policy_version, turn.policy_version, whole.policy_version[-1]),
+        policy_version=with_gap(whole.policy_version, turn.policy_version, int(whole.policy_version[-1])),
         routes=routes,
         prompt_routes=whole.prompt_routes,
         thinking=moved(turn.thinking),
