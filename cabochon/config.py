@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from cabochon.errors import UserError
 from cabochon.model.config import ModelConfig
@@ -208,6 +208,36 @@ class TrainConfig(Frozen):
     aux: AuxLossConfig = AuxLossConfig()
     seed: int = Field(0, ge=0)
     """of initialisation and of everything random in the run"""
+
+
+class SourceConfig(Frozen):
+    """One file of rows."""
+
+    path: str
+    """JSON lines, JSON, parquet, or a Hugging Face dataset directory"""
+    weight: float = Field(1.0, gt=0)
+    """how often each of its rows comes up in an epoch, on average"""
+
+
+class ColumnsConfig(Frozen):
+    """What a row's columns are called. A row is messages, else prompt and completion, else text, by what it has."""
+
+    messages: str = "messages"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    text: str = "text"
+    tools: str = "tools"
+    """JSON schemas that the chat template shows, beside messages or a prompt"""
+
+
+def as_sources(value: Any) -> Any:
+    """`a.jsonl` or `[a.jsonl, {path: b.jsonl, weight: 2}]` as a list of sources: a validator for fields of them."""
+    each = value if isinstance(value, list | tuple) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in each]
+
+
+Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(as_sources)]
+"""Read from a path, a list of paths, or a list of {path, weight}."""
 
 
 class RunConfig(Frozen):

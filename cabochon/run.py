@@ -87,7 +87,7 @@ class Run:
         """The newest checkpoint (`meta` is what `save` was given), None in a fresh run. Drops later rows of metrics."""
         saved = self.checkpoints.restore(abstract) if self.resumes else None
         step = saved.step if saved else 0
-        dropped = self._metrics.cut(lambda row: row["step"] > step)
+        dropped = self._metrics.cut(lambda row: saved is None or row["step"] > step)
         if saved is not None:
             self.seconds = saved.meta["seconds"]
             again = f"; steps {step + 1} to {step + dropped} are done again" if dropped else ""
