@@ -123,6 +123,8 @@ class Request:
     """text, messages, or [P] token ids"""
     sampling: Sampling = Sampling()
     seed: int = 0
+    task: Task | None = None
+    """what it is asked for; engines of episodes make its environment"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +170,8 @@ class Completion:
     answer: Span | None = None
     """what follows the close tag, or everything where there was no thinking; None where thinking never ended"""
     timings: Timings | None = None
+    reward: float | None = None
+    """what the environment of an episode gave for it; None where it gave nothing or there was none"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

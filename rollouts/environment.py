@@ -103,7 +103,8 @@ class Episode:
     completion: Completion
     """All turns and what stands between them. It ends with a token the policy drew. `text`, `thinking` and `answer` are
     those of the last turn, which is what a verifier judges. `finish`: `stop` where the environment ended it, `abort`
-    where the machine failed (train on nothing of it, try again), `length` for every limit."""
+    where the machine failed (train on nothing of it, try again), `length` for every limit. `reward` is the sum of what
+    turns earned, None where none did."""
     messages: tuple[Message, ...]
     """the conversation, the last turn included, for people to read"""
     turns: tuple[Span, ...]
@@ -114,12 +115,6 @@ class Episode:
     """of a failure, one line"""
     seconds: float
     """spent in the environment"""
-
-    @property
-    def reward(self) -> float | None:
-        """Sum of what turns earned, None where none did."""
-        earned = [r for r in self.rewards if r is not None]
-        return sum(earned) if earned else None
 
 
 def run_episodes(
@@ -141,62 +136,84 @@ def run_episodes(
     """
     if len(seeds) != len(tasks):
         raise UserError(f"{len(seeds)} seeds for {len(tasks)} tasks; expected one per task")
-    runs = [
-        _Run(i, task, seed, sample, environment(task), tokenizer, sampling, limits)
-        for i, (task, seed) in enumerate(zip(tasks, seeds, strict=True))
-        for sample in range(sampling.n)
-    ]
-    try:
-        with ThreadPoolExecutor(limits.parallel, thread_name_prefix="environment") as pool:
-            list(pool.map(_Run.begin, runs))
+    requests = [Request(prompt=t.prompt, sampling=sampling, seed=s, task=t) for t, s in zip(tasks, seeds, strict=True)]
+    with ThreadPoolExecutor(limits.parallel, thread_name_prefix="environment") as pool:
+        runs = opened(pool, tokenizer, environment, requests, limits)
+        try:
             while live := [run for run in runs if run.ended is None]:
-                for run, completion in zip(live, _draw(engine, live), strict=True):
-                    run.take(completion)
-                list(pool.map(_Run.answer, live))
-    finally:
-        for run in runs:
-            run.environment.close()
+                batch = next_turns(live)
+                turns = iter(engine.generate([request for request, _ in batch]))
+                for _, members in batch:
+                    for run in members:
+                        run.take(next(turns))
+                list(pool.map(Run.answer, live))
+        finally:
+            for run in runs:
+                run.environment.close()
     return [run.episode() for run in runs]
 
 
-def _draw(engine: PolicyEngine, runs: Sequence[_Run]) -> list[Completion]:
-    """A turn of each, in order. Samples of one task that begin alike are one request, so that its prompt is read once;
-    later turns have prompts and seeds of their own."""
-    requests = [run.request() for run in runs]
-    shared = [
-        [i for i, _ in group]
-        for _, group in itertools.groupby(enumerate(runs), lambda ir: (ir[1].index, *_key(requests[ir[0]])))
+def opened(
+    pool: ThreadPoolExecutor,
+    tokenizer: Tokenizer,
+    environment: Callable[[Task], Environment],
+    requests: Sequence[Request],
+    limits: EpisodeLimits,
+) -> list[Run]:
+    """The samples of all requests, their environments reset. Raises UserError, with all of them closed again."""
+    if missing := [i for i, request in enumerate(requests) if request.task is None]:
+        raise UserError(f"request {missing[0]}: no task; an episode needs one to make its environment")
+    runs = [
+        Run(i, sample, request.task, environment(request.task), tokenizer, request, limits)
+        for i, request in enumerate(requests)
+        if request.task is not None
+        for sample in range(request.sampling.n)
     ]
-    batch = [replace(requests[g[0]], sampling=replace(requests[g[0]].sampling, n=len(g))) for g in shared]
-    return engine.generate(batch)
+    try:
+        list(pool.map(Run.begin, runs))
+    except BaseException:
+        for run in runs:
+            run.environment.close()
+        raise
+    return runs
 
 
-def _key(request: Request) -> tuple[int, bytes]:
+def next_turns(runs: Sequence[Run]) -> list[tuple[Request, list[Run]]]:
+    """Requests for a turn of each, in order, and whose samples they are. Samples of one task that begin alike are one
+    request, so that its prompt is read once; later turns have prompts and seeds of their own."""
+    asked = [(run, run.request()) for run in runs]
+    groups = [list(g) for _, g in itertools.groupby(asked, lambda a: _key(*a))]
+    return [
+        (replace(g[0][1], sampling=replace(g[0][1].sampling, n=len(g))), [run for run, _ in g]) for g in groups
+    ]
+
+
+def _key(run: Run, request: Request) -> tuple[int, int, int, bytes]:
+    """Equal for those that can share a request."""
     assert isinstance(request.prompt, np.ndarray)
-    return request.seed, request.prompt.tobytes()
+    return run.index, run.sample if run.turns else 0, request.seed, request.prompt.tobytes()
 
 
 @dataclass(eq=False)
-class _Run:
-    """An episode under way."""
+class Run:
+    """An episode under way: `begin`, then by turns `request`, `take` what the engine made of it, and `answer`, until it
+    has `ended`."""
 
     index: int
-    """of its task"""
-    task: Task
-    seed: int
+    """of its request"""
     sample: int
+    task: Task
     environment: Environment
     tokenizer: Tokenizer
-    sampling: Sampling
+    origin: Request
     limits: EpisodeLimits
     prompt: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     pending: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     """context that stands before the next turn; part of the episode only once that turn is drawn"""
     messages: list[Message] = field(default_factory=list)
     tools: list[Mapping[str, Any]] | None = None
-    drawn: list[Completion] = field(default_factory=list)
-    """the turns as the engine returned them"""
     whole: Completion | None = None
+    """the turns so far and what stands between them"""
     turns: list[Span] = field(default_factory=list)
     rewards: list[float | None] = field(default_factory=list)
     ended: Ended | None = None
@@ -221,13 +238,13 @@ class _Run:
         """The next turn. The first has the task's seed, later ones a seed of sample and turn."""
         so_far = [self.prompt] if self.whole is None else [self.prompt, self.whole.tokens, self.pending]
         prompt, turn = np.concatenate(so_far), len(self.turns)
-        seed = self.seed
+        seed, sampling = self.origin.seed, self.origin.sampling
         if turn:
-            words = np.random.SeedSequence((self.seed & 2**64 - 1, self.sample, turn)).generate_state(1, np.uint64)
+            words = np.random.SeedSequence((seed & 2**64 - 1, self.sample, turn)).generate_state(1, np.uint64)
             seed = int(words[0])
         room = self.limits.tokens - len(prompt)
-        sampling = replace(self.sampling, n=1, max_tokens=min(self.sampling.max_tokens, room))
-        return Request(prompt=prompt, sampling=sampling, seed=seed)
+        sampling = replace(sampling, n=1, max_tokens=min(sampling.max_tokens, room))
+        return Request(prompt=prompt, sampling=sampling, seed=seed, task=self.task)
 
     def take(self, turn: Completion) -> None:
         """Add a turn, with the context it was drawn after. One without a token changes nothing."""
@@ -266,8 +283,12 @@ class _Run:
         finish: Literal["stop", "length", "abort"] = "length"
         if self.ended in ("done", "failed"):
             finish = "stop" if self.ended == "done" else "abort"
+        earned = [r for r in self.rewards if r is not None]
+        whole = self.whole or nothing(self.prompt)
         return Episode(
-            completion=replace(self.whole or nothing(self.prompt), finish=finish, prompt_tokens=self.prompt),
+            completion=replace(
+                whole, finish=finish, prompt_tokens=self.prompt, reward=sum(earned) if earned else None
+            ),
             messages=tuple(self.messages),
             turns=tuple(self.turns),
             rewards=tuple(self.rewards),
@@ -291,7 +312,7 @@ class _Run:
 
     def _least(self) -> int:
         """Tokens the shortest turn needs."""
-        thinking = self.sampling.thinking
+        thinking = self.origin.sampling.thinking
         return 1 if thinking is None else thinking.max_tokens + TAG_TOKENS
 
     def _end(self, ended: Ended, detail: str = "") -> None:

@@ -204,7 +204,7 @@ class OpenAIEngine:
                     if len(content) > MAX_BYTES:
                         raise _Failure("malformed", f"a reply of more than {MAX_BYTES >> 20} MiB")
         except (httpx2.RequestError, httpx2.InvalidURL) as error:
-            kind = "malformed" if isinstance(error, httpx2.DecodingError) else "unavailable"
+            kind: AnswerStatus = "malformed" if isinstance(error, httpx2.DecodingError) else "unavailable"
             raise _Failure(kind, f"{type(error).__name__}: {error}") from None
         text = bytes(content).decode("utf-8", "replace")
         if response.status_code != 200:

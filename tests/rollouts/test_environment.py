@@ -90,7 +90,7 @@ def test_a_tool_call_and_its_answer_are_one_completion():
     whole = encode_chat(TOK, episode.messages)
     assert [*c.prompt_tokens, *c.tokens] == whole[:-1]  # all but the line break after the last turn
     assert '"name": "calculator"' in TOK.decode(c.prompt_tokens)  # this template has no place for tools
-    assert episode.reward is None
+    assert c.reward is None
     assert len(engine.seen) == 2
 
 
@@ -109,7 +109,7 @@ def test_episodes_come_in_order_and_follow_from_their_seeds():
     alone, _ = run(FakeEngine(reply), Talk, ["b"], sampling, seed=6)
     assert [e.completion.tokens.tolist() for e in alone] == [e.completion.tokens.tolist() for e in episodes[3:]]
     assert [e.rewards for e in episodes] == [(None, 0.5, 0.75)] * 6
-    assert {e.reward for e in episodes} == {1.25}
+    assert {e.completion.reward for e in episodes} == {1.25}
     assert [env.closed for env in made] == [1] * 6
 
 
