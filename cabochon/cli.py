@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cabochon import cli_weights
+from cabochon import cli_stages, cli_weights
 from cabochon.errors import MachineError, UserError
 from cabochon.heap import keep_pages
 from cabochon.rollouts import cli as rollouts_cli
@@ -62,13 +62,12 @@ def config(parts: RecipeAndSettings = None) -> None:
     Example: cabochon config tiny-moe optim.learning_rate=3e-4 > mine.yaml
     """
     from cabochon import overrides
-    from cabochon.config import TrainConfig
 
     if not parts:
         for name in overrides.recipe_names():
             print(f"{name:20} {overrides.summary(name)}")
         return
-    print(overrides.dump(overrides.load(TrainConfig, *overrides.split(parts))), end="")
+    print(overrides.dump(cli_stages.load_recipe(parts)), end="")
 
 
 @app.command(rich_help_panel=STAGES)
@@ -88,6 +87,24 @@ app.command(rich_help_panel=WEIGHTS)(cli_weights.upcycle)
 
 app.command("generate", rich_help_panel=WEIGHTS)(rollouts_cli.generate_command)
 app.command("chat", rich_help_panel=WEIGHTS)(rollouts_cli.chat_command)
+
+app.command(rich_help_panel=STAGES)(cli_stages.sft)
+data = typer.Typer(no_args_is_help=True, help="Training data: look at it before a run does.")
+@data.callback()
+def _data() -> None:
+    """Keeps `data` a group while it has one command only."""
+
+
+data.command("check")(cli_stages.data_check)
+app.add_typer(data, name="data", rich_help_panel=STAGES)
+tasks = typer.Typer(no_args_is_help=True, help="Verifiable tasks: make them.")
+@tasks.callback()
+def _tasks() -> None:
+    """Keeps `tasks` a group while it has one command only."""
+
+
+tasks.command("make")(cli_stages.tasks_make)
+app.add_typer(tasks, name="tasks", rich_help_panel=STAGES)
 
 app.command("verify", rich_help_panel=REWARDS)(verifiers_cli.verify_command)
 reward = typer.Typer(no_args_is_help=True, help="Rewards: test one before a run trusts it.")

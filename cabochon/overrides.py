@@ -116,20 +116,18 @@ def load(schema: type[Config], recipes: Sequence[str], settings: Sequence[str] =
 
     Raises UserError, one line, naming the key, where it was written, what was expected and the nearest existing key.
     """
-    layers = Layers()
-    for name in recipes:
-        _read(find_recipe(name), layers)
-    if settings:
-        layers.sources.append(COMMAND_LINE)
-    for setting in settings:
-        path, value = parse_setting(setting)
-        layers.put(path, value, COMMAND_LINE)
+    layers = _merged(recipes, settings)
     try:
         config = schema.model_validate(layers.data)
     except ValidationError as error:
         _explain(schema, layers, error.errors(include_url=False))
     _refuse_bool_as_number(config, layers)
     return config
+
+
+def peek(recipes: Sequence[str], settings: Sequence[str], key: str) -> Any:
+    """What a top-level key is set to, None where it is not: to choose the schema to `load` with."""
+    return _merged(recipes, settings).data.get(key)
 
 
 def split(parts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -160,6 +158,18 @@ def parse_setting(text: str) -> tuple[KeyPath, Any]:
         return tuple(key.split(".")), yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"command line: {key}: {value!r} is not YAML ({_yaml_problem(error)}); quote it") from error
+
+
+def _merged(recipes: Sequence[str], settings: Sequence[str]) -> Layers:
+    layers = Layers()
+    for name in recipes:
+        _read(find_recipe(name), layers)
+    if settings:
+        layers.sources.append(COMMAND_LINE)
+    for setting in settings:
+        path, value = parse_setting(setting)
+        layers.put(path, value, COMMAND_LINE)
+    return layers
 
 
 def _read(path: Path, layers: Layers) -> None:

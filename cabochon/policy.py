@@ -12,7 +12,7 @@ from cabochon.config import PolicyConfig, TrainConfig
 from cabochon.errors import UserError
 from cabochon.learner import LearnerConfig
 from cabochon.model import transformer as tf
-from cabochon.model.address import open_model, resolve
+from cabochon.model.address import model_tokenizer, open_model, resolve
 from cabochon.model.config import ModelConfig
 from cabochon.model.convert import read_config
 from cabochon.model.upcycle import upcycle, upcycled_config
@@ -74,6 +74,11 @@ def open_policy(cfg: PolicyConfig, seed: int = 0, mesh: Mesh | None = None) -> P
             seed=up.seed,
         )
     return Policy(config=config, params=params, tokenizer=tokenizer)
+
+
+def open_tokenizer(cfg: PolicyConfig) -> Tokenizer:
+    """The policy's tokenizer; no weight is read."""
+    return ByteTokenizer() if cfg.address is None else model_tokenizer(cfg.address)
 
 
 def _from_scratch(config: ModelConfig, seed: int, mesh: Mesh | None) -> Policy:

@@ -27,20 +27,21 @@ from cabochon.tokenizer import Tokenizer
 
 SHOWN = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
 """what the console shows of a step"""
+START = Position()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """What a resumed run has to know beside the train state."""
 
-    position: Position = Position()
+    position: Position = START
     best: float | None = None
     """lowest evaluation loss"""
     best_step: int = 0
     stale: int = 0
     """evaluations since then"""
-    over: bool = False
-    """the last step was taken, by count or by early stop"""
+    stopped: bool = False
+    """early, for want of a better evaluation"""
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Progress:
@@ -93,7 +94,7 @@ def main(cfg: SftConfig, *, resume_anyway: bool = False) -> Path:
 
         # -- the loop --------------------------------------------------------------------------------------------------
         batch, examples, following = feed.take(progress.position)
-        for step in run.steps(done, done if progress.over else cfg.steps):
+        for step in run.steps(done, done if progress.stopped else cfg.steps):
             start = time.perf_counter()
             state, report = learner.step(state, place(batch, mesh))
             row = batch_row(batch, examples) | {"epoch": progress.position.epoch}
@@ -108,13 +109,12 @@ def main(cfg: SftConfig, *, resume_anyway: bool = False) -> Path:
             if rated:
                 row["eval_loss"] = evaluate(learner, state.params, eval_batches)
                 progress = progress.rated(step, row["eval_loss"])
-            impatient = rated and 0 < cfg.eval.patience <= progress.stale
-            progress = replace(progress, over=impatient or step == cfg.steps)
+            progress = replace(progress, stopped=rated and 0 < cfg.eval.patience <= progress.stale)
             run.log(step, row, clock={"tokens_per_second": speed, "mfu": work * speed / peak})
             best = keep_best and rated and progress.stale == 0
-            if progress.over or best or run.save_due(step):
+            if step == cfg.steps or progress.stopped or best or run.save_due(step):
                 run.save(step, state, asdict(progress), metric=row.get("eval_loss"))
-            if impatient:
+            if progress.stopped:
                 run.event("early stop", f"no better evaluation loss in the last {progress.stale}", step=step)
                 break
 

@@ -77,11 +77,15 @@ def open_model(
     name: str, *, config: ModelConfig | None = None, shardings: Any = None
 ) -> tuple[ModelConfig, convert.Params, Tokenizer]:
     """Config, f32 parameters and tokenizer of a model address; see `convert.load` for `config` and `shardings`."""
-    source = resolve(name)
-    # The tokenizer first: it is quick, and it may be what is wrong.
-    tokenizer = Tokenizer.from_gguf(source.path) if source.kind == "gguf" else Tokenizer.from_dir(source.path)
-    config, params = convert.load(source.path, config=config, shardings=shardings)
+    tokenizer = model_tokenizer(name)  # first: it is quick, and it may be what is wrong
+    config, params = convert.load(resolve(name).path, config=config, shardings=shardings)
     return config, params, tokenizer
+
+
+def model_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer alone."""
+    source = resolve(name)
+    return Tokenizer.from_gguf(source.path) if source.kind == "gguf" else Tokenizer.from_dir(source.path)
 
 
 def _packaged(name: str) -> Path:
