@@ -120,7 +120,7 @@ def informative(scores: Sequence[float], tolerance: float = 1e-6) -> bool:
     Give verifiers' scores, before shaping; NaN ones do not count.
     """
     known = [s for s in scores if not np.isnan(s)]
-    return len(known) >= 2 and max(known) - min(known) > tolerance
+    return len(known) >= 2 and bool(max(known) - min(known) > tolerance)
 
 
 def overlong_penalty(tokens_N: np.ndarray, cfg: Overlong) -> np.ndarray:

@@ -1,0 +1,182 @@
+"""One reward per completion out of what verifiers and models said (algorithms.md sections 5, 8 and 16).
+
+Legend: N completions. Every component stays visible beside the reward it went into. A component that was asked for and
+gave no value (the machine failed, a judge wrote nothing readable) leaves the completion without a reward, NaN, and so
+out of its group: never 0, which would teach the policy to make judges fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from cabochon.config import Frozen
+from cabochon.errors import UserError
+from cabochon.rl.advantages import overlong_penalty
+from cabochon.rl.config import Overlong
+from cabochon.types import Rollout, Score
+
+
+class LengthReward(Frozen):
+    """LCPO (2503.04697): a number of tokens that the prompt asks for, in the task's payload under `tokens`."""
+
+    kind: Literal["exact", "max"] = "max"
+    """`exact`: minus slope x |asked - sampled|. `max`: times slope x (asked - sampled) + offset, within [0, 1]"""
+    slope: float = Field(3e-4, gt=0)
+    """per token. With `exact`, keep slope x the largest miss below 1, or a wrong answer of the asked length wins"""
+    offset: float = Field(0.5, ge=0, le=1)
+    """`max` only: what an answer of exactly the asked length is worth"""
+
+
+class RewardConfig(Frozen):
+    """How components become a reward. What a task has no such component for is passed over."""
+
+    combine: Literal["route", "gated", "weighted", "normalized"] = "route"
+    """`route`: the verifier where the task has one, else the first model that scored. `gated`: the same, but a judge
+    re-orders right answers: v (1 + quality (q - 1/2)). `weighted`: the weighted sum. `normalized`: the weighted sum of
+    components normalised within their group (GDPO: choose scale=batch for the advantage)"""
+    quality: float = Field(0.1, ge=0, lt=2)
+    """`gated` only; below 2 no wrong answer can beat a right one"""
+    weights: Mapping[str, float] = Field(default_factory=dict)
+    """component (verifier, or a model's name) -> its weight in `weighted` and `normalized`; 1 where not named"""
+    format_penalty: float = Field(0.0, ge=0, lt=1)
+    """taken off where the completion's format is wrong, in proportion; tasks without a format check lose nothing"""
+    length: LengthReward | None = None
+    clip: tuple[float, float] = (-1.0, 1.2)
+    """the reward's range; of `normalized` none"""
+
+    @model_validator(mode="after")
+    def _check(self) -> RewardConfig:
+        if not self.clip[0] < self.clip[1]:
+            raise ValueError(f"clip={list(self.clip)}: expected [low, high] with low < high")
+        if self.weights and self.combine in ("route", "gated"):
+            raise ValueError(f"weights are not used by combine={self.combine}: set it to weighted or normalized")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Component:
+    """What one source said of N completions."""
+
+    value_N: np.ndarray
+    """f64, NaN where it said nothing"""
+    asked_N: np.ndarray
+    """bool: where it was asked and meant to answer. A missing answer there costs the completion its reward"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rewards:
+    """The reward, and by name what it was made of (NaN where a completion has no such part)."""
+
+    reward_N: np.ndarray
+    parts: dict[str, np.ndarray]
+
+
+def verified(rollouts: Sequence[Rollout]) -> Component:
+    """The verdicts. A verdict without a score is the machine's failure, or a reward function that abstains."""
+    verdicts = [r.verdict for r in rollouts]
+    value = [np.nan if v is None or v.score is None else v.score for v in verdicts]
+    asked = [v is not None and (v.score is not None or v.status == "infra_error") for v in verdicts]
+    return Component(value_N=np.array(value, float), asked_N=np.array(asked, bool))
+
+
+def scored(scores: Sequence[Score | None]) -> Component:
+    """A model's scores; None for a completion that it was not asked about."""
+    value = [np.nan if s is None or s.value is None else s.value for s in scores]
+    return Component(value_N=np.array(value, float), asked_N=np.array([s is not None for s in scores], bool))
+
+
+def compose(
+    rollouts: Sequence[Rollout],
+    verifier: Component,
+    models: Mapping[str, Component],
+    cfg: RewardConfig,
+    *,
+    format_: Component | None = None,
+    overlong: Overlong | None = None,
+) -> Rewards:
+    """Rewards of the rollouts. `models`: judges and scalar models by name, in order of preference.
+
+    `parts` holds every component, `quality` (what the combination gave), and each shaping term. Metrics such as the
+    solve rate, and dynamic sampling, look at the verifier's part. Raises UserError for a weight of a component that
+    is not there, or a length reward without its number.
+    """
+    sources = {"verifier": verifier, **models}
+    if unknown := sorted(set(cfg.weights) - set(sources)):
+        raise UserError(f"reward.weights.{unknown[0]}: no such component; expected some of {', '.join(sources)}")
+    parts = {name: np.where(c.asked_N, c.value_N, np.nan) for name, c in sources.items()}
+    group_N = np.array([r.group for r in rollouts])
+    reward_N = _combined(sources, group_N, cfg)
+    parts["quality"] = reward_N.copy()
+    tokens_N = np.array([r.completion.mask.sum() for r in rollouts])
+    if cfg.length is not None:
+        shaped = length_reward(reward_N, tokens_N, _asked_tokens(rollouts), cfg.length)
+        parts["length"], reward_N = shaped - reward_N, shaped
+    if cfg.format_penalty and format_ is not None:
+        off = np.where(format_.asked_N, -cfg.format_penalty * (1 - format_.value_N), 0.0)
+        parts["format"], reward_N = off, reward_N + off
+    if overlong is not None:
+        parts["overlong"] = overlong_penalty(tokens_N, overlong)
+        reward_N = reward_N + parts["overlong"]
+    return Rewards(reward_N=reward_N if cfg.combine == "normalized" else np.clip(reward_N, *cfg.clip), parts=parts)
+
+
+def _combined(sources: Mapping[str, Component], group_N: np.ndarray, cfg: RewardConfig) -> np.ndarray:
+    values = {name: np.where(c.asked_N, c.value_N, 0.0) for name, c in sources.items()}
+    failed_N = np.any([c.asked_N & np.isnan(c.value_N) for c in sources.values()], axis=0)
+    unasked_N = ~np.any([c.asked_N for c in sources.values()], axis=0)
+    match cfg.combine:
+        case "route" | "gated":
+            order = list(sources.values())
+            reward_N = np.select([c.asked_N for c in order], [c.value_N for c in order], np.nan)
+            has_verifier, models = sources["verifier"].asked_N, order[1:]
+            if cfg.combine == "gated" and models:
+                judged = np.any([c.asked_N for c in models], axis=0)
+                quality_N = np.select([c.asked_N for c in models], [c.value_N for c in models], 0.5)
+                factor = 1 + cfg.quality * (quality_N - 0.5)
+                reward_N = np.where(has_verifier & judged, reward_N * factor, reward_N)
+            elif cfg.combine == "route":  # a model nobody listens to cannot cost a verified completion its reward
+                failed_N = np.isnan(reward_N)
+        case "weighted":
+            reward_N = sum(
+                (cfg.weights.get(name, 1.0) * value for name, value in values.items()), np.zeros(len(group_N))
+            )
+        case "normalized":
+            reward_N = np.zeros(len(group_N))
+            for name, c in sources.items():
+                reward_N += cfg.weights.get(name, 1.0) * normalized(np.where(c.asked_N, c.value_N, np.nan), group_N)
+        case _:
+            assert_never(cfg.combine)
+    return np.where(failed_N | unasked_N, np.nan, reward_N)
+
+
+def normalized(x_N: np.ndarray, group_N: np.ndarray, tolerance: float = 1e-6) -> np.ndarray:
+    """[N] (x - mean of its group) / its deviation (ddof 1); 0 in a group that is flat, and where x is NaN.
+
+    A nearly constant judge would otherwise have its noise scaled to full weight.
+    """
+    out = np.zeros(len(x_N))
+    for group in np.unique(group_N):
+        members = np.flatnonzero((group_N == group) & ~np.isnan(x_N))
+        x = x_N[members]
+        if len(x) >= 2 and np.ptp(x) > tolerance:
+            out[members] = (x - x.mean()) / x.std(ddof=1)
+    return out
+
+
+def length_reward(reward_N: np.ndarray, tokens_N: np.ndarray, asked_N: np.ndarray, cfg: LengthReward) -> np.ndarray:
+    """[N] the reward shaped by how the sampled tokens (thinking and answer) compare with those asked for."""
+    if cfg.kind == "exact":
+        return reward_N - cfg.slope * np.abs(asked_N - tokens_N)
+    return reward_N * np.clip(cfg.slope * (asked_N - tokens_N) + cfg.offset, 0.0, 1.0)
+
+
+def _asked_tokens(rollouts: Sequence[Rollout]) -> np.ndarray:
+    for r in rollouts:
+        if "tokens" not in r.task.payload:
+            raise UserError(f"task {r.task.id}: reward.length needs payload.tokens, the length its prompt asks for")
+    return np.array([r.task.payload["tokens"] for r in rollouts], float)
