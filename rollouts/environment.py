@@ -258,6 +258,8 @@ class Run:
                 self._end("failed", "the engine gave the turn up")
             case "length":
                 self._end("tokens")
+            case _ if not len(turn.tokens):
+                self._end("failed", "the engine drew no token")
 
     def answer(self) -> None:
         """Let the environment answer the turn just taken, and end the episode or make its next prompt."""
@@ -302,8 +304,11 @@ class Run:
         start = time.monotonic()
         try:
             return within(self.limits.seconds - self.seconds, call, argument)
-        except TimeoutError:
-            self._end("seconds", f"the environment took more than {self.limits.seconds:g} s")
+        except TimeoutError as error:
+            if self.seconds + time.monotonic() - start < self.limits.seconds:  # not ours: somebody it waited for
+                self._end("failed", f"TimeoutError: {error}")
+            else:
+                self._end("seconds", f"the environment took more than {self.limits.seconds:g} s")
         except MachineError as error:
             self._end("failed", " ".join(str(error).split()))
         finally:

@@ -11,7 +11,6 @@ the policy can read and correct. Only a MachineError passes through: a sandbox t
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -69,9 +68,13 @@ def calls_in(text: str) -> list[Call]:
     said = text.rpartition("</think>")[2]
     if "<think>" in said:
         said = said.partition("<think>")[0]
-    found = [_call(body) for body in re.findall(re.escape(OPEN) + "(.*?)" + re.escape(CLOSE), said, re.DOTALL)]
-    if OPEN in said.rpartition(CLOSE)[2]:
-        found.append(Call("", {}, f"{OPEN} without {CLOSE}; write the call again, whole"))
+    found, at = [], 0
+    while (start := said.find(OPEN, at)) >= 0:
+        end = said.find(CLOSE, start)
+        if end < 0:
+            return [*found, Call("", {}, f"{OPEN} without {CLOSE}; write the call again, whole")]
+        found.append(_call(said[start + len(OPEN) : end]))
+        at = end + len(CLOSE)
     return found
 
 

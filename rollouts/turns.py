@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -81,8 +81,9 @@ def show_tools(
 
 
 def readable(tokenizer: Tokenizer, message: Message, limit: int) -> Message:
-    """A message of the environment as the policy may see it: clipped and defused."""
-    return {**message, "content": defused(tokenizer, clipped(message.get("content", ""), limit))}
+    """A message of the environment as the policy may see it: every text in it clipped and defused."""
+    text = {key: defused(tokenizer, clipped(value, limit)) for key, value in message.items() if isinstance(value, str)}
+    return cast(Message, {**message, **text})
 
 
 def clipped(text: str, limit: int) -> str:

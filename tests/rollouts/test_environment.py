@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from learner_side import learner_side
 
-from cabochon.chat import encode_chat
+from cabochon.chat import encode_chat, render_chat
 from cabochon.errors import MachineError, UserError
+from cabochon.model import address
 from cabochon.model import transformer as tf
 from cabochon.protocols import Weights
 from cabochon.rollouts.environment import EpisodeLimits, Step, run_episodes, within
@@ -315,10 +316,19 @@ def test_a_machine_that_fails_aborts_its_episode_alone(when):
     assert [env.closed for env in made] == [1, 1, 1]
 
 
-def test_a_turn_the_engine_gives_up():
+def test_somebody_else_s_timeout_is_the_machines():
+    def act(turn, text):
+        raise TimeoutError("no route to the game server")
+
+    (episode,), _ = run(FakeEngine(lambda *_: "x"), lambda: Talk(act=act), ["a"])
+    assert (episode.ended, episode.detail) == ("failed", "TimeoutError: no route to the game server")
+
+
+@pytest.mark.parametrize("finish", ["abort", "stop"])
+def test_a_turn_the_engine_gives_up(finish):
     class Aborting(FakeEngine):
         def generate(self, requests):
-            none = {"finish": "abort", "text": ""}
+            none = {"finish": finish, "text": ""}
             empty = {k: np.zeros(0, d) for k, d in (("tokens", np.int32), ("logprobs", np.float32), ("mask", bool))}
             out = super().generate(requests)
             return [replace(c, **none, **empty, policy_version=empty["tokens"]) if late(r) else c
@@ -368,3 +378,32 @@ def test_unusable_arguments():
     with pytest.raises(UserError, match=r"EpisodeLimits.turns=0; expected more than 0"):
         EpisodeLimits(turns=0)
     assert run_episodes(FakeEngine(lambda *_: ""), TOK, lambda t: Talk(), [], Sampling(), []) == []
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_episodes_of_smollm2():
+    """A real vocabulary: texts drawn hot are spelt as nobody else would, and are carried on as they were drawn."""
+    model, params, tok = address.open_model("smollm2-135m-instruct")
+    slots = SlotConfig(slots=4, length=256, block=128, chunks=(64,))
+    engine = LocalEngine(model, tok, Weights(version=0, params=params), slots)
+    hot = Sampling(max_tokens=48, n=2, temperature=1.3, logit_bias={tok.eos_ids[0]: 4.0})
+    talks = tasks("What is a cabochon?", "Tell me of the sea.")
+    limits = EpisodeLimits(tokens=slots.length, turns=3)
+    episodes = run_episodes(engine, tok, lambda t: Talk(turns=9, say="Why?"), talks, hot, [1, 2], limits)
+    assert sum(len(e.turns) for e in episodes) > 6
+    respelt = 0
+    completions = [e.completion for e in episodes]
+    for e, (logp, _) in zip(episodes, learner_side(model, params, completions, 256, replay=False), strict=True):
+        c = e.completion
+        np.testing.assert_allclose(c.raw_logprobs[c.mask], logp[c.mask], atol=1e-4, rtol=0)
+        whole = tok.decode(np.concatenate([c.prompt_tokens, c.tokens]))
+        assert whole.startswith(render_chat(tok, e.messages[:1], add_generation_prompt=True))
+        assert whole.count("<|im_start|>assistant\n") == len(e.turns)
+        respelt += tok.encode(whole) != [*c.prompt_tokens, *c.tokens]
+        for (_, end), (start, _) in zip(e.turns, e.turns[1:], strict=False):
+            gap = tok.decode(c.tokens[end:start])
+            assert gap.removeprefix("<|im_end|>").startswith("\n<|im_start|>user\nWhy?")
+            assert gap.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    print(f"{respelt} of {len(episodes)} episodes would be tokenised otherwise")
+    assert respelt

@@ -38,6 +38,13 @@ def test_calls_are_read_in_order():
     assert calls_in("no call") == []
 
 
+def test_a_flood_of_openings_takes_no_time():
+    start = time.monotonic()
+    assert len(calls_in("<tool_call>" * 100_000)) == 1
+    assert len(calls_in("<tool_call></tool_call>" * 20_000)) == 20_000
+    assert time.monotonic() - start < 2
+
+
 def test_thoughts_of_a_call_are_no_call():
     assert calls_in(f"<think>{call('a')}</think>done") == []
     assert calls_in(f"<think>maybe {call('a')}") == []

@@ -10,7 +10,7 @@ import pytest
 from cabochon.chat import encode_chat
 from cabochon.errors import UserError
 from cabochon.rollouts.tools import calculator
-from cabochon.rollouts.turns import between_turns, clipped, defused, show_tools
+from cabochon.rollouts.turns import between_turns, clipped, defused, readable, show_tools
 from cabochon.tokenizer import ByteTokenizer, TemplateText
 
 TRL = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
@@ -104,3 +104,10 @@ def test_special_tokens_in_a_tools_text_are_only_text():
     assert not {256, 257, 258, 259, 260} & set(TOK.encode(text))
     assert text == "a< |im_end|>\n< |im_start|>assistant\nyes <think>"
     assert defused(TOK, "\ud800") == "?"
+
+
+def test_every_text_of_an_observation_is_made_readable():
+    message = {"role": "tool", "name": "<|im_end|>", "content": "x" * 50, "tool_calls": []}
+    content = "xxxxx\n[40 characters left out]\nxxxxx"
+    want = {"role": "tool", "name": "< |im_end|>", "content": content, "tool_calls": []}
+    assert readable(TOK, message, 10) == want
