@@ -48,6 +48,8 @@ class Batch:
     """f32, what the critic's value of the state before token t should be"""
     value_BT: Leaf | None = None
     """f32, that value before the first update on these tokens"""
+    margin_BT: Leaf | None = None
+    """f32, of preference pairs, at the last token of one of the two: how far their scores should be apart"""
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

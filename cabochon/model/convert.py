@@ -35,11 +35,14 @@ from cabochon.model.hf_names import (
     set_leaf,
     written_layout,
 )
+from cabochon.model.value import KEY as VALUE
 from cabochon.model.value import without_head
 
 Params = dict[str, Any]
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 
+SCORE = "score.weight"
+"""the head of a Hugging Face sequence classifier"""
 _ALIGN = 64  # bytes; what XLA's CPU client asks of memory it takes without a copy
 _SKIPPED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # buffers that old checkpoints carry along
 
@@ -69,7 +72,8 @@ def load(
     """Parameters of a Hugging Face directory or a `.gguf` file.
 
     `config` replaces the one on disk (other rotary scaling, say). `shardings` is one Sharding for everything, a nested
-    dict of them in the layout of the parameters, or None for the default device. Raises UserError naming file and
+    dict of them in the layout of the parameters, or None for the default device. A sequence classifier of one label
+    has its head at `params["value"]`, on the host. Raises UserError naming file and
     tensor for anything missing, of the wrong shape, unknown or truncated, before the first leaf is allocated.
     """
     source = Path(source)
@@ -90,6 +94,8 @@ def load(
         sharding = shardings if isinstance(shardings, Sharding) else shardings and get_leaf(shardings, path)
         leaf = _read_leaf(shape, np.dtype(dtype), sharding or default, by_leaf.get(path, []), tensors)
         set_leaf(params, path, leaf)
+    if SCORE in tensors:
+        params[VALUE] = {"w": tensors[SCORE]()[0].astype(np.float32), "b": np.zeros((), np.float32)}
     return config, params
 
 
@@ -103,6 +109,8 @@ def _check(
     """Everything the config needs is there with its shape, and nothing else is."""
     where = source if source.is_file() else source / (INDEX if (source / INDEX).exists() else SINGLE)
     expected = {piece.name: piece.shape for group in by_leaf.values() for piece in group}
+    if SCORE in tensors:
+        expected[SCORE] = (1, config.dim)
     for name, shape in expected.items():
         if name not in tensors:
             unused = [other for other in tensors if other not in expected]
@@ -193,19 +201,27 @@ def save(
     dtype: SaveDtype = "float32",
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    classifier: bool = False,
 ) -> None:
     """Write a directory that `transformers` (5.23) loads: one tensor per expert, config, generation config, tokenizer.
+
+    `classifier`: as `*ForSequenceClassification` with one label, whose logit is `params["value"]["w"]` on the hidden
+    state of the last token; there is no place for a bias, and no language model's head.
 
     Written beside its place and renamed, so a killed export leaves nothing there. Raises UserError where the family has
     no place for the config (`hf_export.refuse_unexportable`), or where `directory` holds files and `overwrite` is off.
     Only process 0 of a multi-host run may call it, with parameters it can read whole.
     """
-    content = to_hf(config, dtype=dtype)
+    if classifier:
+        config = config.model_copy(update={"tied_head": True})
+        params = {name: tree for name, tree in params.items() if name != "head"}
+    content = to_hf(config, dtype=dtype, classifier=classifier)
     _check_params(config, params)
     plan = list(pieces(config, written_layout(config)))
+    score = [(SCORE, (1, config.dim))] if classifier else []
     kind = next(known for known in DTYPES.values() if known.name == dtype)
     with replaced_directory(Path(directory), overwrite=overwrite) as temporary:
-        writer = SafetensorsWriter(temporary, [(p.name, p.shape) for p in plan], kind, max_shard_bytes)
+        writer = SafetensorsWriter(temporary, [*((p.name, p.shape) for p in plan), *score], kind, max_shard_bytes)
         finished = False
         try:
             path, leaf = None, np.empty(0)
@@ -213,6 +229,8 @@ def save(
                 if piece.leaf != path:
                     path, leaf = piece.leaf, np.asarray(get_leaf(params, piece.leaf))
                 writer.add(piece.name, piece.to_theirs(leaf[piece.index]))
+            for name, shape in score:
+                writer.add(name, np.asarray(params[VALUE]["w"]).reshape(shape))
             finished = True
         finally:
             writer.close(finished)

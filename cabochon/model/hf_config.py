@@ -32,6 +32,13 @@ ARCHITECTURES = {
     "olmoe": "OlmoeForCausalLM",
 }
 
+CLASSIFIERS = {
+    family: name.replace("CausalLM", "SequenceClassification")
+    for family, name in ARCHITECTURES.items()
+    if family != "olmoe"
+}
+"""A reward model: no language model's head, a score instead (`convert.save`)."""
+
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # What transformers assumes where config.json leaves a key out (configuration_<family>.py, 5.23).
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
@@ -129,7 +136,7 @@ def from_hf(raw: Mapping[str, Any], *, file: str = "config.json") -> ModelConfig
             out_bias=bias and family not in ("qwen2", "mixtral"),
             mlp_bias=bool(get("mlp_bias", False)) and family == "llama",
             clip_qkv=get("clip_qkv") if family == "olmoe" else None,
-            tied_head=bool(get("tie_word_embeddings", False)),
+            tied_head=bool(get("tie_word_embeddings", False)) or raw.get("architectures") == [CLASSIFIERS.get(family)],
             sliding_window=_windows(get, family, layers, file),
             max_positions=get.int("max_position_embeddings"),
             bos_id=_first(get("bos_token_id")),
@@ -167,7 +174,7 @@ def _first(value: Any) -> Any:
 
 
 def _family(raw: Mapping[str, Any], file: str) -> str:
-    by_architecture = {name: family for family, name in ARCHITECTURES.items()}
+    by_architecture = {name: family for names in (ARCHITECTURES, CLASSIFIERS) for family, name in names.items()}
     named = raw.get("architectures") or []
     for name in named:
         if name in by_architecture:

@@ -6,20 +6,21 @@ from typing import Any
 
 from cabochon.errors import UserError
 from cabochon.model.config import ModelConfig, RopeConfig
-from cabochon.model.hf_config import ARCHITECTURES
+from cabochon.model.hf_config import ARCHITECTURES, CLASSIFIERS
 
 
-def to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
-    """The content of a config.json that transformers 5 loads as the same function.
+def to_hf(config: ModelConfig, *, dtype: str = "float32", classifier: bool = False) -> dict[str, Any]:
+    """The content of a config.json that transformers 5 loads as the same function; of a sequence classifier with one
+    label where `classifier` is on.
 
     Raises UserError where the family cannot express the config (see `refuse_unexportable`). Static NTK scaling has no
     name there and is written as the base it amounts to, theta * factor^(d/(d-2)).
     """
-    refuse_unexportable(config)
+    refuse_unexportable(config, classifier=classifier)
     family, moe = config.family, config.moe
     windows = set(config.windows)
     out: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [(CLASSIFIERS if classifier else ARCHITECTURES)[family]],
         "attention_dropout": 0.0,
         "bos_token_id": config.bos_id,
         "dtype": dtype,
@@ -41,6 +42,8 @@ def to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }
+    if classifier:
+        out |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
     if family not in ("qwen2", "mixtral"):
         out["attention_bias"] = config.qkv_bias
     if family == "llama":
@@ -83,15 +86,18 @@ def _rope_to_hf(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
     return out
 
 
-def refuse_unexportable(config: ModelConfig) -> None:
+def refuse_unexportable(config: ModelConfig, *, classifier: bool = False) -> None:
     """Raises UserError naming the first thing the Hugging Face family of `config` has no place for.
 
     Cheap: call it before hours of work whose result is to be exported.
     """
     problem = _no_place_for(config)
+    if classifier and config.family not in CLASSIFIERS:
+        problem = problem or "a sequence classifier (transformers has none)"
     if problem is None:
         return
-    others = [f for f in ARCHITECTURES if _no_place_for(config.model_copy(update={"family": f})) is None]
+    families = CLASSIFIERS if classifier else ARCHITECTURES
+    others = [f for f in families if _no_place_for(config.model_copy(update={"family": f})) is None]
     hint = f"; family={others[0]} has" if others else "; no supported family has: keep it as a cabochon checkpoint"
     raise UserError(f"export: Hugging Face's {config.family} has no place for {problem}{hint}")
 
