@@ -31,6 +31,7 @@ from cabochon.rollouts.prompts import prepare
 from cabochon.rollouts.ray_session import RaySession, still_missing
 from cabochon.rollouts.ray_store import RayStore
 from cabochon.rollouts.slots import SlotConfig
+from cabochon.rollouts.stream import in_order
 from cabochon.rollouts.weights import ChunkedStore, WeightsError, host_copy
 from cabochon.rollouts.worker import Report, RolloutWorker
 from cabochon.tokenizer import Tokenizer
@@ -141,21 +142,22 @@ class RayEngine:
     def version(self) -> int:
         return self._weights.version
 
+    @property
+    def workers(self) -> dict[str, int | None]:
+        """Name and process id of each; None until it serves."""
+        return {m.name: m.pid for m in self._members}
+
+    def events_of(self, event: str) -> list[Event]:
+        """Those of one kind, oldest first."""
+        return [e for e in self.events if e["event"] == event]
+
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """All samples of all requests, in order. Raises UserError, before anything is drawn, where one cannot be met;
         MachineError when workers are lost again and again.
         """
-        tickets = {ticket: i for i, ticket in enumerate(self.submit(requests))}
-        found: dict[tuple[int, int], Completion] = {}
-        others: list[Finished] = []
-        while len(found) < sum(r.sampling.n for r in requests):
-            for f in self.poll(POLL_SECONDS):
-                if f.ticket in tickets:
-                    found[tickets[f.ticket], f.sample] = f.completion
-                else:
-                    others.append(f)
+        out, others = in_order(self, requests)
         self._outbox = others + self._outbox
-        return [found[key] for key in sorted(found)]
+        return out
 
     def load(self, weights: Weights) -> None:
         """Publish them, and return when every worker that serves draws from them; generation goes on meanwhile.

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import ray
@@ -53,7 +54,9 @@ class RaySession:
         (self._link / "r").symlink_to(log_dir.resolve())
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            ray.init(
+            with warnings.catch_warnings():  # jax warns of every fork; what Ray forks execs at once
+                warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+                ray.init(
                 address="local", num_cpus=cores(), include_dashboard=False, log_to_driver=False,
                 logging_level=logging.ERROR, _temp_dir=str(self._link / "r"),
             )  # fmt: skip

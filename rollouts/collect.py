@@ -1,0 +1,390 @@
+"""From tasks to judged groups of rollouts, with generation and verification side by side.
+
+    with Collector(Completions(engine, sampling), pool, seed=0) as collector:
+        batch = collector.collect(tasks)                      # draw, then learn
+    ...
+        collector.start(tasks)                                # or keep groups in flight while the learner learns
+        batch = collector.take(n, max_lag=1)
+
+A group is the samples of one task. Groups are numbered as they are started and handed over in that order, never as they
+finish: the first to finish are the short ones, and a batch of those is another distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import count
+from time import monotonic
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from cabochon.protocols import Finished, PolicyEngine, StreamingEngine
+from cabochon.rollouts.environment import Environment, EpisodeLimits, run_episodes
+from cabochon.tokenizer import Tokenizer
+from cabochon.types import Completion, Request, Rollout, Sampling, Task, Verdict
+
+POLL_SECONDS = 1.0
+GLANCE_SECONDS = 0.05
+"""how long a look at the engine takes while verdicts are due as well"""
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """What a VerifierPool is to us."""
+
+    def verify_one(self, task: Task, text: str) -> Verdict:
+        """Never raises; safe to call from several threads."""
+        ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Who draws completions of tasks."""
+
+    @property
+    def version(self) -> int:
+        """Of the weights the next token will be drawn with."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Completions of each task."""
+        ...
+
+    def start(self, tasks: Sequence[Task], seeds: Sequence[int]) -> list[int]:
+        """One ticket per task. Raises UserError, before anything is started, where one cannot be drawn."""
+        ...
+
+    def poll(self, seconds: float) -> list[Finished]: ...
+
+    def abort(self, tickets: Sequence[int]) -> None: ...
+
+
+class Completions:
+    """Single turns, by an engine."""
+
+    def __init__(self, engine: StreamingEngine, sampling: Sampling):
+        """`sampling.n` is the size of a group."""
+        self._engine, self._sampling = engine, sampling
+
+    @property
+    def version(self) -> int:
+        return self._engine.version
+
+    @property
+    def samples(self) -> int:
+        return self._sampling.n
+
+    def start(self, tasks: Sequence[Task], seeds: Sequence[int]) -> list[int]:
+        requests = [
+            Request(prompt=t.prompt, sampling=self._sampling, seed=s) for t, s in zip(tasks, seeds, strict=True)
+        ]
+        return self._engine.submit(requests)
+
+    def poll(self, seconds: float) -> list[Finished]:
+        return self._engine.poll(seconds)
+
+    def abort(self, tickets: Sequence[int]) -> None:
+        self._engine.abort(tickets)
+
+
+class Episodes:
+    """Multi-turn episodes, all that were started since the last poll together; an episode is one completion."""
+
+    def __init__(
+        self,
+        engine: PolicyEngine,
+        tokenizer: Tokenizer,
+        environment: Callable[[Task], Environment],
+        sampling: Sampling,
+        limits: EpisodeLimits = EpisodeLimits(),
+    ):
+        self._engine, self._tokenizer, self._environment = engine, tokenizer, environment
+        self._sampling, self._limits = sampling, limits
+        self._count = count(1)
+        self._waiting: dict[int, tuple[Task, int]] = {}
+
+    @property
+    def version(self) -> int:
+        return self._engine.version
+
+    @property
+    def samples(self) -> int:
+        return self._sampling.n
+
+    def start(self, tasks: Sequence[Task], seeds: Sequence[int]) -> list[int]:
+        """A task whose prompt leaves no room is refused by `poll`."""
+        tickets = [next(self._count) for _ in tasks]
+        self._waiting |= zip(tickets, zip(tasks, seeds, strict=True), strict=True)
+        return tickets
+
+    def poll(self, seconds: float) -> list[Finished]:
+        """Plays them to their end, however long that takes; the limits of an episode bound it."""
+        waiting, self._waiting = self._waiting, {}
+        tasks, seeds = [task for task, _ in waiting.values()], [seed for _, seed in waiting.values()]
+        episodes = run_episodes(
+            self._engine, self._tokenizer, self._environment, tasks, self._sampling, seeds, self._limits
+        )
+        return [
+            Finished(ticket, sample, episodes[i * self.samples + sample].completion)
+            for i, ticket in enumerate(waiting)
+            for sample in range(self.samples)
+        ]
+
+    def abort(self, tickets: Sequence[int]) -> None:
+        self._waiting = {t: w for t, w in self._waiting.items() if t not in set(tickets)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Group:
+    """All samples of one task, judged."""
+
+    id: int
+    task: Task
+    rollouts: tuple[Rollout, ...]
+    """in the order of their samples"""
+
+    @property
+    def oldest(self) -> int | None:
+        """Version that drew the oldest sampled token; None where none was sampled."""
+        versions = [r.completion.policy_version[r.completion.mask] for r in self.rollouts]
+        return min((int(v.min()) for v in versions if v.size), default=None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Collected:
+    """A batch, and what it took."""
+
+    groups: list[Group]
+    """in the order they were started"""
+    dropped: list[Group]
+    """which `keep` refused"""
+    stale: list[Group]
+    """drawn by weights too old to learn from; their tasks were started again"""
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [r for g in self.groups for r in g.rollouts]
+
+
+@dataclass(kw_only=True, eq=False)
+class _Pending:
+    """A group under way."""
+
+    id: int
+    task: Task
+    drawn: dict[int, Completion] = field(default_factory=dict)
+    judged: dict[int, Verdict] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class CollectCounters:
+    """Since the collector began."""
+
+    groups: int = 0
+    """finished"""
+    verdicts_repeated: int = 0
+    """after an infra_error"""
+    verdicts_late: int = 0
+    """given up at the deadline, an infra_error"""
+
+
+class Collector:
+    """Keeps groups in flight. Not thread-safe; the threads of its own only wait for verdicts."""
+
+    def __init__(
+        self,
+        source: Source,
+        judge: Judge,
+        *,
+        seed: int = 0,
+        first_group: int = 0,
+        threads: int = 2,
+        retries: int = 1,
+        deadline_seconds: float = 600.0,
+    ):
+        """A group's draws depend on `seed` and its number alone; a run that resumes gives the next number as
+        `first_group`. `threads`: verdicts worked on at a time. An infra_error is tried again `retries` times; it then
+        stays the verdict, as it does `deadline_seconds` after the completion came, and the trainer masks the rollout.
+        """
+        self.counters = CollectCounters()
+        self._source, self._judge, self._seed, self._next = source, judge, seed, first_group
+        self._retries, self._deadline = retries, deadline_seconds
+        self._pending: dict[int, _Pending] = {}
+        """by ticket"""
+        self._verdicts: dict[Future[tuple[Verdict, int]], tuple[int, int, float]] = {}
+        """-> ticket, sample, deadline"""
+        self._finished: dict[int, Group] = {}
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="collect")
+
+    @property
+    def next_group(self) -> int:
+        """Number of the group that is started next."""
+        return self._next
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Ids of the tasks whose groups were started and not taken, the oldest first."""
+        open_ = {p.id: p.task.id for p in self._pending.values()} | {i: g.task.id for i, g in self._finished.items()}
+        return [open_[i] for i in sorted(open_)]
+
+    @property
+    def in_flight(self) -> int:
+        """Groups started and not finished."""
+        return len(self._pending)
+
+    @property
+    def waiting(self) -> int:
+        """Groups finished and not taken."""
+        return len(self._finished)
+
+    def start(self, tasks: Sequence[Task]) -> list[int]:
+        """Begin a group of each; returns their numbers. Raises UserError, before any begins, for a bad prompt."""
+        ids = list(range(self._next, self._next + len(tasks)))
+        tickets = self._source.start(tasks, [group_seed(self._seed, i) for i in ids])
+        self._next += len(tasks)
+        for ticket, i, task in zip(tickets, ids, tasks, strict=True):
+            self._pending[ticket] = _Pending(id=i, task=task)
+        return ids
+
+    def take(
+        self,
+        wanted: int,
+        *,
+        keep: Callable[[Group], bool] = lambda group: True,
+        more: Iterator[Task] = iter(()),
+        refills: int = 0,
+        max_lag: int | None = None,
+    ) -> Collected:
+        """The `wanted` oldest groups that `keep` accepts, waiting for them.
+
+        In place of what it refuses, up to `refills` tasks of `more` are started where what is in flight would not be
+        enough. A group older than `max_lag` versions is not learned from: its task is started again, which counts
+        towards `refills` too. Fewer than `wanted` come back when nothing is in flight any more.
+        """
+        kept: dict[int, Group] = {}
+        dropped: list[Group] = []
+        stale: list[Group] = []
+        while True:
+            for i in sorted(self._finished):
+                if len(kept) == wanted or any(p.id < i for p in self._pending.values()):
+                    break
+                group = self._finished.pop(i)
+                if max_lag is not None and group.oldest is not None and self._source.version - group.oldest > max_lag:
+                    stale.append(group)
+                    again = iter([group.task])
+                elif not keep(group):
+                    dropped.append(group)
+                    again = more
+                else:
+                    kept[i] = group
+                    continue
+                if refills and len(kept) + self.in_flight + self.waiting < wanted:
+                    fresh = [task for task in [next(again, None)] if task is not None]
+                    self.start(fresh)
+                    refills -= len(fresh)
+            if len(kept) == wanted or not (self._pending or self._finished):
+                return Collected(groups=list(kept.values()), dropped=dropped, stale=stale)
+            if self._pending:
+                self.advance(POLL_SECONDS)
+
+    def collect(
+        self,
+        tasks: Sequence[Task],
+        *,
+        keep: Callable[[Group], bool] = lambda group: True,
+        more: Iterator[Task] = iter(()),
+        refills: int = 0,
+        max_lag: int | None = None,
+    ) -> Collected:
+        """Start these tasks and take as many groups: all of theirs, in their order, where none is refused."""
+        self.start(tasks)
+        return self.take(len(tasks), keep=keep, more=more, refills=refills, max_lag=max_lag)
+
+    def advance(self, seconds: float) -> None:
+        """Send what was drawn to be judged and take in verdicts; waits up to about `seconds` for something."""
+        drawing = any(len(p.drawn) < self._source.samples for p in self._pending.values())
+        if drawing:
+            for f in self._source.poll(GLANCE_SECONDS if self._verdicts else seconds):
+                self._drawn(f)
+        elif self._verdicts:
+            wait(self._verdicts, timeout=seconds, return_when="FIRST_COMPLETED")
+        for future, (ticket, sample, deadline) in list(self._verdicts.items()):
+            if future.done():
+                verdict, repeated = future.result()
+                self.counters.verdicts_repeated += repeated
+            elif monotonic() > deadline:
+                verdict = _failed(f"no verdict within {self._deadline:g} s")
+                self.counters.verdicts_late += 1
+                future.cancel()
+            else:
+                continue
+            del self._verdicts[future]
+            self._judged(ticket, sample, verdict)
+
+    def abort(self) -> None:
+        """Forget what is in flight and what was not taken."""
+        self._source.abort(list(self._pending))
+        for future in self._verdicts:
+            future.cancel()
+        self._pending, self._verdicts, self._finished = {}, {}, {}
+
+    def close(self) -> None:
+        """Abort; verdicts in hand are not waited for."""
+        self.abort()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def __enter__(self) -> Collector:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _drawn(self, f: Finished) -> None:
+        pending = self._pending.get(f.ticket)
+        if pending is None:
+            return
+        pending.drawn[f.sample] = f.completion
+        if f.completion.finish == "abort":
+            self._judged(f.ticket, f.sample, _failed("the engine gave the completion up"))
+            return
+        future = self._pool.submit(self._verdict, pending.task, f.completion.text)
+        self._verdicts[future] = f.ticket, f.sample, monotonic() + self._deadline
+
+    def _verdict(self, task: Task, text: str) -> tuple[Verdict, int]:
+        """And how often it was asked for again."""
+        verdict, repeated = self._judge.verify_one(task, text), 0
+        while verdict.status == "infra_error" and repeated < self._retries:
+            verdict, repeated = self._judge.verify_one(task, text), repeated + 1
+        return verdict, repeated
+
+    def _judged(self, ticket: int, sample: int, verdict: Verdict) -> None:
+        p = self._pending[ticket]
+        p.judged[sample] = verdict
+        if len(p.judged) < self._source.samples:
+            return
+        rollouts = tuple(
+            Rollout(task=p.task, completion=p.drawn[i], group=p.id, verdict=p.judged[i]) for i in sorted(p.judged)
+        )
+        self._finished[p.id] = Group(id=p.id, task=p.task, rollouts=rollouts)
+        self.counters.groups += 1
+        del self._pending[ticket]
+
+
+def group_seed(seed: int, group: int) -> int:
+    """Of the draws of one group."""
+    return int(np.random.SeedSequence((seed, group)).generate_state(1, np.uint64)[0])
+
+
+def room(*, max_lag: int, batch: int, waiting: int, running: int, most: int) -> int:
+    """Groups that may be started now so that none is more than `max_lag` batches old when it is learned from
+    (algorithms.md section 11, admission): `waiting` are finished and not taken, `running` at most `most` at a time.
+    """
+    return max(0, min(most - running, (max_lag + 1) * batch - waiting - running))
+
+
+def _failed(detail: str) -> Verdict:
+    return Verdict(score=None, status="infra_error", detail=detail)
