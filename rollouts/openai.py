@@ -133,7 +133,7 @@ class OpenAIEngine:
         key = os.environ.get(self.endpoint.key_env)
         gate = asyncio.Semaphore(self.endpoint.concurrency)
         async with httpx2.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
             timeout=None,  # every attempt is under a deadline of its own, which covers the whole reply
             limits=httpx2.Limits(max_connections=self.endpoint.concurrency),
         ) as client:
@@ -177,7 +177,7 @@ class OpenAIEngine:
                     async with asyncio.timeout(min(cfg.attempt_seconds, left)):
                         reply = await self._reply(client, cfg.url + path, body)
                     found = _answers(reply, body["n"], top, attempt, clock() - start)
-                    self.usage.failed += sum(a.status != "ok" for a in found) > 0
+                    self.usage.failed += any(a.status != "ok" for a in found)
                     return found
                 except TimeoutError:
                     failure = _Failure("timeout", f"no reply within {min(cfg.attempt_seconds, left):g} s")
@@ -198,7 +198,8 @@ class OpenAIEngine:
         """The JSON object that came back, its tokens counted. Raises _Failure."""
         content = bytearray()
         try:
-            async with client.stream("POST", url, json=body) as response:
+            # dumps and not json=: half a surrogate pair in a text is escaped instead of refused by this side
+            async with client.stream("POST", url, content=json.dumps(body)) as response:
                 async for part in response.aiter_bytes():
                     content += part
                     if len(content) > MAX_BYTES:

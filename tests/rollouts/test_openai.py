@@ -51,7 +51,7 @@ class Server:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self):
         self.over.set()
@@ -256,6 +256,12 @@ def test_one_bad_answer_does_not_spoil_a_batch(server):
     ]  # fmt: skip
     completions = engine_for(server).generate(requests[:1] + requests[4:5])
     assert [(c.text, c.finish) for c in completions] == [("answer 0", "stop"), ("", "abort")]
+
+
+def test_text_that_is_no_unicode_is_sent_all_the_same(server):
+    assert engine_for(server).ask([Request(prompt=chat("ok \ud800"))])[0].status == "ok"
+    assert server.bodies[0]["messages"][0]["content"] == "ok \ud800"
+    assert server.headers[0]["Content-Type"] == "application/json"
 
 
 def test_the_deadline_covers_all_attempts(server):
