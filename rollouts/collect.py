@@ -15,15 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import count
 from time import monotonic
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from cabochon.protocols import Finished, PolicyEngine, StreamingEngine
-from cabochon.rollouts.environment import Environment, EpisodeLimits, run_episodes
-from cabochon.tokenizer import Tokenizer
+from cabochon.protocols import Finished, StreamingEngine
 from cabochon.types import Completion, Request, Rollout, Sampling, Task, Verdict
 
 POLL_SECONDS = 1.0
@@ -64,7 +61,7 @@ class Source(Protocol):
 
 
 class Completions:
-    """Single turns, by an engine."""
+    """By an engine: single turns, or multi-turn episodes where it is an EpisodeEngine."""
 
     def __init__(self, engine: StreamingEngine, sampling: Sampling):
         """`sampling.n` is the size of a group."""
@@ -80,7 +77,8 @@ class Completions:
 
     def start(self, tasks: Sequence[Task], seeds: Sequence[int]) -> list[int]:
         requests = [
-            Request(prompt=t.prompt, sampling=self._sampling, seed=s) for t, s in zip(tasks, seeds, strict=True)
+            Request(prompt=t.prompt, sampling=self._sampling, seed=s, task=t)
+            for t, s in zip(tasks, seeds, strict=True)
         ]
         return self._engine.submit(requests)
 
@@ -89,53 +87,6 @@ class Completions:
 
     def abort(self, tickets: Sequence[int]) -> None:
         self._engine.abort(tickets)
-
-
-class Episodes:
-    """Multi-turn episodes, all that were started since the last poll together; an episode is one completion."""
-
-    def __init__(
-        self,
-        engine: PolicyEngine,
-        tokenizer: Tokenizer,
-        environment: Callable[[Task], Environment],
-        sampling: Sampling,
-        limits: EpisodeLimits = EpisodeLimits(),
-    ):
-        self._engine, self._tokenizer, self._environment = engine, tokenizer, environment
-        self._sampling, self._limits = sampling, limits
-        self._count = count(1)
-        self._waiting: dict[int, tuple[Task, int]] = {}
-
-    @property
-    def version(self) -> int:
-        return self._engine.version
-
-    @property
-    def samples(self) -> int:
-        return self._sampling.n
-
-    def start(self, tasks: Sequence[Task], seeds: Sequence[int]) -> list[int]:
-        """A task whose prompt leaves no room is refused by `poll`."""
-        tickets = [next(self._count) for _ in tasks]
-        self._waiting |= zip(tickets, zip(tasks, seeds, strict=True), strict=True)
-        return tickets
-
-    def poll(self, seconds: float) -> list[Finished]:
-        """Plays them to their end, however long that takes; the limits of an episode bound it."""
-        waiting, self._waiting = self._waiting, {}
-        tasks, seeds = [task for task, _ in waiting.values()], [seed for _, seed in waiting.values()]
-        episodes = run_episodes(
-            self._engine, self._tokenizer, self._environment, tasks, self._sampling, seeds, self._limits
-        )
-        return [
-            Finished(ticket, sample, episodes[i * self.samples + sample].completion)
-            for i, ticket in enumerate(waiting)
-            for sample in range(self.samples)
-        ]
-
-    def abort(self, tickets: Sequence[int]) -> None:
-        self._waiting = {t: w for t, w in self._waiting.items() if t not in set(tickets)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -244,7 +244,7 @@ class Run:
             seed = int(words[0])
         room = self.limits.tokens - len(prompt)
         sampling = replace(sampling, n=1, max_tokens=min(sampling.max_tokens, room))
-        return Request(prompt=prompt, sampling=sampling, seed=seed, task=self.task)
+        return Request(prompt=prompt, sampling=sampling, seed=seed)
 
     def take(self, turn: Completion) -> None:
         """Add a turn, with the context it was drawn after. One without a token changes nothing."""

@@ -16,6 +16,7 @@ from time import monotonic
 
 from cabochon.protocols import Finished, StreamingEngine, Weights
 from cabochon.rollouts.environment import Environment, EpisodeLimits, Run, next_turns, opened
+from cabochon.rollouts.stream import in_order
 from cabochon.tokenizer import Tokenizer
 from cabochon.types import Completion, Request, Task
 
@@ -78,14 +79,9 @@ class EpisodeEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """All episodes of all requests, in order."""
-        tickets = set(self.submit(requests))
-        found: list[Finished] = []
-        others: list[Finished] = []
-        while len(found) < sum(r.sampling.n for r in requests):
-            for f in self.poll(1.0):
-                (found if f.ticket in tickets else others).append(f)
+        completions, others = in_order(self, requests)
         self._out = others + self._out
-        return [f.completion for f in sorted(found, key=lambda f: (f.ticket, f.sample))]
+        return completions
 
     def abort(self, tickets: Sequence[int]) -> None:
         """Forget these episodes. One whose environment is at work is closed once it has answered."""

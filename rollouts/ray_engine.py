@@ -185,7 +185,7 @@ class RayEngine:
             work.append(
                 _Work(
                     ticket=self._tickets,
-                    request=replace(request, prompt=tokens),
+                    request=replace(request, prompt=tokens, task=None),
                     cost=len(tokens) + n * request.sampling.max_tokens,
                     missing=set(range(n)),
                 )

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import closing
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 
 from cabochon.model import transformer as tf
 from cabochon.protocols import Weights
-from cabochon.rollouts.collect import Collector, Completions, Episodes, group_seed, room
+from cabochon.rollouts.collect import Collector, Completions, group_seed, room
 from cabochon.rollouts.environment import EpisodeLimits, Step
+from cabochon.rollouts.episodes import EpisodeEngine
 from cabochon.rollouts.local import LocalEngine
 from cabochon.rollouts.slots import SlotConfig
 from cabochon.rollouts.stream import LocalStream, RequestStream
@@ -285,8 +287,9 @@ def test_episodes_are_rollouts_like_others():
             pass
 
     engine = FakeEngine(lambda prompt, seed, sample: f"s{sample}" + "!" * prompt.count("again"))
-    source = Episodes(engine, TOK, Echo, Sampling(n=2, max_tokens=20), EpisodeLimits(tokens=400))
-    with pool(Even()) as judge, Collector(source, judge) as collector:
+    episodes = EpisodeEngine(RequestStream(engine), TOK, Echo, EpisodeLimits(tokens=400))
+    source = Completions(episodes, Sampling(n=2, max_tokens=20))
+    with closing(episodes), pool(Even()) as judge, Collector(source, judge) as collector:
         got = collector.collect(tasks("go", "on"))
     assert [r.task.id for r in got.rollouts] == ["task-go", "task-go", "task-on", "task-on"]
     for i, r in enumerate(got.rollouts):

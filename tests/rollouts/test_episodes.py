@@ -9,11 +9,12 @@ import pytest
 
 from cabochon.errors import MachineError, UserError
 from cabochon.model import transformer as tf
-from cabochon.protocols import Finished, StreamingEngine, Weights
+from cabochon.protocols import StreamingEngine, Weights
 from cabochon.rollouts.environment import EpisodeLimits, Step, run_episodes
 from cabochon.rollouts.episodes import EpisodeEngine
 from cabochon.rollouts.local import LocalEngine
 from cabochon.rollouts.slots import SlotConfig
+from cabochon.rollouts.stream import LocalStream
 from cabochon.testing import tiny_config
 from cabochon.tokenizer import ByteTokenizer
 from cabochon.types import Request, Sampling, Task
@@ -25,24 +26,9 @@ LIMITS = EpisodeLimits(tokens=SLOTS.length, turns=4, parallel=4)
 SHORT = Sampling(max_tokens=40, n=2, logit_bias={TOK.eos_ids[0]: 3.0})
 
 
-class Streaming(LocalEngine):
-    """The sampler's own queue as the streaming door."""
-
-    def submit(self, requests):
-        return [self.sampler.submit(w) for w in [self.sampler.prepare(r) for r in requests]]
-
-    def poll(self, seconds):
-        return [Finished(*f) for f in self.sampler.step() if f.ticket not in self.gone]
-
-    def abort(self, tickets):
-        self.gone |= set(tickets)
-
-
 @pytest.fixture(scope="module")
 def inner():
-    engine = Streaming(MODEL, TOK, Weights(version=2, params=tf.init(MODEL, jax.random.key(0))), SLOTS)
-    engine.gone = set()
-    return engine
+    return LocalStream(LocalEngine(MODEL, TOK, Weights(version=2, params=tf.init(MODEL, jax.random.key(0))), SLOTS))
 
 
 class Chat:
@@ -175,6 +161,24 @@ def test_what_cannot_be_met_is_refused_first(inner):
             engine.submit(requests("ok", "x" * 300))
         assert engine.poll(0.0) == []
         assert engine.generate([]) == []
+
+
+@pytest.mark.slow
+def test_over_ray(inner, tmp_path):
+    """Turns drawn by two processes: the same episodes, bit for bit."""
+    from cabochon.config import RayConfig
+    from cabochon.rollouts.ray_engine import RayEngine
+
+    names = ["one", "two", "three"]
+    weights = Weights(version=2, params=tf.init(MODEL, jax.random.key(0)))
+    wanted = run_episodes(LocalEngine(MODEL, TOK, weights, SLOTS), TOK, Chat, tasks(*names), SHORT, range(3), LIMITS)
+    config = RayConfig(workers=2, cpus=0.5, start_seconds=240, deadline_seconds=120)
+    with RayEngine(MODEL, TOK, weights, SLOTS, config, log_dir=tmp_path) as ray, opened(ray) as engine:
+        got = engine.generate(requests(*names))
+    for c, episode in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(c.tokens, episode.completion.tokens)
+        np.testing.assert_array_equal(c.logprobs, episode.completion.logprobs)
+    assert max(len(e.turns) for e in wanted) == 3
 
 
 def test_weights_are_the_inner_engines(inner):
