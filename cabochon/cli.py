@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cabochon import cli_stages, cli_weights
+from cabochon import cli_rl, cli_stages, cli_weights
 from cabochon.errors import MachineError, UserError
 from cabochon.heap import keep_pages
 from cabochon.rollouts import cli as rollouts_cli
@@ -89,6 +89,8 @@ app.command("generate", rich_help_panel=WEIGHTS)(rollouts_cli.generate_command)
 app.command("chat", rich_help_panel=WEIGHTS)(rollouts_cli.chat_command)
 
 app.command(rich_help_panel=STAGES)(cli_stages.sft)
+app.command(rich_help_panel=STAGES)(cli_rl.rl)
+app.command("eval", rich_help_panel=STAGES)(cli_rl.eval_command)
 data = typer.Typer(no_args_is_help=True, help="Training data: look at it before a run does.")
 @data.callback()
 def _data() -> None:

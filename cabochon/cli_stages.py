@@ -29,18 +29,24 @@ ResumeAnyway = Annotated[
 ON, OFF = "\x1b[1;32m", "\x1b[0m"
 """trained text on a terminal"""
 
-STAGES = ("sft", "tasks")
+STAGES = ("rl", "run", "sft", "tasks")
 
 
 def schema_of(stage: object) -> type[BaseModel]:
     """The config type of recipes that say `stage: ...`; recipes of a model alone say nothing."""
     from cabochon.config import TrainConfig
+    from cabochon.pipeline import PipelineConfig
+    from cabochon.rl.recipe import RlConfig
     from cabochon.sft.config import SftConfig
     from cabochon.verifiers.make import TasksConfig
 
     match stage:
         case None:
             return TrainConfig
+        case "rl":
+            return RlConfig
+        case "run":
+            return PipelineConfig
         case "sft":
             return SftConfig
         case "tasks":

@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -38,6 +38,8 @@ _PDEATHSIG = 1  # prctl(2)
 class PipelineConfig(Frozen):
     """The stages of a job, in order."""
 
+    stage: Literal["run"] = "run"
+    """which command the recipe is for"""
     dir: str = "runs/unnamed"
     """where all of it goes; `{dir}` in a command is this"""
     stages: dict[str, tuple[str, ...]] = Field(min_length=1)

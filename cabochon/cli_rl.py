@@ -1,0 +1,94 @@
+"""`cabochon rl`, `cabochon eval`: plain functions with typer's annotations, registered by the roof."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cabochon import overrides
+from cabochon.cli_stages import DryRun, Parts, ResumeAnyway
+from cabochon.errors import MachineError
+
+if TYPE_CHECKING:
+    from cabochon.rl.recipe import RlConfig
+
+
+def rl(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = False) -> None:
+    """Reinforcement learning on verifiable tasks. The same command again goes on where it stopped; Ctrl-C saves first.
+
+    Example: cabochon rl tiny-rl model.address=runs/sft/final tasks.train=tasks.jsonl run.dir=runs/rl
+    """
+    from cabochon.rl.recipe import RlConfig
+
+    cfg = overrides.load(RlConfig, *overrides.split(parts))
+    if dry_run:
+        _describe(cfg)
+        return
+    from cabochon.learner import NonFiniteError
+    from cabochon.rl.train import main
+
+    try:
+        print(main(cfg, resume_anyway=resume_anyway))
+    except NonFiniteError as error:
+        raise MachineError(
+            f"{cfg.run.dir}: {error}; lower optim.learning_rate, or set update.algorithm.clip"
+        ) from error
+
+
+def _describe(cfg: RlConfig) -> None:
+    from cabochon.cli_weights import describe
+    from cabochon.plan import memory_lines
+    from cabochon.policy import model_config
+    from cabochon.rl.train import check_shapes, learners_of, mesh_of, tasks_of
+    from cabochon.rl.update import plan_update
+
+    print(overrides.dump(cfg), end="")
+    train, held = tasks_of(cfg)
+    model = model_config(cfg.model)
+    update = plan_update(cfg.update, sparse=model.moe is not None)
+    check_shapes(cfg, update)
+    learners = learners_of(cfg, update, mesh_of(cfg))
+    r = cfg.rollout
+    lines = [
+        describe(model),
+        f"{len(train):,} tasks to learn from, {len(held):,} held out",
+        f"a step: {r.prompts} prompts x {r.group_size} = {r.prompts * r.group_size} completions of up to "
+        f"{cfg.sampling.max_tokens} tokens, {cfg.update.minibatches * cfg.update.epochs} updates",
+        *memory_lines(learners.policy),
+    ]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def eval_command(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="a directory, a .gguf file or a known name")],
+    tasks: Annotated[list[Path], typer.Option(help="JSONL of tasks; may be given several times")],
+    samples: Annotated[int, typer.Option(min=1, help="completions of each task")] = 4,
+    most: Annotated[int, typer.Option(min=1, help="tasks at most, the first of each domain alike")] = 1000,
+    max_tokens: Annotated[int, typer.Option(min=1, help="new tokens at most")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 for all")] = 1.0,
+    thinking: Annotated[list[int] | None, typer.Option(help="thinking tokens; several make a sweep of budgets")] = None,
+    slots: Annotated[int, typer.Option(min=1, help="sequences decoded together")] = 32,
+    seed: Annotated[int, typer.Option(help="the same seed asks the same")] = 0,
+    sandbox: Annotated[str, typer.Option(help="bubblewrap or docker, for `code` tasks")] = "bubblewrap",
+    out: Annotated[Path | None, typer.Option(help="write everything here as JSON")] = None,
+) -> None:
+    """Accuracy on tasks: mean with its interval, pass@k, maj@k, by domain; several models are compared in pairs.
+
+    Example: cabochon eval runs/sft/final runs/rl/final --tasks test.jsonl --samples 8
+    """
+    from cabochon.rl import evaluate
+
+    asked = evaluate.Asked(
+        tasks=tuple(str(path) for path in tasks), most=most, samples=samples, max_tokens=max_tokens,
+        temperature=temperature, top_p=top_p, thinking=tuple(thinking or ()), slots=slots, seed=seed,
+        sandbox="docker" if sandbox == "docker" else "bubblewrap",
+    )  # fmt: skip
+    report = evaluate.compare(models, asked, told=lambda line: print(line, file=sys.stderr))
+    print(evaluate.as_table(report))
+    if out is not None:
+        evaluate.write(report, out)
+        print(out, file=sys.stderr)

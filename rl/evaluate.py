@@ -1,0 +1,239 @@
+"""Answers of a policy to held-out tasks, and what they say about it. Beside `rl/train.py` the only file of `rl` that
+knows other rooms; `cabochon eval` and the evaluations of a run come here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cabochon.errors import UserError
+from cabochon.metrics import plain, writing
+from cabochon.model.address import open_model
+from cabochon.protocols import PolicyEngine, Weights
+from cabochon.rl.estimators import majority_at_k, over_problems, paired_test, pass_at_k
+from cabochon.rollouts.local import LocalEngine, requests_for
+from cabochon.rollouts.prompts import encode_prompt
+from cabochon.rollouts.slots import SlotConfig
+from cabochon.types import Sampling, Task, Thinking
+from cabochon.verifiers.build import SandboxName, probes_for, verifier_for
+from cabochon.verifiers.pool import VerifierPool
+from cabochon.verifiers.tasks import read_tasks
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answered:
+    """n answers to one task."""
+
+    task: Task
+    score_n: np.ndarray
+    """[n] in [0, 1], NaN where the machine failed"""
+    tokens_n: np.ndarray
+    """[n] sampled tokens"""
+    truncated_n: np.ndarray
+    """[n] bool: cut off at the limit"""
+    texts: list[str]
+    answers: list[str | None]
+    """what the verifier took for the answer, None where there was none"""
+
+
+def answer(
+    engine: PolicyEngine, verifiers: VerifierPool, tasks: Sequence[Task], sampling: Sampling, seed: int
+) -> list[Answered]:
+    """`sampling.n` answers to each task, judged. The same seed asks the same, whatever else the engine does."""
+    n = sampling.n
+    completions = engine.generate(requests_for([task.prompt for task in tasks], sampling, seed))
+    verdicts = verifiers.verify([task for task in tasks for _ in range(n)], [c.text for c in completions])
+    out = []
+    for i, task in enumerate(tasks):
+        some, said = completions[i * n : (i + 1) * n], verdicts[i * n : (i + 1) * n]
+        found = [v.evidence.get("answer") for v in said]
+        out.append(
+            Answered(
+                task=task,
+                score_n=np.array([np.nan if v.score is None else v.score for v in said]),
+                tokens_n=np.array([int(c.mask.sum()) for c in some]),
+                truncated_n=np.array([c.finish == "length" for c in some]),
+                texts=[c.text for c in some],
+                answers=[None if f is None else str(f) for f in found],
+            )
+        )
+    return out
+
+
+def first_of_each(tasks: Sequence[Task], most: int) -> list[Task]:
+    """At most `most` tasks, the first of every domain alike, in their order."""
+    domains: dict[str, list[int]] = {}
+    for i, task in enumerate(tasks):
+        domains.setdefault(task.domain, []).append(i)
+    ranked = sorted((rank, i) for members in domains.values() for rank, i in enumerate(members))
+    return [tasks[i] for i in sorted(i for _, i in ranked[:most])]
+
+
+def by_domain(answered: Sequence[Answered]) -> dict[str, list[Answered]]:
+    """`all` first, then the domains in order of appearance; `all` alone where there is only one."""
+    groups: dict[str, list[Answered]] = {"all": list(answered)}
+    for a in answered:
+        groups.setdefault(a.task.domain, []).append(a)
+    return groups if len(groups) > 2 else {"all": groups["all"]}
+
+
+def accuracies(answered: Sequence[Answered]) -> dict[str, float]:
+    """Mean score of all answers, each task counting once, over everything and by domain."""
+    out = {}
+    for domain, group in by_domain(answered).items():
+        means = [np.nanmean(a.score_n) for a in group if not np.isnan(a.score_n).all()]
+        out[domain] = float(np.mean(means)) if means else float("nan")
+    return out
+
+
+# -- whole evaluations -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What every model is asked, alike."""
+
+    tasks: tuple[str, ...]
+    most: int = 1000
+    samples: int = 4
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    thinking: tuple[int, ...] = ()
+    """budgets, each an evaluation of its own; none: no budget"""
+    slots: int = 32
+    seed: int = 0
+    sandbox: SandboxName = "bubblewrap"
+
+
+def compare(models: Sequence[str], asked: Asked, told: Callable[[str], None]) -> dict[str, Any]:
+    """Every model (and thinking budget) on the same tasks with the same seeds; the others are set against the first.
+
+    Raises UserError for tasks or models that cannot be had, and where pass@k of a greedy decoder would be asked for.
+    """
+    if asked.temperature == 0 and asked.samples > 1:
+        raise UserError(f"samples={asked.samples} at temperature 0 are all alike: ask for 1, or raise the temperature")
+    tasks = first_of_each([task for path in asked.tasks for task in read_tasks(path)], asked.most)
+    entries: list[dict[str, Any]] = []
+    first: dict[str, Any] | None = None
+    with VerifierPool(verifier=verifier_for(tasks, sandbox=asked.sandbox), probes=probes_for(tasks)) as verifiers:
+        for model in models:
+            config, params, tokenizer = open_model(model)
+            longest = max(len(encode_prompt(tokenizer, task.prompt)) for task in tasks)
+            slots = SlotConfig(slots=asked.slots, length=longest + asked.max_tokens)
+            engine = LocalEngine(config, tokenizer, Weights(version=0, params=params), slots)
+            for budget in asked.thinking or (None,):
+                begin = time.perf_counter()
+                answered = answer(engine, verifiers, tasks, _sampling(asked, budget), asked.seed)
+                entry = {"model": model, "thinking": budget, "seconds": time.perf_counter() - begin}
+                entry |= {"domains": {d: summary(a) for d, a in by_domain(answered).items()}}
+                entry |= {"problems": [_problem(a) for a in answered]}
+                if first is not None:
+                    entry["against_first"] = against(first, entry)
+                first = first or entry
+                entries.append(entry)
+                told(f"{_name(entry)}: {len(tasks)} tasks x {asked.samples} in {entry['seconds']:.1f} s")
+    return {"asked": {**asked.__dict__}, "evaluations": entries}
+
+
+def _sampling(asked: Asked, budget: int | None) -> Sampling:
+    think = None if budget is None else Thinking(max_tokens=budget)
+    return Sampling(
+        max_tokens=asked.max_tokens, temperature=asked.temperature, top_p=asked.top_p, n=asked.samples, thinking=think
+    )
+
+
+def summary(answered: Sequence[Answered]) -> dict[str, Any]:
+    """avg@n with its 95 % interval (clustered by task), pass@k and maj@k for k = 1, 2, 4 ... n, lengths, truncation.
+
+    An answer counts as right where its score is 1. Samples that the machine failed are left out; a task that has none
+    left is counted in `unjudged` alone.
+    """
+    known = [a for a in answered if not np.isnan(a.score_n).all()]
+    out: dict[str, Any] = {"tasks": len(answered), "unjudged": len(answered) - len(known)}
+    out["tokens"] = float(np.mean([a.tokens_n.mean() for a in answered]))
+    out["truncated"] = float(np.mean([a.truncated_n.mean() for a in answered]))
+    if not known:
+        return out
+    out["mean"] = over_problems([float(np.nanmean(a.score_n)) for a in known])._asdict()
+    whole = [a for a in known if not np.isnan(a.score_n).any()]
+    n = len(known[0].score_n)
+    for k in (1 << i for i in range(n.bit_length()) if 1 << i <= n):
+        if whole and k > 1:
+            out[f"pass@{k}"] = float(np.mean([pass_at_k(n, int((a.score_n == 1).sum()), k) for a in whole]))
+            out[f"maj@{k}"] = float(np.mean([majority_at_k(_classes(a), list(a.score_n == 1), k) for a in whole]))
+    return out
+
+
+def _classes(a: Answered) -> list[Hashable | None]:
+    """Right answers are one class, whatever their form; wrong ones are told apart by what they say."""
+    return [True if s == 1 else said for s, said in zip(a.score_n, a.answers, strict=True)]
+
+
+def against(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The mean difference on the tasks both were judged on, with its interval and p value, by domain."""
+    before, after = ({p["task"]: p for p in e["problems"] if p["mean"] is not None} for e in (first, other))
+    both = [t for t in before if t in after]
+    domains: dict[str, list[str]] = {"all": both}
+    for t in both:
+        domains.setdefault(before[t]["domain"], []).append(t)
+    tested = {
+        d: paired_test([before[t]["mean"] for t in ts], [after[t]["mean"] for t in ts])
+        for d, ts in domains.items()
+        if ts
+    }
+    return {d: p._asdict() for d, p in tested.items()}
+
+
+def _problem(a: Answered) -> dict[str, Any]:
+    mean = None if np.isnan(a.score_n).all() else float(np.nanmean(a.score_n))
+    return {"task": a.task.id, "domain": a.task.domain, "mean": mean, "scores": a.score_n, "answers": a.answers,
+            "texts": a.texts, "tokens": a.tokens_n}  # fmt: skip
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return entry["model"] if entry["thinking"] is None else f"{entry['model']} (thinking {entry['thinking']})"
+
+
+def as_table(report: dict[str, Any]) -> str:
+    """A block per domain, a line per model."""
+    entries = report["evaluations"]
+    width = max(len(_name(e)) for e in entries)
+    lines = []
+    for domain in entries[0]["domains"]:
+        some = entries[0]["domains"][domain]
+        ks = [key for key in some if "@" in key]
+        lines.append(f"{domain} ({some['tasks']} tasks)")
+        lines.append(f"  {'':{width}}  {'mean':>6}  {'95 % interval':>15}  " + "  ".join(f"{k:>7}" for k in ks)
+                     + f"  {'tokens':>6}  {'cut off':>7}  against the first")  # fmt: skip
+        for e in entries:
+            d = e["domains"][domain]
+            if "mean" not in d:
+                lines.append(f"  {_name(e):{width}}  no task could be judged")
+                continue
+            m, paired = d["mean"], e.get("against_first", {}).get(domain)
+            difference = (
+                ""
+                if paired is None
+                else f"{paired['difference']:+.1%} [{paired['low']:+.1%}, {paired['high']:+.1%}], p {paired['p']:.3g}"
+            )
+            interval = f"{m['low']:.1%} - {m['high']:.1%}"
+            lines.append(f"  {_name(e):{width}}  {m['mean']:6.1%}  {interval:>15}  "
+                         + "  ".join(f"{d.get(k, float('nan')):7.1%}" for k in ks)
+                         + f"  {d['tokens']:6.1f}  {d['truncated']:7.1%}  {difference}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """As JSON, whole or not at all. Raises MachineError."""
+    draft = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(plain(report), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        draft.replace(path)

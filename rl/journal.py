@@ -1,0 +1,89 @@
+"""What a person, or a viewer, looks at: every rollout of a step as a line, and a table of some of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cabochon.metrics import plain, writing
+from cabochon.types import Rollout
+
+
+def rollout_row(
+    rollout: Rollout, reward: float, components: Mapping[str, float | None], advantage: np.ndarray
+) -> dict[str, Any]:
+    """One completion with all that was decided about it. `advantage`: [t], at its tokens."""
+    c, v = rollout.completion, rollout.verdict
+    row: dict[str, Any] = {
+        "task": rollout.task.id,
+        "domain": rollout.task.domain,
+        "group": rollout.group,
+        "prompt": rollout.task.prompt,
+        "text": c.text,
+        "finish": c.finish,
+        "reward": reward,
+        "components": dict(components),
+        "advantage": round(float(advantage[c.mask].mean()), 5) if c.mask.any() else 0.0,
+        "tokens": c.tokens,
+        "logprobs": np.round(c.logprobs.astype(np.float64), 4),
+        "mask": c.mask.astype(int),
+        "versions": [int(c.policy_version.min()), int(c.policy_version.max())] if len(c.tokens) else [],
+    }
+    if v is not None:
+        row["verdict"] = {"score": v.score, "status": v.status, "detail": v.detail, "seconds": round(v.seconds, 4)}
+        row["evidence"] = json.loads(json.dumps(v.evidence, default=str))
+    if c.routes is not None and len(c.routes) > 1:
+        row["experts"] = expert_counts(c.routes)
+    return plain(row)
+
+
+def expert_counts(routes_TLC: np.ndarray) -> list[list[int]]:
+    """[L][E'] how often each expert was used by each layer, up to the largest expert seen."""
+    routes = np.asarray(routes_TLC, np.int64)
+    top = int(routes.max()) + 1
+    return [
+        np.bincount(routes[:, layer][routes[:, layer] >= 0], minlength=top).tolist() for layer in range(routes.shape[1])
+    ]
+
+
+def write_rollouts(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """`FOLDER/step_000123.jsonl`, whole or not at all. Raises MachineError."""
+    path = folder / f"step_{step:06d}.jsonl"
+    draft = path.with_suffix(".partial")
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with draft.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        os.replace(draft, path)
+
+
+def table(rows: Sequence[Mapping[str, Any]], most: int = 6, width: int = 46) -> str:
+    """Some completions of a step with their verdicts, the best and the worst of different groups in turn."""
+    chosen: list[Mapping[str, Any]] = []
+    for best in (True, False) * most:
+        left = [r for r in rows if r not in chosen and r["group"] not in {c["group"] for c in chosen[-1:]}]
+        if len(chosen) == min(most, len(rows)) or not left:
+            break
+        chosen.append((max if best else min)(left, key=lambda r: -np.inf if r["reward"] is None else r["reward"]))
+    lines = [f"  {'domain':14} {'prompt':{width}} {'completion':{width}} {'reward':>6}  verdict"]
+    for r in chosen:
+        prompt = r["prompt"] if isinstance(r["prompt"], str) else r["prompt"][-1].get("content", "")
+        reward = "-" if r["reward"] is None else f"{r['reward']:.2f}"
+        verdict = r.get("verdict", {})
+        said = f"{verdict.get('status', '-')}: {shown(verdict.get('detail', ''), 40)}".rstrip(": ")
+        asked, answered = (f"{shown(text, width):{width}}" for text in (prompt, r["text"]))
+        lines.append(f"  {shown(r['domain'], 14):14} {asked} {answered} {reward:>6}  {said}")
+    return "\n".join(lines)
+
+
+def shown(text: str, width: int) -> str:
+    """One line of at most `width` characters: model text can neither break the table nor command the terminal."""
+    safe = "".join("⏎" if c == "\n" else c if unicodedata.category(c)[0] != "C" else "�" for c in text)
+    return safe if len(safe) <= width else safe[: width - 1] + "…"

@@ -1,0 +1,174 @@
+"""From scored rollouts to new weights: what has to be known before the step, the advantages, the updates.
+
+Legend: B rows, T tokens, N completions, t tokens of one. The models are held by whoever calls; nothing here has state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cabochon import parallel
+from cabochon.batch import Batch
+from cabochon.learner import Learner, StepReport, TrainState, check
+from cabochon.model import moe
+from cabochon.model import transformer as tf
+from cabochon.rl.advantages import Advantages
+from cabochon.rl.batching import Minibatch, layout, minibatches, samples, to_batch
+from cabochon.rl.config import UpdateConfig
+from cabochon.rl.update import Update
+from cabochon.types import Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learners:
+    """The compiled steps: the policy's, and the critic's where it has a trunk of its own."""
+
+    policy: Learner
+    critic: Learner | None = None
+
+
+class States(NamedTuple):
+    """What the updates change."""
+
+    policy: TrainState
+    critic: TrainState | None
+
+
+class Known(NamedTuple):
+    """Measured before the first update, each per completion: None where the update does not need it."""
+
+    reference: list[np.ndarray] | None
+    """[t] log-probs of the reference policy"""
+    policy: list[np.ndarray] | None
+    """[t] log-probs of the policy"""
+    values: list[np.ndarray] | None
+    """[t + 1] values of the state before each token, and after the last"""
+
+
+def measure(
+    learners: Learners, states: States, reference: tf.Params | None, rollouts: Sequence[Rollout], cfg: UpdateConfig,
+    update: Update,
+) -> Known:  # fmt: skip
+    """What advantages and KL need of each completion, by forward passes over whole batches."""
+    learner = learners.policy
+    in_reward = cfg.kl.coef > 0 and cfg.kl.placement == "reward"
+    found: dict[str, list[Any]] = {"reference": [], "policy": [], "values": []}
+    for part in np.array_split(np.arange(len(rollouts)), cfg.minibatches):
+        some = [rollouts[i] for i in part]
+        if not some or not (reference is not None or in_reward or update.critic != "none"):
+            continue
+        at = layout(some, learner.cfg.step)
+        # the reference is another router: it is left its own choice of experts (section 7)
+        natural = _placed(to_batch(some, at), learner)
+        batch = _placed(to_batch(some, at, routes=True), learner) if update.replays_sampler else natural
+        if reference is not None:
+            found["reference"] += at.from_rows(_logp(learner, reference, natural))
+        if in_reward or update.critic == "shared":
+            forward = learner.score(states.policy.params, batch).tokens
+            found["policy"] += at.from_rows(np.asarray(forward.logp_BT))
+            if update.critic == "shared":
+                found["values"] += at.states(np.asarray(forward.value_BT))
+        if learners.critic is not None and states.critic is not None:
+            values_BT = learners.critic.score(states.critic.params, natural).tokens.value_BT
+            found["values"] += at.states(np.asarray(values_BT))
+    return Known(found["reference"] or None, found["policy"] or None, found["values"] or None)
+
+
+def kl_penalties(known: Known, rollouts: Sequence[Rollout], coef: float) -> tuple[list[np.ndarray], float]:
+    """(per completion [t] -coef x k1, mean k1 per sampled token): a KL in the reward."""
+    assert known.policy is not None
+    assert known.reference is not None
+    masks = [r.completion.mask for r in rollouts]
+    k1 = [(p - q) * m for p, q, m in zip(known.policy, known.reference, masks, strict=True)]
+    tokens = sum(int(m.sum()) for m in masks)
+    return [-coef * k for k in k1], float(sum(k.sum() for k in k1)) / max(tokens, 1)
+
+
+def advantages_of(
+    rollouts: Sequence[Rollout], reward_N: np.ndarray, known: Known, update: Update,
+    penalties: Sequence[np.ndarray] | None,
+) -> Advantages:  # fmt: skip
+    """The algorithm's advantages of scored rollouts."""
+    return update.advantages(samples(rollouts, reward_N, penalties=penalties, values=known.values))
+
+
+class Learnt(NamedTuple):
+    """After the updates on one batch of rollouts."""
+
+    states: States
+    row: dict[str, Any]
+    """means over the updates, for metrics.jsonl"""
+    router: moe.RouterStats | None
+    """of the last update"""
+
+
+def learn(
+    learners: Learners, states: States, rollouts: Sequence[Rollout], advantages: Advantages, known: Known,
+    cfg: UpdateConfig, update: Update, rng: np.random.Generator, *, critic_only: bool = False,
+) -> Learnt:  # fmt: skip
+    """All epochs and minibatches. Raises NonFiniteError, with the states as before that update.
+
+    What two updates need of the first moment (proximal log-probs, routes to replay) is measured before any of them.
+    """
+    made: list[Minibatch] = []
+    for _ in range(cfg.epochs):
+        made += minibatches(
+            rollouts, advantages, update, learners.policy.cfg.step, cfg.minibatches, rng,
+            reference=known.reference, values=known.values,
+        )  # fmt: skip
+    batches = [_with_proximal(learners.policy, states.policy, m.batch, update) for m in made]
+    reports: list[Mapping[str, Any]] = []
+    router = None
+    for mini, batch in zip(made, batches, strict=True):
+        placed = _placed(batch, learners.policy)
+        row: dict[str, float] = {"trained_tokens": mini.trained_tokens, "trained_completions": len(mini.members)}
+        if update.budget is not None:
+            row["budget_fill"] = mini.fill
+        policy, critic = states
+        if not critic_only:
+            policy, report = learners.policy.step(policy, placed)
+            row |= _row(report, policy)
+            router = report.router
+        if learners.critic is not None and critic is not None:
+            natural = replace(placed, routes_BTLC=None)
+            critic, report = learners.critic.step(critic, natural)
+            row |= {f"critic_{k}": v for k, v in _row(report, critic).items()}
+        states = States(policy, critic)
+        reports.append(row)
+    names = list(dict.fromkeys(k for r in reports for k in r))
+    row = {k: float(np.mean([r[k] for r in reports if k in r])) for k in names}
+    for total in ("trained_tokens", "trained_completions"):
+        row[total] = int(sum(r[total] for r in reports))
+    return Learnt(states, {**row, "updates": len(reports)}, jax.device_get(router))
+
+
+def _with_proximal(learner: Learner, state: TrainState, batch: Batch, update: Update) -> Batch:
+    if not (update.needs_proximal or update.needs_routes):
+        return batch
+    forward = learner.score(state.params, _placed(batch, learner))
+    if update.needs_proximal:
+        batch = replace(batch, logp_proximal_BT=np.asarray(forward.tokens.logp_BT))
+    if update.needs_routes:
+        batch = replace(batch, routes_BTLC=np.asarray(forward.routes_BTLC))
+    return batch
+
+
+def _row(report: StepReport, state: TrainState) -> dict[str, float]:
+    report = jax.device_get(report)
+    check(report, int(state.step))
+    named = {f"loss_{k}": m for k, m in report.loss.items()} | report.metrics
+    row = {k: float(m.value) for k, m in named.items()}
+    return {**row, "grad_norm": float(report.grad_norm), "learning_rate": float(report.learning_rate)}
+
+
+def _logp(learner: Learner, params: tf.Params, batch: Batch) -> np.ndarray:
+    return np.asarray(learner.score(params, batch).tokens.logp_BT)
+
+
+def _placed(batch: Batch, learner: Learner) -> Batch:
+    return batch if learner.mesh is None else jax.device_put(batch, parallel.rows(learner.mesh))

@@ -1,0 +1,141 @@
+"""What an RL recipe holds. No jax, so the CLI starts quickly; the update itself is in `cabochon/rl/config.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cabochon.config import Frozen, RayConfig, StageConfig
+from cabochon.rl.config import UpdateConfig
+from cabochon.rl.rewards import RewardConfig
+from cabochon.types import Sampling, Thinking
+
+
+class ThinkingConfig(Frozen):
+    """Tokens between <think> and </think> before the close tag is forced; forced tokens are never trained on."""
+
+    max_tokens: int = Field(ge=0)
+    min_tokens: int = Field(0, ge=0)
+
+
+class SamplingConfig(Frozen):
+    """How completions are drawn. Anything but temperature 1 without filters trains on another distribution than it
+    samples from, which the mismatch weights then have to bridge."""
+
+    max_tokens: int = Field(64, ge=1)
+    """new tokens of a completion, thinking included"""
+    temperature: float = Field(1.0, ge=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, lt=1)
+    stop: tuple[str, ...] = ()
+    thinking: ThinkingConfig | None = None
+
+    def drawn(self, n: int, *, routes: bool = False) -> Sampling:
+        """`n` samples of each prompt."""
+        think = Thinking(**self.thinking.model_dump()) if self.thinking else None
+        return Sampling(
+            max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+            min_p=self.min_p, stop=self.stop, thinking=think, n=n, routes=routes,
+        )  # fmt: skip
+
+
+class TasksConfig(Frozen):
+    """What is to be solved: JSONL files of tasks (docs/rl.md has the shapes)."""
+
+    train: tuple[str, ...] = Field(min_length=1)
+    held_out: tuple[str, ...] = ()
+    """for evaluation only; a prompt that is also in `train` is refused"""
+    shares: Mapping[str, float] = Field(default_factory=dict)
+    """domain -> its share of the prompts, relative to the others'; a domain that is not named has its tasks' number"""
+    sandbox: Literal["bubblewrap", "docker"] = "bubblewrap"
+    """where programs of `code` tasks run"""
+    verifying: int = Field(2, ge=1)
+    """completions judged at the same time"""
+
+    @model_validator(mode="after")
+    def _check(self) -> TasksConfig:
+        if bad := [d for d, share in self.shares.items() if share < 0]:
+            raise ValueError(f"shares.{bad[0]}={self.shares[bad[0]]}: expected 0 or more")
+        return self
+
+
+class EngineConfig(Frozen):
+    """Who samples."""
+
+    kind: Literal["ray", "local"] = "ray"
+    """workers in processes of their own, or this process, which then samples and learns in turn"""
+    slots: int = Field(32, ge=1)
+    """sequences decoded together by each worker"""
+    length: int = Field(256, ge=8)
+    """prompt and completion of one sequence, in tokens"""
+    ray: RayConfig = RayConfig()
+    """not used by `local`"""
+
+
+class RolloutConfig(Frozen):
+    """The rollouts of one step."""
+
+    prompts: int = Field(16, ge=1)
+    """groups per step"""
+    group_size: int = Field(8, ge=1)
+    """completions of each prompt"""
+    max_lag: int = Field(0, ge=0)
+    """updates that may happen between drawing a completion's first token and training on it: 0 draws and learns in
+    turn, 1 draws the next step's rollouts while it learns, more keeps more in flight"""
+    refills: int = Field(4, ge=0)
+    """times prompts x refills further groups may be drawn in place of dropped ones, before a step goes on with less"""
+
+    @property
+    def completions(self) -> int:
+        return self.prompts * self.group_size
+
+
+class EvalConfig(Frozen):
+    """Held-out accuracy along the way."""
+
+    every: int = Field(0, ge=0)
+    """steps between evaluations, 0 for none; before the first step and after the last there is always one"""
+    tasks: int = Field(200, ge=1)
+    """of the held-out ones at most, the first of each domain alike"""
+    samples: int = Field(2, ge=1)
+    """completions per task, drawn as in training"""
+
+
+class AlarmConfig(Frozen):
+    """What is done about a run that cannot learn."""
+
+    fail: bool = False
+    """stop at the first alarm instead of printing it"""
+
+
+class RlConfig(StageConfig):
+    """`cabochon rl`."""
+
+    stage: Literal["rl"] = "rl"
+    """which command the recipe is for"""
+    steps: int = Field(ge=0)
+    """rollout batches; each is one or more optimiser steps"""
+    tasks: TasksConfig
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig = RewardConfig()
+    update: UpdateConfig
+    eval: EvalConfig = EvalConfig()
+    alarms: AlarmConfig = AlarmConfig()
+    samples_every: int = Field(10, ge=0)
+    """steps between tables of completions on the console, 0 for none; rollouts/ has them all"""
+
+    @model_validator(mode="after")
+    def _check(self) -> RlConfig:
+        if self.sampling.max_tokens >= self.engine.length:
+            raise ValueError(
+                f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in engine.length="
+                f"{self.engine.length}"
+            )
+        if self.engine.kind == "local" and self.rollout.max_lag:
+            raise ValueError("engine.kind=local samples and learns in turn: set rollout.max_lag to 0, or kind to ray")
+        return self

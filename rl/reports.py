@@ -1,0 +1,103 @@
+"""What a step is told as: numbers of its rollouts, of its router, and where its time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from cabochon.model import moe
+from cabochon.rl.rewards import Rewards
+from cabochon.types import Rollout
+
+
+def rollout_row(rollouts: Sequence[Rollout], rewards: Rewards, step: int) -> dict[str, Any]:
+    """Means over a step's completions. `score` is the verifier's alone, before any shaping; both it and the reward also
+    by domain, where there are several. `lag`: updates between drawing a token and training on it."""
+    statuses = [r.verdict.status for r in rollouts if r.verdict is not None]
+    completions = [r.completion for r in rollouts]
+    tokens = np.array([int(c.mask.sum()) for c in completions])
+    versions = np.concatenate([c.policy_version[c.mask] for c in completions])
+    row: dict[str, Any] = {
+        "reward": mean(rewards.reward_N),
+        "score": mean(rewards.parts["verifier"]),
+        "completions": len(rollouts),
+        "tokens": float(tokens.mean()),
+        "longest": int(tokens.max()),
+        "truncated": float(np.mean([c.finish == "length" for c in completions])),
+        "empty": float(np.mean(tokens == 0)),
+        "infra_errors": statuses.count("infra_error"),
+        "status": {name: statuses.count(name) / len(statuses) for name in sorted(set(statuses))} if statuses else {},
+        "parts": {name: mean(x) for name, x in rewards.parts.items()},
+        "lag": {"mean": float((step - 1 - versions).mean()), "max": int((step - 1 - versions).max())}
+        if len(versions)
+        else {},
+    }
+    domains = [r.task.domain for r in rollouts]
+    if len(set(domains)) > 1:
+        at = {d: np.array([x == d for x in domains]) for d in sorted(set(domains))}
+        row["domains"] = {
+            d: {"score": mean(rewards.parts["verifier"][m]), "reward": mean(rewards.reward_N[m])} for d, m in at.items()
+        }
+    return row
+
+
+def group_row(rollouts: Sequence[Rollout], score_N: np.ndarray) -> dict[str, float]:
+    """How much groups have to teach: shares that are all right, all wrong, or mixed."""
+    group_N = np.array([r.group for r in rollouts])
+    kinds = []
+    for group in np.unique(group_N):
+        known = score_N[(group_N == group) & ~np.isnan(score_N)]
+        if len(known):
+            kinds.append(
+                "solved"
+                if known.min() >= 1
+                else "failed"
+                if known.max() <= 0
+                else "mixed"
+                if np.ptp(known) > 1e-6
+                else "equal"
+            )
+    return {f"groups_{kind}": kinds.count(kind) / max(len(kinds), 1) for kind in ("solved", "failed", "mixed")}
+
+
+def router_row(stats: moe.RouterStats) -> dict[str, float]:
+    """The worst or the mean over the sparse layers."""
+    read = {name: np.asarray(value) for name, value in moe.router_metrics(stats).items()}
+    return {
+        "max_violation": float(read["max_violation"].max()),
+        "effective_experts": float(read["effective_experts"].min()),
+        "router_entropy": float(read["router_entropy"].mean()),
+        "dead_experts": int((np.asarray(stats.used_E) == 0).sum()),
+    }
+
+
+def mean(x: np.ndarray) -> float | None:
+    """Of what is known; None where nothing is."""
+    known = x[~np.isnan(x)]
+    return float(known.mean()) if len(known) else None
+
+
+class Stopwatch:
+    """Seconds by name.
+
+    Example: `with watch("update"): ...` and then `watch.take()` gives `{"update": 1.2}` and begins anew.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def take(self) -> dict[str, float]:
+        out, self._seconds = self._seconds, {}
+        return out

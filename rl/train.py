@@ -1,0 +1,328 @@
+"""RL with verifiable rewards, top to bottom. `cabochon rl RECIPE` runs `main`; docs/rl.md is the user's side.
+
+A step: groups of completions are drawn by the engine and judged as they finish; verdicts and reward models become one
+reward each; the algorithm's advantages and one or more updates follow; the engine takes the new weights over. With
+`rollout.max_lag` groups stay in flight while the learner learns, and go on with the new weights when they come.
+
+This and `evaluate.py` are the only files of `rl` that know other rooms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cabochon import parallel
+from cabochon.errors import UserError
+from cabochon.learner import Learner
+from cabochon.model import convert
+from cabochon.model import transformer as tf
+from cabochon.model.hf_export import refuse_unexportable
+from cabochon.model.lora import merge_lora
+from cabochon.policy import Policy, learner_config, open_policy
+from cabochon.protocols import StreamingEngine, Weights
+from cabochon.rl import journal, reports
+from cabochon.rl.advantages import informative
+from cabochon.rl.batching import rows_needed
+from cabochon.rl.evaluate import accuracies, answer, first_of_each
+from cabochon.rl.learning import Known, Learners, States, advantages_of, kl_penalties, learn, measure
+from cabochon.rl.losses import adapted_coef
+from cabochon.rl.recipe import RlConfig
+from cabochon.rl.rewards import compose, verified
+from cabochon.rl.schedule import Schedule
+from cabochon.rl.update import Update, plan_update
+from cabochon.rollouts.collect import Collector, Completions, Group, room
+from cabochon.rollouts.local import LocalEngine
+from cabochon.rollouts.slots import SlotConfig
+from cabochon.rollouts.stream import LocalStream
+from cabochon.run import Run, open_run
+from cabochon.types import Task
+from cabochon.verifiers.build import probes_for, verifier_for
+from cabochon.verifiers.pool import VerifierPool
+from cabochon.verifiers.tasks import content_hash, read_tasks
+
+SHOWN = ("reward", "score", "entropy", "tokens", "truncated", "w_gap", "held_out")
+"""what the console shows of a step"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a checkpoint holds besides the weights."""
+
+    next_task: int = 0
+    """place in the schedule"""
+    next_group: int = 0
+    unfinished: tuple[str, ...] = ()
+    """ids of tasks that were in flight: they are started again after a resume, so that none is lost"""
+    kl_coef: float = 0.0
+
+
+def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
+    """Train, and return the directory with the result. The same call again goes on where it stopped.
+
+    Raises UserError (recipe, tasks, directory), MachineError (disk, workers, graders), NonFiniteError, and
+    KeyboardInterrupt after Ctrl-C saved a checkpoint.
+    """
+    files = [*cfg.tasks.train, *cfg.tasks.held_out]
+    with open_run(cfg, "rl", data=files, resume_anyway=resume_anyway, shown=SHOWN) as run, ExitStack() as stack:
+        if run.finished:
+            return run.final
+
+        # -- tasks, models, steps --------------------------------------------------------------------------------------
+        tasks, held = tasks_of(cfg)
+        mesh = mesh_of(cfg)
+        policy = open_policy(cfg.model, cfg.seed, mesh)
+        refuse_unexportable(policy.config)
+        update = plan_update(cfg.update, sparse=policy.config.moe is not None)
+        check_shapes(cfg, update)
+        learners = learners_of(cfg, update, mesh)
+        abstract = States(learners.policy.abstract_state(), learners.critic and learners.critic.abstract_state())
+
+        # -- fresh states, or those that were saved --------------------------------------------------------------------
+        reference = policy.params if update.needs_reference else None
+        if saved := run.restore(abstract._asdict()):
+            states, done, progress = States(**saved.state), saved.step, Progress(**saved.meta)
+        else:
+            critic = learners.critic.init_state(policy.params) if learners.critic else None
+            states, done = States(learners.policy.init_state(_copy(policy.params)), critic), 0
+            progress = Progress(kl_coef=cfg.update.kl.coef)
+        verifiers = stack.enter_context(
+            VerifierPool(
+                verifier=verifier_for([*tasks, *held], sandbox=cfg.tasks.sandbox),
+                probes=probes_for([*tasks, *held]),
+                concurrency=cfg.tasks.verifying,
+            )
+        )
+        engine = engine_of(cfg, policy, weights_of(learners.policy, states, done), run, stack)
+        sampling = cfg.sampling.drawn(cfg.rollout.group_size, routes=update.replays_sampler)
+        collector = stack.enter_context(
+            Collector(
+                Completions(engine, sampling), verifiers, seed=cfg.seed, first_group=progress.next_group,
+                threads=cfg.tasks.verifying,
+            )
+        )  # fmt: skip
+        feed = Feed(Schedule(tasks, cfg.tasks.shares, cfg.seed), progress.next_task, progress.unfinished)
+        watch, kl_coef = reports.Stopwatch(), progress.kl_coef
+
+        def held_out() -> dict[str, float]:
+            some = first_of_each(held, cfg.eval.tasks)
+            return accuracies(answer(engine, verifiers, some, cfg.sampling.drawn(cfg.eval.samples), cfg.seed))
+
+        before = held_out() if held and done == 0 else {}
+        if before:
+            run.event("held out", told(before), step=0, data={"held_out": before})
+
+        # -- the loop --------------------------------------------------------------------------------------------------
+        for step in run.steps(done, cfg.steps):
+            with watch("rollouts"):
+                want = room(
+                    max_lag=cfg.rollout.max_lag, batch=cfg.rollout.prompts, waiting=collector.waiting,
+                    running=collector.in_flight, most=(cfg.rollout.max_lag + 1) * cfg.rollout.prompts,
+                )  # fmt: skip
+                collector.start([next(feed) for _ in range(want)])
+                got = collector.take(
+                    cfg.rollout.prompts, keep=worth_learning if update.dynamic_sampling else _anything, more=feed,
+                    refills=cfg.rollout.refills * cfg.rollout.prompts, max_lag=cfg.rollout.max_lag,
+                )  # fmt: skip
+            if not got.rollouts:
+                raise UserError(
+                    f"step {step}: all of {len(got.dropped)} groups were alike, all right or all wrong, so nothing can be "
+                    "learnt: choose easier or harder tasks, more samples (rollout.group_size), or another algorithm"
+                )
+            rollouts = got.rollouts
+            with watch("score"):
+                rewards = compose(rollouts, verified(rollouts), {}, cfg.reward, overlong=update.overlong)
+                known = measure(learners, states, reference, rollouts, cfg.update, update)
+                penalties, kl = kl_of(cfg, known, rollouts, kl_coef)
+                advantages = advantages_of(rollouts, rewards.reward_N, known, update, penalties)
+            with watch("update"):
+                rng = np.random.default_rng((cfg.seed, step))
+                warming = update.critic == "own" and step <= update.warmup_updates
+                learnt = learn(
+                    learners, states, rollouts, advantages, known, cfg.update, update, rng, critic_only=warming
+                )
+                states = learnt.states
+            with watch("sync"):
+                engine.load(weights_of(learners.policy, states, step))
+            row = {
+                **reports.rollout_row(rollouts, rewards, step),
+                **reports.group_row(rollouts, rewards.parts["verifier"]),
+                **learnt.row,
+                "groups_dropped": len(got.dropped),
+                "groups_stale": len(got.stale),
+            }
+            if learnt.router is not None:
+                row["moe"] = reports.router_row(learnt.router)
+            if kl is not None:
+                row["kl_reward"], row["kl_coef"] = kl, kl_coef
+                kl_coef = adapted_coef(kl_coef, kl, cfg.update.kl, len(rollouts))
+            if held and (step == cfg.steps or (cfg.eval.every and step % cfg.eval.every == 0)):
+                with watch("eval"):
+                    accuracy = held_out()
+                row |= {"held_out": accuracy["all"], "held_out_domains": accuracy}
+            rows = [
+                journal.rollout_row(r, reward, {name: x[i] for name, x in rewards.parts.items()}, a)
+                for i, (r, reward, a) in enumerate(zip(rollouts, rewards.reward_N, advantages.tokens, strict=True))
+            ]
+            journal.write_rollouts(run.dir / "rollouts", step, rows)
+            if cfg.samples_every and (step == 1 or step % cfg.samples_every == 0):
+                run.console.line(journal.table(rows))
+            verifying = sum(r.verdict.seconds for r in rollouts if r.verdict)
+            run.log(step, row, clock={"time": watch.take(), "verify_seconds": verifying})
+            if step == cfg.steps or run.save_due(step):
+                progress = Progress(
+                    next_task=feed.place, next_group=collector.next_group, unfinished=tuple(collector.unfinished),
+                    kl_coef=kl_coef,
+                )  # fmt: skip
+                run.save(step, states._asdict(), asdict(progress))
+
+        # -- the result ------------------------------------------------------------------------------------------------
+        convert.save(
+            run.final, policy.config, merged(learners.policy, states), tokenizer=policy.tokenizer, overwrite=True
+        )
+        run.finish(steps=cfg.steps, results=results(run, before))
+        return run.final
+
+
+# -- making the parts --------------------------------------------------------------------------------------------------
+
+
+def tasks_of(cfg: RlConfig) -> tuple[list[Task], list[Task]]:
+    """(training, held-out). Raises UserError where a held-out prompt is trained on, or an id is used twice."""
+    train, held = ([t for path in paths for t in read_tasks(path)] for paths in (cfg.tasks.train, cfg.tasks.held_out))
+    ids: set[str] = set()
+    for task in train:
+        if task.id in ids:
+            raise UserError(f"tasks.train: the id {task.id!r} is in two of the files; make ids different")
+        ids.add(task.id)
+    trained = {content_hash(t.prompt): t.id for t in train}
+    for task in held:
+        if (same := trained.get(content_hash(task.prompt))) is not None:
+            raise UserError(
+                f"tasks.held_out: {task.id!r} has the prompt of the training task {same!r}; remove one of them"
+            )
+    return train, held
+
+
+def mesh_of(cfg: RlConfig) -> Mesh | None:
+    """All devices in the recipe's arrangement; None where there is one, which needs no placing."""
+    mesh = parallel.make_mesh(cfg.mesh)
+    return mesh if mesh.size > 1 else None
+
+
+def check_shapes(cfg: RlConfig, update: Update) -> None:
+    """Raises UserError where the recipe's numbers cannot work together, before anything is sampled."""
+    if cfg.rollout.group_size < update.group_size:
+        raise UserError(
+            f"rollout.group_size={cfg.rollout.group_size}: update.algorithm.kind={cfg.update.algorithm.kind} "
+            f"compares the samples of a prompt; expected {update.group_size} or more"
+        )
+    groups = -(-cfg.rollout.prompts // cfg.update.minibatches)
+    need = rows_needed(groups * cfg.rollout.group_size, cfg.engine.length, cfg.step.sequence_length)
+    if need > cfg.step.batch_size:
+        raise UserError(
+            f"step.batch_size={cfg.step.batch_size} rows of step.sequence_length={cfg.step.sequence_length} tokens "
+            f"may not hold {groups} groups of {cfg.rollout.group_size} completions of up to engine.length="
+            f"{cfg.engine.length}; set step.batch_size to {need} (micro-batches that stay empty cost nothing) or raise update.minibatches"
+        )
+
+
+def learners_of(cfg: RlConfig, update: Update, mesh: Mesh | None) -> Learners:
+    """The policy's step, and that of a critic with a trunk of its own."""
+    shape = replace(
+        learner_config(cfg, entropy=True), value=update.critic == "shared", freeze_router=cfg.update.router.freeze
+    )
+    critic = None
+    if update.critic == "own":
+        assert update.critic_loss is not None
+        critic = Learner(replace(shape, value=True, entropy=False, lora=None), update.critic_loss, mesh)
+    return Learners(policy=Learner(shape, update.loss, mesh), critic=critic)
+
+
+def engine_of(cfg: RlConfig, policy: Policy, weights: Weights, run: Run, stack: ExitStack) -> StreamingEngine:
+    """Ray's workers, which end with the stack, or this process."""
+    slots = SlotConfig(
+        slots=cfg.engine.slots,
+        length=cfg.engine.length,
+        dtype=cfg.precision.compute,
+        cache_dtype=cfg.precision.compute,
+    )
+    if cfg.engine.kind == "local":
+        return LocalStream(LocalEngine(policy.config, policy.tokenizer, weights, slots))
+    from cabochon.rollouts.ray_engine import RayEngine
+
+    engine = RayEngine(
+        policy.config, policy.tokenizer, weights, slots, cfg.engine.ray, log_dir=run.dir / "ray",
+        on_event=lambda event: run.event("engine", str(event["event"]), data={"detail": event}),
+    )  # fmt: skip
+    return stack.enter_context(engine)
+
+
+def merged(learner: Learner, states: States) -> tf.Params:
+    """The policy alone: no critic's head, low-rank additions merged in."""
+    params = {name: x for name, x in states.policy.params.items() if name != "value"}
+    return params if learner.cfg.lora_matrices is None else merge_lora(params, learner.cfg.lora_matrices)
+
+
+def weights_of(learner: Learner, states: States, version: int) -> Weights:
+    """For the engine; copied, since the next update takes the learner's arrays over."""
+    return Weights(version=version, params=_copy(merged(learner, states)))
+
+
+def _copy(params: tf.Params) -> tf.Params:
+    return jax.tree.map(lambda x: jax.numpy.array(x, copy=True), params)
+
+
+# -- parts of a step ---------------------------------------------------------------------------------------------------
+
+
+class Feed(Iterator[Task]):
+    """The tasks to start next: first those a killed run had in flight, then the schedule from `place` on."""
+
+    def __init__(self, schedule: Schedule, place: int, unfinished: Sequence[str]):
+        self._schedule, self.place, self._again = schedule, place, list(unfinished)
+
+    def __next__(self) -> Task:
+        if self._again:
+            return self._schedule.by_id(self._again.pop(0))
+        self.place += 1
+        return self._schedule[self.place - 1]
+
+
+def worth_learning(group: Group) -> bool:
+    """Dynamic sampling: not all right and not all wrong."""
+    return informative(
+        [np.nan if r.verdict is None or r.verdict.score is None else r.verdict.score for r in group.rollouts]
+    )
+
+
+def _anything(group: Group) -> bool:
+    return True
+
+
+def kl_of(
+    cfg: RlConfig, known: Known, rollouts: Sequence[Any], coef: float
+) -> tuple[list[np.ndarray] | None, float | None]:
+    """The penalties of a KL in the reward and its mean; (None, None) where it is not there."""
+    if not (cfg.update.kl.coef and cfg.update.kl.placement == "reward"):
+        return None, None
+    return kl_penalties(known, rollouts, coef)
+
+
+def told(accuracy: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1%}" for name, value in accuracy.items())
+
+
+def results(run: Run, before: dict[str, float]) -> dict[str, float]:
+    """What the run is remembered by: the last reward, held-out accuracy before and after."""
+    rows = run.rows()
+    last = rows[-1] if rows else {}
+    out = {"reward": last.get("reward"), "held_out": last.get("held_out"), "held_out_before": before.get("all")}
+    return {name: value for name, value in out.items() if value is not None}
