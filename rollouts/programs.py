@@ -170,7 +170,8 @@ def _attend(
     q = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
 
     def piece(cache: Array, i: Array | int) -> Array:  # a slice is a copy: a cache of one block is taken whole
-        return (cache if block == S else jax.lax.dynamic_slice_in_dim(cache, i * block, block, axis=2)).astype(q.dtype)
+        taken = cache if block == S else jax.lax.dynamic_slice_in_dim(cache, i * block, block, axis=2)
+        return (taken.view(jnp.bfloat16) if taken.dtype == jnp.uint16 else taken).astype(q.dtype)
 
     def part(i: Array | int, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         most, total, out = sums
@@ -233,6 +234,11 @@ def _forward(
     return x, tuple(keys), tuple(values), jnp.stack(routes, 2).astype(jnp.int32) if routes else none
 
 
+def _held(new: Array, cache: Array) -> Array:
+    """New keys or values as the cache holds them."""
+    return new.astype(jnp.bfloat16).view(jnp.uint16) if cache.dtype == jnp.uint16 else new.astype(cache.dtype)
+
+
 def _prefill(
     model: ModelConfig, cfg: SlotConfig, params: EngineParams, prefix: Prefix, token_T: Array, start: Array, real: Array
 ) -> tuple[Prefix, Array]:
@@ -240,7 +246,7 @@ def _prefill(
     step_T = jnp.arange(token_T.shape[0], dtype=jnp.int32)
 
     def write(cache: Array, new_1TKH: Array) -> Array:
-        new = new_1TKH.astype(cache.dtype).swapaxes(1, 2)
+        new = _held(new_1TKH, cache).swapaxes(1, 2)
         return jax.lax.dynamic_update_slice(cache, new, (0, 0, start, 0))
 
     _, k, v, routes = _forward(
@@ -307,7 +313,7 @@ def _step(model: ModelConfig, cfg: SlotConfig, params: EngineParams, carry: tupl
     every_B = jnp.arange(cfg.slots)
 
     def write(cache: Array, new_B1KH: Array) -> Array:
-        return cache.at[every_B, :, row.position_B].set(new_B1KH[:, 0].astype(cache.dtype), mode="drop")
+        return cache.at[every_B, :, row.position_B].set(_held(new_B1KH[:, 0], cache), mode="drop")
 
     x_B1D, k, v, routes_B1LC = _forward(
         model, cfg, params, row.token_B[:, None], row.position_B[:, None], row.live_B[:, None], (k, v), write

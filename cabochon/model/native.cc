@@ -61,15 +61,15 @@ struct F32 {
 struct BF16 {
   using Element = uint16_t;
   static constexpr int64_t kStep = 2;
-  static uint32_t round(float x) {
-    uint32_t b;
-    std::memcpy(&b, &x, 4);
-    return (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  }
-  static void rows(const float* x, float* to, int64_t K, int64_t words) {  // pairs, the even one in the low half
-    for (int64_t i = 0; i < words; i++) {
-      uint32_t odd = 2 * i + 1 < K ? round(x[2 * i + 1]) : 0, pair = round(x[2 * i]) | odd << 16;
-      std::memcpy(to + i, &pair, 4);
+  static void rows(const float* x, float* to, int64_t K, int64_t words) {  // to nearest even, two in a word
+    auto* out = reinterpret_cast<uint16_t*>(to);
+    out[2 * words - 1] = 0;
+    for (int64_t i = 0; i < K; i += 16) {
+      const __mmask16 m = K - i >= 16 ? 0xffff : (1 << (K - i)) - 1;
+      const __m512i b = _mm512_castps_si512(_mm512_maskz_loadu_ps(m, x + i));
+      const __m512i even = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+      const __m512i up = _mm512_add_epi32(_mm512_add_epi32(b, even), _mm512_set1_epi32(0x7fff));
+      _mm256_mask_storeu_epi16(out + i, m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
     }
   }
   static int64_t words(int64_t K) { return (K + 1) / 2; }
