@@ -68,7 +68,8 @@ def calls_in(text: str) -> list[Call]:
     said = text.rpartition("</think>")[2]
     if "<think>" in said:
         said = said.partition("<think>")[0]
-    found, at = [], 0
+    found: list[Call] = []
+    at = 0
     while (start := said.find(OPEN, at)) >= 0:
         end = said.find(CLOSE, start)
         if end < 0:
