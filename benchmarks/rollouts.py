@@ -1,12 +1,15 @@
-"""New tokens per second of the sampler on SmolLM2-135M against transformers' generate, both f32, in one process.
+"""New tokens per second of the sampler on SmolLM2-135M against transformers' generate, in one process.
 
     python benchmarks/rollouts.py [--batches 1 8 32 --prompt 128 --new 128 --rounds 3 --cases uniform ragged groups]
+                                  [--dtypes float32 bfloat16 --kernels auto native xla --peers float32 bfloat16]
+    python benchmarks/rollouts.py --tiny          # a mixture of experts as `make demo` trains: start-up and tokens/s
 
 `uniform`: every sequence draws `--new` tokens. `ragged`: 3 batches of requests whose lengths differ ten times, one
 in eight is long; transformers, which has no slots, runs them batch by batch in the order given, as long as the longest.
 `groups`: batch / 8 prompts with 8 samples each. Rounds are interleaved, ours and theirs in turn, and medians are
-reported with the ratio; above 1 ours is faster. Compilation and loading are left out. The last column is what this
-machine could do if a step cost only the reading of the weights once, at the bandwidth measured at the start.
+reported, with the ratio of our first to the best peer; above 1 ours is faster. Compilation and loading are left out.
+The roofline is what a step could do at most in f32: the weights read once at the bandwidth, or their products at the
+matmul rate (XLA's, 2048 rows), both measured at the start, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cabochon.model import address, convert
-from cabochon.model.config import ModelConfig
+from cabochon.model import transformer as tf
+from cabochon.model.config import ModelConfig, MoeConfig
 from cabochon.protocols import Weights
 from cabochon.rollouts.local import LocalEngine
 from cabochon.rollouts.slots import SlotConfig
-from cabochon.tokenizer import Tokenizer
+from cabochon.tokenizer import ByteTokenizer, Tokenizer
 from cabochon.types import Request, Sampling
 
 NAME = "smollm2-135m-instruct"
@@ -56,8 +60,10 @@ class Work:
         ]
 
 
-def ours(config: ModelConfig, weights: Weights, tokenizer: Tokenizer, work: Work, length: int) -> Callable[[int], None]:
-    engine = LocalEngine(config, tokenizer, weights, SlotConfig(slots=work.batch, length=length))
+def ours(
+    config: ModelConfig, weights: Weights, tokenizer: Tokenizer, work: Work, cfg: SlotConfig
+) -> Callable[[int], None]:
+    engine = LocalEngine(config, tokenizer, weights, cfg)
     engine.generate([Request(prompt=work.prompts[0], sampling=Sampling(max_tokens=2, ignore_eos=True))])  # compiles
     known = engine.sampler.compiled
 
@@ -84,15 +90,17 @@ def theirs(model, work: Work) -> Callable[[int], None]:
     return run
 
 
-def bandwidth() -> float:
-    """Bytes per second of reading 400 MB with all threads of XLA, best of 5."""
+def best_of(run: Callable[[], object], times: int = 6) -> float:
+    """Seconds of the fastest."""
+    return min(timed(lambda _: jax.block_until_ready(run()), 0) for _ in range(times))
+
+
+def roofline(parameters: int, batch: int) -> float:
+    """Tokens per second that no f32 step of this many parameters and rows can beat, see the top."""
     x, read = jnp.ones(100_000_000, jnp.float32), jax.jit(lambda x: x.sum())
-    best = float("inf")
-    for _ in range(6):
-        start = time.perf_counter()
-        jax.block_until_ready(read(x))
-        best = min(best, time.perf_counter() - start)
-    return x.nbytes / best
+    a, product = jnp.ones((2048, 2048), jnp.float32), jax.jit(jnp.dot)
+    bytes_per_second, flops = x.nbytes / best_of(lambda: read(x)), 2 * 2048**3 / best_of(lambda: product(a, a))
+    return batch / max(4 * parameters / bytes_per_second, 2 * parameters * batch / flops)
 
 
 def timed(run: Callable[[int], None], seed: int) -> float:
@@ -101,12 +109,33 @@ def timed(run: Callable[[int], None], seed: int) -> float:
     return time.perf_counter() - start
 
 
-def report(case: str, work: Work, seconds: Mapping[str, Sequence[float]], roofline: float) -> None:
+def report(case: str, work: Work, seconds: Mapping[str, Sequence[float]], most: float) -> None:
     rate = {name: work.tokens / statistics.median(s) for name, s in seconds.items()}
     spread = ", ".join(f"{name} {min(s):.2f}-{max(s):.2f} s" for name, s in seconds.items())
     line = " ".join(f"{name} {r:7.1f}" for name, r in rate.items())
-    ratio = rate["ours"] / rate["transformers"] if "transformers" in rate else float("nan")
-    print(f"{case:8} {work.batch:3} | {line} tok/s | ratio {ratio:.2f} | weights read once {roofline:.0f} | {spread}")
+    peers = [r for name, r in rate.items() if name.startswith("transformers")]
+    ratio = next(iter(rate.values())) / max(peers) if peers else float("nan")
+    print(f"{case:8} {work.batch:3} | {line} tok/s | ratio {ratio:.2f} | roofline {most:.0f} | {spread}", flush=True)
+
+
+def tiny(slots: int = 32, prompt: int = 64, new: int = 64) -> None:
+    """Four sparse layers over bytes, groups of 8: seconds from weights to the first token, then tokens a second."""
+    experts = MoeConfig(num_experts=8, top_k=2, ffn_dim=192)
+    config = ModelConfig(
+        vocab_size=259, dim=192, num_layers=4, num_heads=6, num_kv_heads=3, head_dim=32, moe=experts, qk_norm="head"
+    )
+    weights = Weights(version=0, params=tf.init(config, jax.random.key(0)))
+    for kernels in ("auto", "xla"):
+        start = time.perf_counter()
+        cfg = SlotConfig(slots=slots, length=prompt + new, kernels=kernels)
+        engine = LocalEngine(config, ByteTokenizer(), weights, cfg)
+        engine.generate([Request(prompt="x" * prompt, sampling=Sampling(max_tokens=1))])
+        first = time.perf_counter() - start
+        rng = np.random.default_rng(0)
+        sampling = Sampling(max_tokens=new, n=GROUP, ignore_eos=True)
+        requests = [Request(prompt=rng.integers(0, 255, prompt), sampling=sampling, seed=i) for i in range(8)]
+        seconds = statistics.median(timed(lambda _, e=engine, r=requests: e.generate(r), 0) for _ in range(5))
+        print(f"tiny, kernels {kernels}: first token after {first:.1f} s, then {8 * GROUP * new / seconds:.0f} tok/s")
 
 
 def main() -> None:
@@ -116,31 +145,42 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", default=["uniform"], choices=["uniform", "ragged", "groups"])
-    parser.add_argument("--no-peer", action="store_true", help="ours alone")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of our weights and cache")
+    parser.add_argument("--kernels", nargs="+", default=["auto"], choices=["auto", "native", "xla"])
+    parser.add_argument("--peers", nargs="*", default=["float32", "bfloat16"], help="of transformers; none: ours alone")
+    parser.add_argument("--tiny", action="store_true")
     a = parser.parse_args()
+    if a.tiny:
+        return tiny()
 
     config, params, tokenizer = address.open_model(NAME)
     weights = Weights(version=0, params=params)
-    steps_per_second = bandwidth() / (4 * sum(x.size for x in jax.tree.leaves(params)))
-    model = None
-    if not a.no_peer:
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    models = {}
+    if a.peers:
         import torch
         import transformers
 
         with tempfile.TemporaryDirectory() as folder:
             convert.save(Path(folder) / "m", config, params, tokenizer=tokenizer)
-            model = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "m", dtype=torch.float32).eval()
+            for dtype in a.peers:
+                place = Path(folder) / "m"
+                model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype))
+                models[dtype] = model.eval()
     for case in a.cases:
         for batch in a.batches:
             work = Work(case, batch, a.prompt, a.new, config.vocab_size)
-            runs = {"ours": ours(config, weights, tokenizer, work, a.prompt + a.new)}
-            if model is not None:
-                runs["transformers"] = theirs(model, work)
+            length = a.prompt + a.new
+            runs = {
+                f"{k} {d}": ours(config, weights, tokenizer, work, SlotConfig(
+                    slots=batch, length=length, dtype=d, cache_dtype=d, kernels=k, chunks=(a.prompt,)))
+                for k in a.kernels for d in a.dtypes
+            } | {f"transformers {d}": theirs(model, work) for d, model in models.items()}  # fmt: skip
             seconds: dict[str, list[float]] = {name: [] for name in runs}
             for i in range(a.rounds):
                 for name, run in runs.items():
                     seconds[name].append(timed(run, i))
-            report(case, work, seconds, steps_per_second * batch)
+            report(case, work, seconds, roofline(parameters, batch))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The three compiled programs of the sampler: read a piece of a prompt, start a slot, decode several tokens.
+"""The compiled programs of the sampler: read a piece of a prompt, start a slot, take it back, decode several tokens.
 
 Legend: B slots, T tokens of a piece, S cache positions, D model, V vocab, K kv heads, G queries of each, H head dim,
 L sparse layers, C experts per token, N decode steps.
@@ -59,6 +59,7 @@ class Programs(NamedTuple):
 
     prefill: Callable[..., tuple[Prefix, Array]]
     start: Callable[..., Slots]
+    recall: Callable[..., Prefix]
     decode: Callable[..., tuple[Slots, Steps]]
     traces: Counter[str]
 
@@ -130,6 +131,7 @@ def programs(model: ModelConfig, cfg: SlotConfig) -> Programs:
     return Programs(
         prefill=jax.jit(counted("prefill", _prefill), donate_argnums=1),
         start=jax.jit(counted("start", _start), donate_argnums=0),
+        recall=jax.jit(counted("recall", _recall), donate_argnums=0),
         decode=jax.jit(counted("decode", _decode), donate_argnums=1),
         traces=traces,
     )
@@ -272,6 +274,16 @@ def _start(model: ModelConfig, cfg: SlotConfig, slots: Slots, prefix: Prefix, sl
         v=tuple(copied(a, b) for a, b in zip(slots.v, prefix.v, strict=True)),
         row=jax.tree.map(lambda all_B, one: all_B.at[slot].set(one), slots.row, row),
     )
+
+
+def _recall(model: ModelConfig, cfg: SlotConfig, prefix: Prefix, slots: Slots, slot: Array) -> Prefix:
+    """The keys and values of a slot, back in the buffer that prompts are read into."""
+
+    def copied(to: Array, source: Array) -> Array:
+        return jax.lax.dynamic_update_slice(to, jax.lax.dynamic_slice_in_dim(source, slot, 1), (0, 0, 0, 0))
+
+    k, v = (jax.tree.map(copied, to, source) for to, source in ((prefix.k, slots.k), (prefix.v, slots.v)))
+    return Prefix(k, v)
 
 
 # -- decode ------------------------------------------------------------------------------------------------------------

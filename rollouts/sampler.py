@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from cabochon.model.config import ModelConfig
-from cabochon.rollouts import thinking
+from cabochon.rollouts import prefix, thinking
 from cabochon.rollouts.programs import Programs, Steps, engine_params, programs
 from cabochon.rollouts.prompts import Prepared, pieces, prepare, stopped, text_of
 from cabochon.rollouts.slots import SlotConfig, empty_prefix, empty_slots, make_row, sample_key
@@ -56,6 +56,10 @@ class _Job:
     """samples that have a slot or are done"""
     read: bool = False
     """its prompt is in the prefix buffer"""
+    loads: int = -1
+    """how often weights had been loaded when it was read"""
+    from_slot: int | None = None
+    """where a part of its prompt came from"""
     prefill_seconds: float = 0.0
     routes: np.ndarray | None = None
     """[P-1, L, C]"""
@@ -90,6 +94,8 @@ class Counters:
     prompts: int = 0
     prompt_tokens: int = 0
     """read by prefill; the last token of a prompt is read by decode"""
+    reused_tokens: int = 0
+    """of prompts, whose keys and values an earlier sequence had left"""
 
 
 class Sampler:
@@ -105,16 +111,19 @@ class Sampler:
         self._queue: deque[_Job] = deque()
         self._running: dict[int, _Running] = {}
         self._stopped = np.zeros(cfg.slots, bool)
-        self._tickets = 0
+        self._kept: dict[int, prefix.Kept] = {}
+        self._tickets = self._ended = self._loads = 0
         self.load(params, version)
 
     def load(self, params: Mapping[str, Any], version: int) -> None:
         """Use these weights from the next token on.
 
         A running sequence keeps the keys and values it has, as in-flight updates do; its later tokens carry the new
-        version. A prompt that waits is read again.
+        version. A prompt that waits is read again, and nothing that older weights computed is reused.
         """
         self._params, self.version = engine_params(self.model, params, self.cfg), version
+        self._loads += 1
+        self._kept.clear()
         for job in self._queue:
             job.read = False
 
@@ -127,6 +136,16 @@ class Sampler:
         self._tickets += 1
         self._queue.append(_Job(ticket=self._tickets, work=work, submitted=time.monotonic()))
         return self._tickets
+
+    def abort(self, tickets: Collection[int]) -> int:
+        """Drop what is left of these requests, running or waiting. Returns how many samples that were."""
+        waiting = sum(job.work.sampling.n - job.started for job in self._queue if job.ticket in tickets)
+        self._queue = deque(job for job in self._queue if job.ticket not in tickets)
+        slots = [slot for slot, run in self._running.items() if run.job.ticket in tickets]
+        for slot in slots:
+            self._keep(slot, self._running.pop(slot))
+            self._stopped[slot] = True
+        return waiting + len(slots)
 
     @property
     def busy(self) -> bool:
@@ -155,7 +174,7 @@ class Sampler:
                 watch(run.job.ticket, run.sample, np.array(run.tokens, np.int32))
             if done is not None:
                 out.append(Finished(run.job.ticket, run.sample, done))
-                del self._running[slot]
+                self._keep(slot, self._running.pop(slot))
         return out
 
     # -- starting ------------------------------------------------------------------------------------------------------
@@ -166,29 +185,43 @@ class Sampler:
             job = self._queue[0]
             if not job.read:
                 self._read(job)
-            self._begin(job, free.pop(0))
+            slot = min(free, key=lambda slot: self._worth(slot, job))
+            free.remove(slot)
+            self._begin(job, slot)
             if job.started == job.work.sampling.n:
                 self._queue.popleft()
 
+    def _worth(self, slot: int, job: _Job) -> tuple[int, int]:
+        """A free slot's rank to be taken: where the prompt came from, then those that hold nothing, then the oldest."""
+        if slot == job.from_slot:
+            return 0, 0
+        return (2, self._kept[slot].since) if slot in self._kept else (1, slot)
+
     def _read(self, job: _Job) -> None:
-        """Prompt, all but the last token, into the prefix buffer, by chunks."""
-        begin, at, parts = time.monotonic(), 0, []
-        tokens = job.work.tokens[:-1]
-        for real, chunk in pieces(len(tokens), self.cfg.chunks):
+        """Prompt, all but the last token, into the prefix buffer: what a slot holds from there, the rest by chunks."""
+        begin, parts = time.monotonic(), []
+        tokens, routes = job.work.tokens[:-1], job.work.sampling.routes
+        at, job.from_slot = 0, None
+        if self.cfg.reuse and (found := prefix.longest(self._kept, tokens, self.cfg.reuse, routes)):
+            job.from_slot, at = found
+            self._prefix = self._programs.recall(self._prefix, self._slots, np.int32(job.from_slot))
+            kept = self._kept[job.from_slot].routes_TLC
+            parts += [kept[:at]] if routes and kept is not None else []
+        self.counters.prompts += 1
+        self.counters.reused_tokens += at
+        self.counters.prompt_tokens += len(tokens) - at
+        for real, chunk in pieces(len(tokens) - at, self.cfg.chunks):
             padded = np.zeros(chunk, np.int32)
             padded[:real] = tokens[at : at + real]
-            self._prefix, routes = self._programs.prefill(
+            self._prefix, used = self._programs.prefill(
                 self._params, self._prefix, padded, np.int32(at), np.int32(real)
             )
-            if job.work.sampling.routes:
-                parts.append(np.asarray(routes)[:real])
+            if routes:
+                parts.append(np.asarray(used)[:real])
             at += real
         jax.block_until_ready(self._prefix)  # so that the time is the work's and not that of asking for it
-        if parts:
-            job.routes = np.concatenate(parts)
-        job.read, job.prefill_seconds = True, time.monotonic() - begin
-        self.counters.prompts += 1
-        self.counters.prompt_tokens += len(tokens)
+        job.routes = np.concatenate(parts) if parts else None
+        job.read, job.loads, job.prefill_seconds = True, self._loads, time.monotonic() - begin
 
     def _begin(self, job: _Job, slot: int) -> None:
         work, s = job.work, job.work.sampling
@@ -208,9 +241,20 @@ class Sampler:
         )
         self._slots = self._programs.start(self._slots, self._prefix, np.int32(slot), row)
         self._stopped[slot] = False
+        self._kept.pop(slot, None)
         phase = int(np.asarray(thought.phase_B))
         self._running[slot] = _Running(job=job, sample=job.started, phase=phase, since=time.monotonic())
         job.started += 1
+
+    def _keep(self, slot: int, run: _Running) -> None:
+        """Note what an ended sequence leaves in its slot, where one set of weights computed all of it."""
+        if not self.cfg.reuse or run.job.loads != self._loads:
+            return
+        steps = [run.job.routes] if run.job.routes is not None else []
+        tokens = np.concatenate([run.job.work.tokens, np.array(run.tokens, np.int32)])[:-1]
+        routes = np.concatenate(steps + run.routes)[: len(tokens)] if run.routes else None
+        self._ended += 1
+        self._kept[slot] = prefix.Kept(tokens_T=tokens, routes_TLC=routes, since=self._ended)
 
     # -- ending --------------------------------------------------------------------------------------------------------
 

@@ -48,6 +48,10 @@ class SlotConfig:
     cache_dtype: str = "float32"
     kernels: Literal["auto", "native", "xla"] = "auto"
     """`native`: C++ for CPUs with AVX-512 (`cabochon.model.native`); `auto`: where this machine can"""
+    reuse: int = 0
+    """prompt tokens that a request must share with a sequence that ended lately for its keys and values to be taken
+    from there instead of being computed (multi-turn); 0: never. What is taken agrees with a fresh reading to 1e-5, not
+    to the last bit, so where it is on, company can move a draw that falls on the edge between two tokens"""
 
     @property
     def native(self) -> bool:

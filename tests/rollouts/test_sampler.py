@@ -336,3 +336,93 @@ def test_the_engines_layers_are_the_policys_in_order(params):
     np.testing.assert_array_equal(layers[3]["moe"]["down"], group["1"]["moe"]["down"][1])
     half = engine_params(MOE, params["moe"], dataclasses.replace(xla, dtype="bfloat16"))["layers"][1]["moe"]
     assert (half["down"].dtype, half["router"]["w"].dtype) == (jnp.bfloat16, jnp.float32)
+
+
+# -- turns, and requests that are no longer wanted ---------------------------------------------------------------------
+
+
+def second_turns(first, sampling):
+    """Requests that go on from completions: their tokens, what a tool said, more sampling."""
+    said = np.frombuffer(b" -> 42; ", np.uint8).astype(np.int32)
+    prompts = [np.concatenate([c.prompt_tokens, c.tokens, said]) for c in first]
+    return [Request(prompt=p, sampling=sampling, seed=50 + i) for i, p in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("name", ["dense-auto", "moe-auto", "moe-xla"])
+def test_a_later_turn_reuses_the_keys_and_values_of_the_earlier(params, name):
+    """Four conversations, four slots: only what was said in between is read, with the results of a fresh engine."""
+    kind, kernels = name.split("-")
+    model = {"dense": DENSE, "moe": MOE}[kind]
+    cfg = dataclasses.replace(SLOTS, kernels=kernels)
+    fresh = LocalEngine(model, TOK, Weights(version=0, params=params[kind]), cfg)
+    keeping = LocalEngine(model, TOK, Weights(version=0, params=params[kind]), dataclasses.replace(cfg, reuse=4))
+    sampling = Sampling(max_tokens=9, routes=True, ignore_eos=True)
+    first = keeping.generate(requests_for(["hello", "The quick", "two words", "x" * 20], sampling, seed=3))
+    again = second_turns(first, sampling)
+    before = dataclasses.replace(keeping.sampler.counters)
+    got, want = keeping.generate(again[::-1])[::-1], fresh.generate(again)
+    after = keeping.sampler.counters
+    assert after.reused_tokens - before.reused_tokens == sum(len(c.prompt_tokens) + 8 for c in first)
+    assert after.prompt_tokens - before.prompt_tokens == 4 * 8  # the last drawn and eight of the tool, but its last
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.raw_logprobs, b.raw_logprobs, atol=1e-5, rtol=0)
+        if kind == "moe":
+            np.testing.assert_array_equal(a.prompt_routes, b.prompt_routes)
+            np.testing.assert_array_equal(a.routes, b.routes)
+    # a third turn, after new weights: nothing is taken from the old
+    other = peaked(model, seed=9)
+    for engine in (keeping, fresh):
+        engine.load(Weights(version=1, params=other))
+    third = second_turns(got[:2], dataclasses.replace(sampling, max_tokens=4))
+    for a, b in zip(keeping.generate(third), fresh.generate(third), strict=True):
+        same(a, b)
+    assert keeping.sampler.counters.reused_tokens == after.reused_tokens
+    assert fresh.sampler.counters.reused_tokens == 0
+
+
+def test_what_is_not_reused(params):
+    """Less in common than asked for; routes wanted and not recorded; computed by two sets of weights; slots taken."""
+    cfg = dataclasses.replace(SLOTS, slots=2, reuse=6)
+    engine = LocalEngine(MOE, TOK, Weights(version=0, params=params["moe"]), cfg)
+    plain, routed = Sampling(max_tokens=3, ignore_eos=True), Sampling(max_tokens=3, routes=True, ignore_eos=True)
+
+    def reused(prompt, sampling):
+        before = engine.sampler.counters.reused_tokens
+        engine.generate([Request(prompt=prompt, sampling=sampling)])
+        return engine.sampler.counters.reused_tokens - before
+
+    assert reused("abcdefgh", plain) == 0
+    assert reused("abcdeXYZ", plain) == 0
+    assert reused("abcdefXYZ", routed) == 0
+    assert reused("abcdefXYZ", plain) == 8  # the latest of two; all but the last token of the prompt
+    for prompt in ("fill both", "the slots"):
+        reused(prompt, plain)
+    assert reused("abcdefXYZ", plain) == 0
+    sampler = engine.sampler
+    sampler.submit(sampler.prepare(Request(prompt="across weights", sampling=Sampling(max_tokens=9, ignore_eos=True))))
+    sampler.step()
+    engine.load(Weights(version=1, params=params["moe"]))
+    while sampler.busy:
+        sampler.step()
+    assert reused("across weights", plain) == 0
+
+
+def test_abort(engine, alone):
+    """A running and a waiting request go, the others are completed as they would be alone."""
+    sampler, requests = engine.sampler, varied()
+    tickets = {sampler.submit(sampler.prepare(requests[i])): i for i in (0, 3, 2, 8, 9, 3)}
+    running, *_, waiting = tickets
+    sampler.step()
+    steps = sampler.counters.steps
+    assert sampler.abort([running, waiting, 10**9]) == 1 + 3
+    assert sampler.abort([running]) == 0
+    done = {}
+    while sampler.busy:
+        for ticket, sample, completion in sampler.step():
+            done[ticket, sample] = completion
+    assert {ticket for ticket, _ in done} == set(tickets) - {running, waiting}
+    for (ticket, sample), completion in done.items():
+        same(completion, alone[tickets[ticket]][sample])
+    assert sampler.counters.steps - steps < 30 + 20  # the longest, of 30 tokens, was not run to its end
+    assert sampler.step() == []
