@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from cabochon.errors import MachineError
+from cabochon.heap import keep_pages
 from cabochon.model.config import ModelConfig
 from cabochon.protocols import Finished, Weights, WeightStore
 from cabochon.tokenizer import Tokenizer
@@ -59,6 +60,9 @@ class RolloutWorker:
     def __init__(self, name: str, model: ModelConfig, tokenizer: Tokenizer, slots: Any, threads: int):
         """`slots` is a SlotConfig; `threads` at most, for jax and BLAS."""
         os.environ.update({name: str(threads) for name in _THREADS})
+        keep_pages()
+        import cabochon.rollouts.probe  # noqa: F401  (takes seconds, which the engine uses to publish)
+
         self.name, self._model, self._tokenizer, self._slots = name, model, tokenizer, slots
         self._changed = threading.Condition()
         self._given: list[tuple[int, Request]] = []
