@@ -1,0 +1,224 @@
+"""Runs that train nothing, or the wrong thing, say so in their first steps (architecture.md section 7).
+
+One pure function from a step's row of metrics and a small state to alarms, each with what to do about it. A rule reads
+only what the row has. It fires once its condition has held for so many steps in a row, and again only after it went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from cabochon.config import Frozen
+
+Row = Mapping[str, Any]
+State = dict[str, float]
+"""Plain JSON for the checkpoint: consecutive steps per rule, and readings of the first step. Begins empty."""
+
+
+class Alarm(NamedTuple):
+    """`name` is stable; `said` has the number that set it off."""
+
+    name: str
+    step: int
+    said: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.said}. {self.remedy}"
+
+
+class AlarmLimits(Frozen):
+    """Where readings become alarms (algorithms.md section 22)."""
+
+    truncated: float = Field(0.5, gt=0, le=1)
+    """share of completions cut off at the length limit"""
+    flat_groups: float = Field(0.9, gt=0, le=1)
+    """share of groups that are all right or all wrong"""
+    no_answer: float = Field(0.9, gt=0, le=1)
+    """share of verdicts without an answer to judge"""
+    infra_errors: float = Field(0.5, gt=0, le=1)
+    """share of completions that nobody could judge"""
+    logprob_kl: float = Field(1e-2, gt=0)
+    """k3 of sampler against learner, nats per token"""
+    logprob_large: float = Field(1e-3, gt=0)
+    """share of tokens that sampler and learner disagree on by more than 2 nats"""
+    refused: float = Field(0.2, gt=0, le=1)
+    """share of tokens that the mismatch correction refuses"""
+    clipped: float = Field(0.5, gt=0, le=1)
+    """share of tokens whose gradient clipping takes"""
+    entropy: float = Field(0.1, ge=0)
+    """least mean entropy per token, nats; 0 for no floor"""
+    violation: float = Field(2.0, gt=1)
+    """largest expert load above the mean, as a multiple of the first step's"""
+    reference_kl: float = Field(1.0, gt=0)
+    """KL to the reference at the first step, nats per token: there both should be nearly the same model"""
+    lag: int = Field(8, ge=1)
+    """updates between drawing a token and training on it"""
+    budget_fill: float = Field(0.9, ge=0)
+    """least share of a fixed token budget that a rollout batch brings"""
+
+
+def _read(row: Row, key: str) -> float | None:
+    """`a.b` of nested rows; None where it is not there."""
+    value: Any = row
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return None if value is None else float(value)
+
+
+Said = Callable[[Row, State, AlarmLimits], str | None]
+"""What is wrong, or None."""
+Limit = Callable[[AlarmLimits], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rule:
+    name: str
+    after: int
+    """steps in a row"""
+    said: Said
+    remedy: str
+
+
+def _above(key: str, limit: Limit, text: str) -> Said:
+    def said(row: Row, state: State, limits: AlarmLimits) -> str | None:
+        value = _read(row, key)
+        return text.format(value) if value is not None and value > limit(limits) else None
+
+    return said
+
+
+def _share(key: str, limit: Limit, text: str) -> Said:
+    """A share of 1 is as much as a limit of 1 can ask for."""
+
+    def said(row: Row, state: State, limits: AlarmLimits) -> str | None:
+        value = _read(row, key)
+        return text.format(value) if value is not None and value >= limit(limits) else None
+
+    return said
+
+
+def _below(key: str, limit: Limit, text: str) -> Said:
+    def said(row: Row, state: State, limits: AlarmLimits) -> str | None:
+        value = _read(row, key)
+        return text.format(value) if value is not None and value < limit(limits) else None
+
+    return said
+
+
+def _zero(key: str, text: str, unless_zero: str = "") -> Said:
+    """`unless_zero`: another reading that explains this one, and has a rule of its own."""
+
+    def said(row: Row, state: State, limits: AlarmLimits) -> str | None:
+        explained = bool(unless_zero) and _read(row, unless_zero) == 0
+        return text if _read(row, key) == 0 and not explained else None
+
+    return said
+
+
+def _flat(row: Row, state: State, limits: AlarmLimits) -> str | None:
+    solved, failed = _read(row, "groups_solved") or 0.0, _read(row, "groups_failed") or 0.0
+    if max(solved, failed) >= 1 or solved + failed < limits.flat_groups:
+        return None
+    return f"{solved + failed:.0%} of the groups are all right or all wrong and teach nothing"
+
+
+def _no_answer(row: Row, state: State, limits: AlarmLimits) -> str | None:
+    share = sum(_read(row, f"status.{kind}") or 0.0 for kind in ("no_answer", "malformed"))
+    return f"{share:.0%} of the completions hold no answer to judge" if share >= limits.no_answer else None
+
+
+def _unjudged(row: Row, state: State, limits: AlarmLimits) -> str | None:
+    errors, all_ = _read(row, "infra_errors"), _read(row, "completions")
+    if errors is None or not all_ or errors / all_ < limits.infra_errors:
+        return None
+    return f"{errors / all_:.0%} of the verdicts are failures of the machine, not of the model"
+
+
+def _violation(row: Row, state: State, limits: AlarmLimits) -> str | None:
+    now, first = _read(row, "moe.max_violation"), state.get("first.max_violation")
+    if now is None or first is None or now <= limits.violation * max(first, 0.5):
+        return None
+    return f"the busiest expert's load is {now:.1f} above the mean, {first:.1f} at the first step"
+
+
+def _reference(row: Row, state: State, limits: AlarmLimits) -> str | None:
+    kl = _read(row, "kl_reference" if "kl_reference" in row else "kl_reward")
+    if state.get("steps", 0) > 1 or kl is None or abs(kl) <= limits.reference_kl:
+        return None
+    return f"the reference policy is {abs(kl):.1f} nats per token away before anything was learnt"
+
+
+RULES = (
+    _Rule(name="all_wrong", after=2, said=_share("groups_failed", lambda _: 1.0, "every completion is judged wrong"),
+          remedy="Easier tasks, more SFT, or the verifier reads another format: look at rollouts/ for what it wrote"),
+    _Rule(name="all_right", after=2, said=_share("groups_solved", lambda _: 1.0, "every completion is judged right"),
+          remedy="Harder tasks; or the verifier accepts anything: try it with `cabochon reward test`"),
+    _Rule(name="flat_groups", after=3, said=_flat,
+          remedy="Tasks solved sometimes (a mixture, or algorithm.kind=dapo, which samples anew), or more of each"),
+    _Rule(name="truncated", after=1, said=_share("truncated", lambda x: x.truncated,
+                                                 "{:.0%} of the completions were cut off at the length limit"),
+          remedy="Raise sampling.max_tokens, or check that the model learnt its end-of-text token (chat template)"),
+    _Rule(name="empty", after=1, said=_share("empty", lambda _: 0.5, "{:.0%} of the completions have no token"),
+          remedy="The prompt ends where the model ends its own turn: check the chat template and the stop strings"),
+    _Rule(name="no_answer", after=2, said=_no_answer,
+          remedy="Check the chat template and what the prompt asks for against what the verifier reads"),
+    _Rule(name="unjudged", after=1, said=_unjudged,
+          remedy="See the verdicts' details in rollouts/ and run `cabochon doctor`; nothing is trained on these"),
+    _Rule(name="nothing_trained", after=1, said=_zero("trained_tokens", "no token was trained on"),
+          remedy="Every completion was left out: rewards equal in each group, or none at all (see infra_errors)"),
+    _Rule(name="learning_rate", after=2, said=_zero("learning_rate", "the learning rate is 0"),
+          remedy="Set optim.learning_rate, or a schedule that does not end before the run: optim.total_steps"),
+    _Rule(name="gradient", after=1, said=_zero("grad_norm", "the gradient is 0", unless_zero="trained_tokens"),
+          remedy="Every advantage is 0 or every token refused: see groups_* and w_refused"),
+    _Rule(name="weights", after=2, said=_zero("weights_change", "the published weights are those of the step before",
+                                              unless_zero="learning_rate"),
+          remedy="Updates are lost on their way to the sampler, or are too small for its number format"),
+    _Rule(name="logprobs", after=2, said=_above("w_kl", lambda x: x.logprob_kl,
+                                               "sampler and learner differ by {:.3f} nats per token (k3)"),
+          remedy="Stale or different weights, another sampling temperature, or unreplayed routes: router.replay=r3, "
+                 "sampling.temperature=1, a smaller rollout.max_lag"),
+    _Rule(name="logprob_outliers", after=2, said=_above("w_large", lambda x: x.logprob_large,
+                                                        "sampler and learner differ by 2 nats on {:.2%} of tokens"),
+          remedy="As for log-probs; single tokens point to routes that were not replayed"),
+    _Rule(name="refused", after=2, said=_above("w_refused", lambda x: x.refused,
+                                               "the mismatch correction refuses {:.0%} of the tokens"),
+          remedy="Lower rollout.max_lag, or widen mismatch.token_band once the log-prob gap is understood"),
+    _Rule(name="clipped", after=3, said=_above("clip_fraction", lambda x: x.clipped,
+                                               "clipping takes the gradient of {:.0%} of the tokens"),
+          remedy="Lower optim.learning_rate, or fewer update.minibatches and update.epochs"),
+    _Rule(name="entropy", after=3, said=_below("entropy", lambda x: x.entropy,
+                                               "the policy hardly varies any more: {:.3f} nats per token"),
+          remedy="Raise clip.high or update.entropy_coef, or stop here: there is little left to explore"),
+    _Rule(name="dead_experts", after=3, said=_above("moe.dead_experts", lambda _: 0.0, "{:.0f} experts get no token"),
+          remedy="Raise aux.balance, set router.freeze=true, or check the checkpoint's routers"),
+    _Rule(name="load", after=3, said=_violation,
+          remedy="The router collapses: raise aux.balance, set router.freeze=true, or lower optim.learning_rate"),
+    _Rule(name="reference", after=1, said=_reference,
+          remedy="Is it another model, or one with another tokenizer or chat template?"),
+    _Rule(name="stale", after=2, said=_above("lag.max", lambda x: x.lag, "tokens {:.0f} updates old are trained on"),
+          remedy="The sampler does not take new weights: see events.jsonl for its version"),
+    _Rule(name="budget", after=3, said=_below("budget_fill", lambda x: x.budget_fill,
+                                              "rollouts bring {:.0%} of the token budget"),
+          remedy="Lower algorithm.budget or raise rollout.prompts: the divisor stays the budget, and updates weaken"),
+)  # fmt: skip
+
+
+def check(row: Row, step: int, state: State, limits: AlarmLimits = AlarmLimits()) -> tuple[list[Alarm], State]:
+    """Alarms that go off at this step, and the state for the next call. `row` as it stands in metrics.jsonl."""
+    new = {**state, "steps": state.get("steps", 0) + 1}
+    violation = _read(row, "moe.max_violation")
+    if violation is not None:
+        new.setdefault("first.max_violation", violation)
+    alarms = []
+    for rule in RULES:
+        said = rule.said(row, new, limits)
+        held = state.get(rule.name, 0) + 1 if said else 0
+        new[rule.name] = held
+        if said and held == rule.after:
+            alarms.append(Alarm(rule.name, step, said, rule.remedy))
+    return alarms, new

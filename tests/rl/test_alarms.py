@@ -1,0 +1,115 @@
+"""Broken set-ups are named in their first steps, each with a remedy, and a healthy run is left in peace."""
+
+import json
+
+import pytest
+
+from cabochon.rl.alarms import RULES, AlarmLimits, check
+
+HEALTHY = {
+    "reward": 0.4, "completions": 64, "tokens": 30.0, "truncated": 0.05, "empty": 0.0, "infra_errors": 1,
+    "status": {"ok": 0.4, "wrong": 0.5, "no_answer": 0.1}, "groups_solved": 0.2, "groups_failed": 0.2,
+    "groups_mixed": 0.6, "trained_tokens": 1500, "learning_rate": 1e-5, "grad_norm": 0.3, "weights_change": 1e-4,
+    "w_kl": 1e-4, "w_large": 0.0, "w_refused": 0.001, "clip_fraction": 0.02, "entropy": 0.6, "kl_reference": 0.001,
+    "lag": {"mean": 0.5, "max": 1}, "budget_fill": 1.1,
+    "moe": {"dead_experts": 0, "max_violation": 0.8, "effective_experts": 3.0},
+}  # fmt: skip
+
+
+def run(rows, **limits):
+    """(names by step, everything said) of rows one after the other; the state goes through JSON, as in a checkpoint."""
+    state, names, said = {}, [], []
+    for step, row in enumerate(rows, 1):
+        alarms, state = check(row, step, json.loads(json.dumps(state)), AlarmLimits(**limits))
+        names.append([a.name for a in alarms])
+        said += [str(a) for a in alarms]
+    return names, said
+
+
+def broken(**changes):
+    return {**HEALTHY, **changes}
+
+
+def test_a_healthy_run_is_quiet():
+    assert run([HEALTHY] * 20) == ([[]] * 20, [])
+    assert run([{}] * 5) == ([[]] * 5, []), "nothing known is nothing wrong"
+
+
+CASES = [
+    ("all_wrong", {"groups_failed": 1.0, "groups_solved": 0.0}, 2),
+    ("all_right", {"groups_failed": 0.0, "groups_solved": 1.0}, 2),
+    ("flat_groups", {"groups_failed": 0.5, "groups_solved": 0.45}, 3),
+    ("truncated", {"truncated": 1.0}, 1),
+    ("empty", {"empty": 0.9}, 1),
+    ("no_answer", {"status": {"no_answer": 0.9, "malformed": 0.05}}, 2),
+    ("unjudged", {"infra_errors": 64}, 1),
+    ("nothing_trained", {"trained_tokens": 0, "grad_norm": 0.0}, 1),
+    ("learning_rate", {"learning_rate": 0.0, "weights_change": 0.0}, 2),
+    ("gradient", {"grad_norm": 0.0}, 1),
+    ("weights", {"weights_change": 0.0}, 2),
+    ("logprobs", {"w_kl": 0.05}, 2),
+    ("logprob_outliers", {"w_large": 0.01}, 2),
+    ("refused", {"w_refused": 0.5}, 2),
+    ("clipped", {"clip_fraction": 0.7}, 3),
+    ("entropy", {"entropy": 0.01}, 3),
+    ("dead_experts", {"moe": {"dead_experts": 2, "max_violation": 0.8}}, 3),
+    ("reference", {"kl_reference": 7.0}, 1),
+    ("stale", {"lag": {"mean": 20.0, "max": 30}}, 2),
+    ("budget", {"budget_fill": 0.4}, 3),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "after"), CASES, ids=[c[0] for c in CASES])
+def test_each_fault_is_named_once_and_alone(name, changes, after):
+    names, said = run([broken(**changes)] * 6)
+    assert names == [[]] * (after - 1) + [[name]] + [[]] * (6 - after)
+    assert said[0].startswith(f"step {after}: ")
+    assert len(said[0].split(". ")[-1]) > 20, "with a remedy"
+
+
+def test_every_rule_has_a_case():
+    assert {r.name for r in RULES} == {c[0] for c in CASES} | {"load"}
+
+
+def test_load_is_measured_against_the_first_step():
+    worse = broken(moe={"dead_experts": 0, "max_violation": 2.5})
+    assert run([HEALTHY, *[worse] * 4])[0] == [[], [], [], ["load"], []]
+    assert run([worse] * 5)[0] == [[]] * 5
+    assert run([HEALTHY, *[worse] * 4], violation=4.0)[0] == [[]] * 5
+
+
+def test_a_kl_in_the_reward_betrays_the_reference_too():
+    row = {k: v for k, v in HEALTHY.items() if k != "kl_reference"} | {"kl_reward": 9.0}
+    assert run([row] * 2)[0] == [["reference"], []]
+    assert run([HEALTHY, broken(kl_reference=9.0)])[0] == [[], []], "later it may have moved away"
+
+
+def test_an_alarm_comes_back_after_it_was_gone():
+    cut = broken(truncated=1.0)
+    assert run([cut, cut, HEALTHY, cut])[0] == [["truncated"], [], [], ["truncated"]]
+
+
+def test_warm_up_s_first_step_is_no_alarm():
+    assert run([broken(learning_rate=0.0, weights_change=0.0), HEALTHY])[0] == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "row"),
+    [
+        ("truncated", 0.01, {}),
+        ("flat_groups", 0.3, {}),
+        ("no_answer", 0.05, {}),
+        ("infra_errors", 0.01, {}),
+        ("logprob_kl", 1e-5, {}),
+        ("logprob_large", 1e-9, {"w_large": 1e-8}),
+        ("refused", 1e-4, {}),
+        ("clipped", 0.01, {}),
+        ("entropy", 0.7, {}),
+        ("reference_kl", 1e-4, {}),
+        ("lag", 1, {"lag": {"max": 2}}),
+        ("budget_fill", 1.2, {}),
+    ],
+)
+def test_every_limit_moves_its_rule(key, value, row):
+    assert not any(run([broken(**row)] * 3)[0])
+    assert any(run([broken(**row)] * 3, **{key: value})[0])
