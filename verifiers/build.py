@@ -1,7 +1,7 @@
 """Verifiers by name, each with a probe that proves it works where it runs.
 
-Names are those of `Task.verifier`: `math`, `instructions`, `reasoning`, `thinking`, `code`; anything with a colon is
-the address of a reward function (see `functions`).
+Names are those of `Task.verifier`: `math`, `instructions`, `reasoning`, `thinking`, `verdict`, `code`; anything with a
+colon is the address of a reward function (see `functions`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cabochon.verifiers.base import Probe
 from cabochon.verifiers.compose import ByTask
 from cabochon.verifiers.sandbox.base import Limits, RunResult, Sandbox, python_program
 
-NAMES = ("math", "instructions", "reasoning", "thinking", "code")
+NAMES = ("math", "instructions", "reasoning", "thinking", "verdict", "code")
 
 SandboxName = Literal["bubblewrap", "docker"]
 
@@ -41,6 +41,10 @@ def verifier_named(name: str, *, sandbox: SandboxName = "bubblewrap") -> Verifie
             from cabochon.verifiers.format import ThinkingFormat
 
             return ThinkingFormat()
+        case "verdict":
+            from cabochon.verifiers.verdict import VerdictVerifier
+
+            return VerdictVerifier()
         case "code":
             return _code(sandbox)
     if ":" in name:
@@ -99,6 +103,8 @@ def _probe(name: str, task: Task) -> Probe:
             payload, gold = {"constraints": [{"kind": "words:required", "words": ["blue"]}]}, "The sky is blue."
         case "thinking":
             payload, gold = {}, "<think>one and one</think>two"
+        case "verdict":
+            payload, gold = {"label": "No", "choices": ["No", "Yes"]}, "One and one is two.\nVerdict: No"
         case "code":
             payload = {"tests": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}
             gold = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -118,6 +124,8 @@ def gold_text(task: Task) -> str | None:
             return f"```python\n{reference}\n```" if reference else None
         case "thinking":
             return "<think>because</think>the answer"
+        case "verdict":
+            return f"Verdict: {task.payload.get('label')}"
         case "instructions":
             gold = task.payload.get("gold")
             return str(gold) if gold else None

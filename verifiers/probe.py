@@ -100,6 +100,9 @@ def sample_tasks(name: str) -> list[Task]:
             return [Task(id="sample/0", prompt="Write add(a, b).", verifier=name, payload=row)]
         case "thinking":
             return [Task(id="sample/0", prompt="One and one?", verifier=name)]
+        case "verdict":
+            payload = {"label": "Yes", "choices": ["No", "Yes"]}
+            return [Task(id="sample/0", prompt="Is two the answer?", verifier=name, payload=payload)]
         case "reasoning":
             from cabochon.verifiers.reasoning import Puzzles, puzzle_tasks
 

@@ -7,7 +7,7 @@ from cabochon.verifiers.build import gold_text, probes_for, verifier_for, verifi
 from cabochon.verifiers.pool import VerifierPool
 from cabochon.verifiers.probe import sample_tasks
 
-NAMES = ("math", "instructions", "thinking", "reasoning", pytest.param("code", marks=pytest.mark.bubblewrap))
+NAMES = ("math", "instructions", "thinking", "verdict", "reasoning", pytest.param("code", marks=pytest.mark.bubblewrap))
 TEXTS = (
     "",
     " ",

@@ -1,0 +1,95 @@
+"""A reward model by its address: a directory with a scalar model, a language model as a judge, or an endpoint's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field
+
+from cabochon.config import Frozen
+from cabochon.errors import UserError
+from cabochon.model.address import open_model, resolve
+from cabochon.model.config import ModelConfig
+from cabochon.model.value import KEY
+from cabochon.protocols import PolicyEngine
+from cabochon.reward.asking import Asker, Endpoint, EndpointAsker, LocalAsker, Reasoning
+from cabochon.reward.judge import Judge, JudgeConfig, PairwiseJudge
+from cabochon.reward.scorer import ModelReward, directory_id, file_id
+from cabochon.tokenizer import Tokenizer
+from cabochon.types import Thinking
+
+MakeEngine = Callable[[ModelConfig, Mapping[str, Any], Tokenizer, int], PolicyEngine]
+"""(model, parameters, tokenizer, tokens of the longest prompt and rationale) -> an engine that draws from them"""
+
+
+class JudgeRun(Frozen):
+    """A judge and how it is run: what a recipe with `stage: judge` holds."""
+
+    stage: Literal["judge"] = "judge"
+    """which command the recipe is for"""
+    pairwise: bool = False
+    """compare the responses of a group, instead of grading each by itself"""
+    judge: JudgeConfig = JudgeConfig()
+    max_tokens: int = Field(256, ge=1)
+    """of a rationale"""
+    temperature: float = Field(1.0, ge=0)
+    """of the rationale; verdicts are read from log-probs, not drawn"""
+    thinking_tokens: int = Field(0, ge=0)
+    """a budget for thinking before the rationale, 0 for no thinking"""
+    length: int = Field(1024, ge=16)
+    """tokens of prompt, rationale and verdict together"""
+    rows: int = Field(8, ge=1)
+    """of that length, computed together"""
+
+    @property
+    def reasoning(self) -> Reasoning:
+        thinking = Thinking(max_tokens=self.thinking_tokens) if self.thinking_tokens else None
+        return Reasoning(max_tokens=self.max_tokens, temperature=self.temperature, thinking=thinking)
+
+
+def is_scalar(address: str) -> bool:
+    """Is there a scalar reward model at this address?"""
+    file = resolve(address).path / "config.json"
+    if not file.is_file():
+        return False
+    return "ForSequenceClassification" in str(json.loads(file.read_text(encoding="utf-8")).get("architectures"))
+
+
+def local_asker(address: str, run: JudgeRun, make_engine: MakeEngine) -> LocalAsker:
+    """A language model of ours. `make_engine` is called where the judge reasons."""
+    model, params, tokenizer = open_model(address)
+    if KEY in params:
+        raise UserError(f"{address}: a scalar reward model, which gives no verdicts; give a language model")
+    path = Path(resolve(address).path)
+    params = jax.tree.map(jnp.asarray, params)
+    return LocalAsker(
+        model,
+        params,
+        tokenizer,
+        model_id=directory_id(path) if path.is_dir() else file_id(path),
+        engine=make_engine(model, params, tokenizer, run.length) if run.judge.reason else None,
+        reasoning=run.reasoning,
+        length=run.length,
+        rows=run.rows,
+    )
+
+
+def endpoint_asker(endpoint: Endpoint, name: str, run: JudgeRun) -> EndpointAsker:
+    """A judge behind an endpoint; `name` with the address is all there is to pin it by."""
+    return EndpointAsker(endpoint, name=name, reasoning=run.reasoning)
+
+
+def judge_of(asker: Asker, run: JudgeRun) -> Judge | PairwiseJudge:
+    return PairwiseJudge(asker, run.judge) if run.pairwise else Judge(asker, run.judge)
+
+
+def open_reward(address: str, run: JudgeRun, make_engine: MakeEngine) -> ModelReward | Judge | PairwiseJudge:
+    """The reward model at an address, frozen: a scalar one, or a language model that judges as `run` says."""
+    if is_scalar(address):
+        return ModelReward.open(address, rows=run.rows)
+    return judge_of(local_asker(address, run, make_engine), run)

@@ -1,0 +1,152 @@
+"""What judges and scalar models are trained on, out of completions whose rightness is known.
+
+Labels come from verifiers (solutions of our own sampler: as many as one likes) or from preference data. Legend: a
+`Labelled` is one completion; rows are plain objects, one a line of a JSONL file, in the forms that `cabochon sft`,
+`cabochon rm` and the RL stage read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cabochon.data import Row
+from cabochon.errors import UserError
+from cabochon.reward.judge import Judge
+from cabochon.reward.prompt import MARK
+from cabochon.types import Message, Prompt, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """A completion, and whether it is right."""
+
+    where: str
+    prompt: Prompt
+    response: str
+    right: bool
+    rationale: str = ""
+    """why; what a judge is to write before its verdict"""
+    payload: Mapping[str, Any] | None = None
+    """of its task: a judge may be shown the reference in it"""
+
+    @property
+    def task(self) -> Task:
+        key = hashlib.sha256(repr(self.prompt).encode("utf-8", "replace")).hexdigest()[:12]
+        return Task(id=f"judged/{key}", prompt=self.prompt, verifier="none", payload=self.payload or {})
+
+
+def labelled_of(row: Row) -> list[Labelled]:
+    """A row with prompt, completion and label (`rationale`, `payload` where it has them), or with prompt, chosen and
+    rejected, which gives two. Raises UserError naming the row and what it lacks."""
+    values = row.values
+    prompt = values.get("prompt")
+    if not isinstance(prompt, str | list) or not prompt:
+        raise UserError(f"{row.where}: column 'prompt': expected text or messages; a judge needs the task by itself")
+    given: Prompt = prompt if isinstance(prompt, str) else tuple(prompt)
+    if "completion" in values and "label" in values:
+        if values["label"] not in (True, False):
+            raise UserError(f"{row.where}: column 'label': expected true or false, got {values['label']!r}")
+        return [
+            Labelled(
+                where=row.where,
+                prompt=given,
+                response=_text(row, "completion"),
+                right=bool(values["label"]),
+                rationale=str(values.get("rationale") or ""),
+                payload=values.get("payload"),
+            )
+        ]
+    if "chosen" in values and "rejected" in values:
+        both = [_text(row, "chosen"), _text(row, "rejected")]
+        if both[0] == both[1]:
+            raise UserError(f"{row.where}: columns 'chosen' and 'rejected' are equal")
+        return [
+            Labelled(where=row.where, prompt=given, response=text, right=good, payload=values.get("payload"))
+            for text, good in zip(both, (True, False), strict=True)
+        ]
+    raise UserError(
+        f"{row.where}: expected columns prompt, completion and label, or prompt, chosen and rejected; "
+        f"the row has {', '.join(sorted(values))}"
+    )
+
+
+def _text(row: Row, column: str) -> str:
+    """Text, or the content of the one message that is there."""
+    value = row.values[column]
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
+        value = value[0].get("content")
+    if not isinstance(value, str):
+        raise UserError(f"{row.where}: column {column!r}: expected text, got {' '.join(repr(value).split())[:50]}")
+    return value
+
+
+def matched(items: Sequence[Labelled], *, tolerance: float = 0.2, seed: int = 0) -> list[tuple[Labelled, Labelled]]:
+    """(right, wrong) pairs of one prompt whose lengths are close, each completion in one pair at most.
+
+    `tolerance`: how far lengths may be apart, as a share of the longer; at least one character. Neither label nor
+    length then tells the other, and the wrong one is hard: the policy's own. Equal texts count once.
+    """
+    groups: dict[str, dict[tuple[bool, str], Labelled]] = {}
+    for item in items:
+        groups.setdefault(repr(item.prompt), {})[item.right, item.response] = item
+    draw, out = np.random.default_rng(seed), []
+    for group in groups.values():
+        bad = [item for item in group.values() if not item.right]
+        good = [item for item in group.values() if item.right]
+        for i in draw.permutation(len(good)):
+            one = good[i]
+            near = sorted(bad, key=lambda item: abs(len(item.response) - len(one.response)))
+            if near and _close(one.response, near[0].response, tolerance):
+                out.append((one, near[0]))
+                bad.remove(near[0])
+    return out
+
+
+def _close(a: str, b: str, tolerance: float) -> bool:
+    return abs(len(a) - len(b)) <= max(1.0, tolerance * max(len(a), len(b)))
+
+
+def preference_rows(pairs: Sequence[tuple[Labelled, Labelled]]) -> list[dict[str, Any]]:
+    """For `cabochon rm`: prompt, chosen, rejected."""
+    return [{"prompt": good.prompt, "chosen": good.response, "rejected": bad.response} for good, bad in pairs]
+
+
+def _asked(judge: Judge, item: Labelled) -> tuple[list[Message], str, list[str]]:
+    """The judge's own prompt for an item, the verdict that is right, and the choices."""
+    if len(judge.cfg.criteria) != 1:
+        raise UserError(f"criteria: {len(judge.cfg.criteria)} of them; a label answers one")
+    criterion = judge.cfg.criteria[0]
+    label = criterion.choices[-1 if item.right else 0]
+    turn: Message = {"role": "user", "content": judge.prompt(item.task, item.response, criterion)}
+    return [turn], label, list(criterion.choices)
+
+
+def sft_rows(judge: Judge, items: Sequence[Labelled]) -> list[dict[str, Any]]:
+    """For `cabochon sft`: the judge's prompt, and what to say: a rationale where it is to reason, and the verdict.
+
+    Raises UserError naming a row without a rationale where one is needed.
+    """
+    out = []
+    for item in items:
+        prompt, label, _ = _asked(judge, item)
+        if judge.cfg.reason and not item.rationale:
+            raise UserError(f"{item.where}: no 'rationale' for a judge that reasons; add it, or set judge.reason=false")
+        before = f"{item.rationale}\n" if judge.cfg.reason else ""
+        said: Message = {"role": "assistant", "content": f"{before}{MARK} {label}"}
+        out.append({"prompt": prompt, "completion": [said]})
+    return out
+
+
+def task_rows(judge: Judge, items: Sequence[Labelled]) -> list[dict[str, Any]]:
+    """For RL on the judge: tasks whose verifier is `verdict`, right where the judge says what the label is."""
+    out = []
+    for i, item in enumerate(items):
+        prompt, label, choices = _asked(judge, item)
+        payload = {"label": label, "choices": choices}
+        out.append({"id": f"judge/{i}", "prompt": prompt, "verifier": "verdict", "payload": payload, "domain": "judge"})
+    return out

@@ -1,0 +1,37 @@
+"""Is a judge's verdict right? The verifiable reward that a judge is trained with: labels come from verifiers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from cabochon.types import Task, Verdict
+from cabochon.verifiers.base import right, wrong
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerdictVerifier:
+    """Scores 1 where the last line is `Verdict: LABEL` and LABEL is `payload["label"]`, else 0.
+
+    `payload["choices"]` are the answers a judge may give; anything else is no answer. Thinking is passed over, and one
+    that never ends is no answer.
+    """
+
+    closing: str = "</think>"
+    opening: str = "<think>"
+
+    def verify(self, task: Task, text: str) -> Verdict:
+        """Raises ValueError where the payload has no label, or one that is not among its choices."""
+        label, choices = task.payload.get("label"), [str(choice) for choice in task.payload.get("choices", ())]
+        if label not in choices:
+            raise ValueError(f"task {task.id}: payload.label must be one of payload.choices {choices}, got {label!r}")
+        answer = text.rpartition(self.closing)[2]
+        if self.closing not in text and self.opening in text:
+            return Verdict(score=0.0, status="no_answer", detail="thinking never ends")
+        lines = answer.strip().splitlines()
+        found = re.fullmatch(r"\W*verdict:\W*(.*?)\W*", lines[-1].strip()[:500], re.IGNORECASE) if lines else None
+        said = next((c for c in choices if found and found[1].casefold() == c.casefold()), None)
+        if said is None:
+            return Verdict(score=0.0, status="no_answer", detail=f"the last line is not 'Verdict: {'|'.join(choices)}'")
+        evidence = {"verdict": said, "label": label}
+        return right(f"{said}, as it is", evidence) if said == label else wrong(f"{said}, it is {label}", evidence)
