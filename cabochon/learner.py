@@ -242,7 +242,7 @@ class Learner:
 
         tokens, routes, stats = jax.lax.map(real, parts)
         back = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
-        return Forward(*jax.tree.map(back, (tokens, routes)), jax.tree.map(lambda x: x.sum(0), stats))
+        return Forward(jax.tree.map(back, tokens), jax.tree.map(back, routes), jax.tree.map(lambda x: x.sum(0), stats))
 
     # -- the step ------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cabochon.batch import Batch
 from cabochon.learner import Loss, LossFn
-from cabochon.ops import Mean, TokenOutputs, before, segment_sum
+from cabochon.ops import Leaf, Mean, TokenOutputs, before, segment_sum
 from cabochon.rl.config import Clip, KlConfig, MismatchConfig
 
 MAX_LOG_RATIO = 20.0
@@ -29,6 +29,12 @@ LARGE_LOG_W = 2.0
 Tokens = Float[Array, "B T"]
 Surrogate = Callable[[Tokens, Tokens, Tokens, Bool[Array, "B T"], Int[Array, "B T"]], tuple[Tokens, Bool[Array, "B T"]]]
 """(logp, log ratio, advantage, trained, segment) -> (loss per token, whether clipping took its gradient)"""
+
+
+def _given(x: Leaf | None, name: str) -> Array:
+    if x is None:
+        raise ValueError(f"this loss reads {name}, which is None")
+    return jnp.asarray(x)
 
 
 def log_ratio(a: Tokens, b: Tokens, trained: Bool[Array, "B T"]) -> Tokens:
@@ -182,24 +188,24 @@ def policy_loss(surrogate: Surrogate, mismatch: MismatchConfig, kl: KlConfig, en
     def loss(outputs: TokenOutputs, batch: Batch) -> Loss:
         trained, segment = batch.mask_BT > 0, batch.segment_BT
         logp = jnp.where(trained, outputs.logp_BT, 0.0)
-        proximal = stop_gradient(logp) if batch.logp_proximal_BT is None else batch.logp_proximal_BT
+        proximal = stop_gradient(logp) if batch.logp_proximal_BT is None else jnp.asarray(batch.logp_proximal_BT)
         if mismatch.proximal == "sampler":
-            proximal = batch.logp_behaviour_BT
+            proximal = _given(batch.logp_behaviour_BT, "logp_behaviour_BT")
         ratio = log_ratio(logp, proximal, trained)
-        per_token, clipped = surrogate(logp, ratio, batch.advantage_BT, trained, segment)
+        per_token, clipped = surrogate(logp, ratio, _given(batch.advantage_BT, "advantage_BT"), trained, segment)
         metrics = {
             "clip_fraction": token_mean(clipped, trained),
             "kl_proximal": token_mean(kl_estimate("k3", stop_gradient(ratio)), trained),
             "off_ratio": token_mean(stop_gradient(ratio) != 0, trained),
         }
         if batch.logp_behaviour_BT is not None:
-            log_w = stop_gradient(log_ratio(proximal, batch.logp_behaviour_BT, trained))
+            log_w = stop_gradient(log_ratio(proximal, jnp.asarray(batch.logp_behaviour_BT), trained))
             weight, kept = importance_weights(log_w, trained, segment, mismatch)
             per_token = per_token * jnp.where(kept, weight, 0.0)
             metrics |= _mismatch_metrics(log_w, weight, kept, trained)
         terms = {"policy": weighted(per_token, batch)}
         if kl.coef and kl.placement == "loss":
-            d = log_ratio(logp, batch.logp_reference_BT, trained)
+            d = log_ratio(logp, _given(batch.logp_reference_BT, "logp_reference_BT"), trained)
             terms["kl"] = weighted(kl.coef * kl_loss(kl.estimator, d, ratio), batch)
             metrics["kl_reference"] = token_mean(stop_gradient(kl_estimate("k3", d)), trained)
         if outputs.entropy_BT is not None:
@@ -237,9 +243,9 @@ def value_loss(clip: float, coef: float = 1.0) -> LossFn:
 
     def loss(outputs: TokenOutputs, batch: Batch) -> Loss:
         trained = batch.mask_BT > 0
-        value = jnp.where(trained, before(outputs.value_BT, batch.segment_BT), 0.0)
-        target = jnp.where(trained, batch.return_BT, 0.0)
-        old = jnp.where(trained, batch.value_BT, 0.0) if clip else value
+        value = jnp.where(trained, before(_given(outputs.value_BT, "value_BT"), batch.segment_BT), 0.0)
+        target = jnp.where(trained, _given(batch.return_BT, "return_BT"), 0.0)
+        old = jnp.where(trained, _given(batch.value_BT, "value_BT"), 0.0) if clip else value
         term = token_mean(coef * clipped_value_loss(value, old, target, clip), trained)
         error = stop_gradient(value) - target
         metrics = {
