@@ -29,22 +29,28 @@ ResumeAnyway = Annotated[
 ON, OFF = "\x1b[1;32m", "\x1b[0m"
 """trained text on a terminal"""
 
-STAGES = ("rl", "run", "sft", "tasks")
+STAGES = ("judge", "rl", "rm", "run", "sft", "tasks")
 
 
 def schema_of(stage: object) -> type[BaseModel]:
     """The config type of recipes that say `stage: ...`; recipes of a model alone say nothing."""
     from cabochon.config import TrainConfig
+    from cabochon.make_tasks import TasksConfig
     from cabochon.pipeline import PipelineConfig
+    from cabochon.reward.config import RewardModelConfig
+    from cabochon.reward.open import JudgeRun
     from cabochon.rl.recipe import RlConfig
     from cabochon.sft.config import SftConfig
-    from cabochon.verifiers.make import TasksConfig
 
     match stage:
         case None:
             return TrainConfig
+        case "judge":
+            return JudgeRun
         case "rl":
             return RlConfig
+        case "rm":
+            return RewardModelConfig
         case "run":
             return PipelineConfig
         case "sft":
@@ -135,7 +141,7 @@ def tasks_make(
 
     Example: cabochon tasks make demo-tasks out=runs/demo/tasks
     """
-    from cabochon.verifiers.make import TasksConfig, make
+    from cabochon.make_tasks import TasksConfig, make
 
     cfg = overrides.load(TasksConfig, *overrides.split(parts))
     training, held = make(cfg, overwrite=overwrite)

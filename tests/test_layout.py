@@ -184,7 +184,11 @@ def test_every_module_is_reached_from_a_test():
 
 USED_BY_OTHERS = {"ray": "the doctor's child process"}
 """dependencies no module imports, and who needs them"""
-ON_USE = {"reasoning-gym": "its verifier, which names the extra to install where it is missing"}
+ON_USE = {
+    "reasoning-gym": "its verifier, which names the extra to install where it is missing",
+    "pyarrow": "parquet files of rows, the same",
+    "datasets": "Hugging Face dataset directories, the same",
+}
 """optional dependencies that a module imports, and which"""
 NOT_A_DEPENDENCY = {"cabochon", "pydantic_core"}
 """itself, and the half of pydantic that pydantic pins"""
