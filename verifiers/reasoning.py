@@ -1,26 +1,33 @@
 """reasoning-gym puzzles as tasks, and their verifier.
 
+Where the payload has the answer and comparing texts settles the matter, nothing else is run.
+
 A task's payload names dataset, size, seed, config and index; the worker makes the item again from these (the library is
 deterministic in them) and judges the answer by the rules of `reasoning_worker`. Needs the extra `cabochon[tasks]`.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from time import monotonic
 from typing import Any
 
 from cabochon.errors import UserError
 from cabochon.types import Task, Verdict
 from cabochon.verifiers.base import verdict_of_outcome
-from cabochon.verifiers.reasoning_worker import rule_of
+from cabochon.verifiers.reasoning_worker import at_once, rule_of
 from cabochon.verifiers.workers import WorkerConfig, shared_pool
 
 REASONING_WORKERS = WorkerConfig(
     preload=("cabochon.verifiers.reasoning_worker", "reasoning_gym", "cabochon.verifiers.math_judge:warm"),
     memory_mib=4096,
 )
+
+_SHORT = 20_000
+"""characters of a completion that are looked at in this process"""
 
 PROMPT_ENDING = "\n\nGive the final answer between <answer> and </answer>."
 
@@ -58,7 +65,7 @@ def puzzle_tasks(puzzles: Puzzles) -> list[Task]:
             )
         payload = {
             "dataset": puzzles.name, "size": puzzles.size, "seed": puzzles.seed, "index": index,
-            "config": config, "answer": answer,
+            "config": config, "answer": answer, "question": fingerprint(question),
         }
         tasks.append(Task(
             id=f"{puzzles.name}/{puzzles.seed}/{index}", prompt=question + PROMPT_ENDING,
@@ -67,9 +74,19 @@ def puzzle_tasks(puzzles: Puzzles) -> list[Task]:
     return tasks
 
 
+def fingerprint(question: str) -> list[int]:
+    """Length and checksum: a task whose prompt does not begin with its question is not judged by its payload alone."""
+    return [len(question), zlib.crc32(question.encode("utf-8", "surrogatepass"))]
+
+
+def _is_asked(task: Task) -> bool:
+    print_ = task.payload.get("question")
+    return isinstance(task.prompt, str) and bool(print_) and fingerprint(task.prompt[: print_[0]]) == list(print_)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReasoningVerifier:
-    """Scores 1 for a full solution, else 0; every item in a worker of its own."""
+    """Scores 1 for a full solution, else 0; what a rule has to look into goes to a worker of its own."""
 
     deadline: float = 10.0
     workers: WorkerConfig = field(default=REASONING_WORKERS)
@@ -80,6 +97,11 @@ class ReasoningVerifier:
         missing = [name for name in wanted if name not in task.payload]
         if missing:
             raise ValueError(f"task {task.id}: payload lacks {', '.join(missing)}")
+        gold = task.payload.get("answer")
+        if isinstance(gold, str) and len(text) <= _SHORT and _is_asked(task):
+            begin = monotonic()
+            if (found := at_once(text, task.payload["dataset"], gold)) is not None:
+                return Verdict(**found, seconds=monotonic() - begin)
         outcome = shared_pool(self.workers).call(
             "cabochon.verifiers.reasoning_worker:judge",
             {"text": text[-400_000:], "prompt": task.prompt, "name": task.payload["dataset"],

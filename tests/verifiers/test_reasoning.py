@@ -147,3 +147,27 @@ def test_where_the_answer_stands() -> None:
 )
 def test_arithmetic_over_given_numbers(text: str, right: bool) -> None:
     assert arithmetic(text, [1, 2, 3], 9)[0] is right
+
+
+def test_comparing_texts_settles_most_answers_without_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    tasks = [t for name in ("spell_backward", "chain_sum") for t in puzzle_tasks(Puzzles(name=name, size=3))]
+    by_worker = [replace(t, payload={k: v for k, v in t.payload.items() if k != "question"}) for t in tasks]
+    texts = ["<answer>{}</answer>", "{}", "<answer>x{}</answer>", "", "<think>{}</think>", "{}7"]
+    pairs = [(t, w, text.format(t.payload["answer"])) for t, w in zip(tasks, by_worker, strict=True) for text in texts]
+    slow = [VERIFIER.verify(w, text) for _, w, text in pairs]
+
+    def no_worker(*_: object) -> None:
+        raise AssertionError("a worker was asked")
+
+    monkeypatch.setattr("cabochon.verifiers.reasoning.shared_pool", no_worker)
+    settled = 0
+    for (task, _, text), want in zip(pairs, slow, strict=True):
+        try:
+            got = VERIFIER.verify(task, text)
+        except AssertionError:
+            continue
+        assert replace(got, seconds=0) == replace(want, seconds=0)
+        settled += 1
+    assert settled >= 30, f"{settled} of {len(pairs)}"
