@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cabochon import cli_rl, cli_stages, cli_weights
+from cabochon import cli_reward, cli_rl, cli_stages, cli_weights
 from cabochon.errors import MachineError, UserError
 from cabochon.heap import keep_pages
 from cabochon.rollouts import cli as rollouts_cli
@@ -99,6 +99,7 @@ def _data() -> None:
 
 data.command("check")(cli_stages.data_check)
 app.add_typer(data, name="data", rich_help_panel=STAGES)
+app.add_typer(cli_reward.app, name="rm", rich_help_panel=STAGES)
 tasks = typer.Typer(no_args_is_help=True, help="Verifiable tasks: make them.")
 @tasks.callback()
 def _tasks() -> None:

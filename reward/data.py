@@ -158,7 +158,7 @@ def pair_of(row: Preference, tokenizer: Tokenizer, *, chat: bool = False) -> Pai
         both = [none if a is None else encode(row.prompt, a, tokenizer, chat=chat) for a in (row.chosen, row.rejected)]
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
-    if np.array_equal(*both):
+    if np.array_equal(both[0], both[1]):
         raise UserError(f"{row.where}: chosen and rejected are the same tokens: nothing to prefer")
     words = row.prompt if isinstance(row.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in row.prompt)
     key = hashlib.sha256(" ".join(words.casefold().split()).encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -35,8 +35,11 @@ INJECTIONS: Mapping[str, str] = {
 """what a policy may find that pays for wrong answers"""
 
 
-def evaluate(score: Scorer, items: Sequence[Labelled], *, bounded: bool, best: str = "Yes") -> dict[str, Any]:
-    """A table of numbers, plain data. `bounded`: scores are probabilities; `best`: the verdict that attacks ask for.
+def evaluate(
+    score: Scorer, items: Sequence[Labelled], *, bounded: bool, best: str = "Yes", own: str = ""
+) -> dict[str, Any]:
+    """A table of numbers, plain data. `bounded`: scores are probabilities; `best`: the verdict that attacks ask for;
+    `own`: the author whose completions are the scoring model's own.
 
     Attacks and padding are tried on the wrong completions: `gained` is the mean rise of P(right), `flipped` the share
     of those rightly held wrong that are then held right.
@@ -54,6 +57,8 @@ def evaluate(score: Scorer, items: Sequence[Labelled], *, bounded: bool, best: s
     out |= agreement(z, right, platt)
     lengths = np.array([len(items[i].response) for i in found])
     out["length_correlation"] = {"of_score": correlation(z, lengths), "of_label": correlation(right, lengths)}
+    if own:
+        out["self_preference"] = self_preference(scores, items, [item.author == own for item in items], bounded)
     wrong = [n for n, i in enumerate(found) if not items[i].right]
     attacks = {"padding": "{response}" + PADDING, **INJECTIONS}
     out["attacks"] = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from cabochon.config import Frozen
@@ -151,7 +152,7 @@ class Judge:
             return Score(value=None, status=lost.status, model_id=self._id, detail=lost.detail, evidence=evidence)
         value = weighted([o.value or 0.0 for o in opinions], [c.weight for c in criteria])
         if (platt := self.cfg.calibration) is not None:
-            value = float(Platt(platt.slope, platt.intercept)(logit(value)))
+            value = float(Platt(platt.slope, platt.intercept)(logit(np.array([value])))[0])
         return Score(value=value, model_id=self._id, evidence=evidence)
 
 
@@ -187,7 +188,7 @@ class PairwiseJudge:
         for task, first, second in zip(tasks, firsts, seconds, strict=True):
             prompts += [self.prompt(task, first, second), self.prompt(task, second, first)]
         found = _opinions(self.asker, self.cfg, prompts, [("B", "A")] * len(prompts))
-        return [compared(*found[i : i + 2], self.cfg.tie_zone) for i in range(0, len(found), 2)]
+        return [compared(found[i], found[i + 1], self.cfg.tie_zone) for i in range(0, len(found), 2)]
 
     def prompt(self, task: Task, first: str, second: str) -> str:
         """What the judge reads."""

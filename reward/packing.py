@@ -41,7 +41,8 @@ def pack(sequences: Sequence[np.ndarray], *, length: int, rows: int) -> Iterator
         part = filled[at : at + rows]
         B = min(rows, 1 << (len(part) - 1).bit_length())
         members = [i for row in part for i in row]
-        places, starts = [], []
+        places: list[list[int]] = []
+        starts: list[int] = []
         for r, row in enumerate(part):
             places.append(list(range(len(starts), len(starts) + len(row))))
             offsets = np.cumsum([0, *(lengths[i] for i in row)])

@@ -75,12 +75,18 @@ def special_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(sorted({added.content for added in tokenizer.core.get_added_tokens_decoder().values()}, key=len))
 
 
+def unicode(text: str) -> str:
+    """The text without lone surrogates, which no tokenizer takes and JSON may bring."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def untrusted(text: str, specials: tuple[str, ...] = (), *, cap: int = 8000) -> str:
     """Text of a stranger that can neither leave its place nor give a verdict; at most `cap` characters.
 
     Special tokens, the templates' tags and what follows `verdict:` on a line are taken out, until none is left: taking
     one out may join two halves of another. Of a long text the beginning and the end are kept.
     """
+    text = unicode(text)
     before = None
     while text != before:
         before = text

@@ -33,6 +33,8 @@ class Labelled:
     """why; what a judge is to write before its verdict"""
     payload: Mapping[str, Any] | None = None
     """of its task: a judge may be shown the reference in it"""
+    author: str = ""
+    """the model that wrote it"""
 
     @property
     def task(self) -> Task:
@@ -41,8 +43,8 @@ class Labelled:
 
 
 def labelled_of(row: Row) -> list[Labelled]:
-    """A row with prompt, completion and label (`rationale`, `payload` where it has them), or with prompt, chosen and
-    rejected, which gives two. Raises UserError naming the row and what it lacks."""
+    """A row with prompt, completion and label (`rationale`, `payload`, `author` where it has them), or with prompt,
+    chosen and rejected, which gives two. Raises UserError naming the row and what it lacks."""
     values = row.values
     prompt = values.get("prompt")
     if not isinstance(prompt, str | list) or not prompt:
@@ -59,6 +61,7 @@ def labelled_of(row: Row) -> list[Labelled]:
                 right=bool(values["label"]),
                 rationale=str(values.get("rationale") or ""),
                 payload=values.get("payload"),
+                author=str(values.get("author") or ""),
             )
         ]
     if "chosen" in values and "rejected" in values:

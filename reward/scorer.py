@@ -29,6 +29,7 @@ from cabochon.model.address import resolve
 from cabochon.model.config import ModelConfig
 from cabochon.reward.data import encode
 from cabochon.reward.packing import pack
+from cabochon.reward.prompt import unicode
 from cabochon.tokenizer import Tokenizer
 from cabochon.types import Prompt, Rollout, Score
 
@@ -160,7 +161,7 @@ class ModelReward:
         """One score per rollout; of one that was cut off, with that status; of one that is too long, no value."""
         ended = [rollout.completion.finish == "stop" for rollout in rollouts]
         texts = [
-            encode(r.task.prompt, r.completion.text, self.tokenizer, chat=self.chat, ended=e)
+            encode(r.task.prompt, unicode(r.completion.text), self.tokenizer, chat=self.chat, ended=e)
             for r, e in zip(rollouts, ended, strict=True)
         ]
         return [
@@ -172,7 +173,7 @@ class ModelReward:
     def score_texts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Score]:
         """As `score`, of whole answers."""
         pairs = zip(prompts, answers, strict=True)
-        return self.score_ids([encode(p, a, self.tokenizer, chat=self.chat) for p, a in pairs])
+        return self.score_ids([encode(p, unicode(a), self.tokenizer, chat=self.chat) for p, a in pairs])
 
     def score_ids(self, sequences: Sequence[np.ndarray]) -> list[Score]:
         """Of token sequences with their prompts, end-of-text token included."""

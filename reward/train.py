@@ -46,8 +46,7 @@ def main(cfg: RewardModelConfig, *, resume_anyway: bool = False) -> Path:
             return run.final
 
         # -- the step, the model, the data -----------------------------------------------------------------------------
-        mesh = parallel.make_mesh(cfg.mesh)
-        mesh = mesh if mesh.size > 1 else None
+        mesh = mesh_of(cfg)
         loss = bradley_terry(centre=cfg.loss.centre, margin_scale=cfg.loss.margin_scale)
         learner = Learner(scored_model(cfg), loss, mesh)
         refuse_unexportable(learner.cfg.model, classifier=True)
@@ -103,6 +102,12 @@ def main(cfg: RewardModelConfig, *, resume_anyway: bool = False) -> Path:
         told_results = {k: v for k, v in results.items() if isinstance(v, float | int)}
         run.finish(steps=cfg.steps, results={**told_results, "offset": offset})
         return run.final
+
+
+def mesh_of(cfg: RewardModelConfig) -> Mesh | None:
+    """All devices in the recipe's arrangement; None where there is one, which needs no placing."""
+    mesh = parallel.make_mesh(cfg.mesh)
+    return mesh if mesh.size > 1 else None
 
 
 def scored_model(cfg: RewardModelConfig) -> LearnerConfig:

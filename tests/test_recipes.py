@@ -7,14 +7,21 @@ import jax.numpy as jnp
 import pytest
 
 from cabochon.batch import Batch
+from cabochon.cli_stages import load_recipe
 from cabochon.config import TrainConfig
 from cabochon.learner import Learner, cross_entropy
 from cabochon.model.upcycle import parameter_counts
-from cabochon.overrides import RECIPES, load, recipe_names, summary
+from cabochon.overrides import RECIPES, load, peek, recipe_names, summary
 from cabochon.parallel import make_mesh
 from cabochon.policy import learner_config
 
-NAMES = [pytest.param(name, marks=pytest.mark.smollm2 if "smollm2" in name else ()) for name in recipe_names()]
+STAGES = [name for name in recipe_names() if peek([name], [], "stage") is not None]
+"""recipes of one command; the others are of a model alone"""
+NAMES = [
+    pytest.param(name, marks=pytest.mark.smollm2 if "smollm2" in name else ())
+    for name in recipe_names()
+    if name not in STAGES
+]
 
 PARAMETERS = {
     "qwen3-30b-a3b-v5p": (30_532_122_624, 3_353_032_704),
@@ -29,10 +36,15 @@ PARAMETERS = {
 def test_recipes_are_inside_the_package():
     folder = importlib.resources.files("cabochon.recipes")
     assert {f"{name}.yaml" for name in recipe_names()} == {f.name for f in folder.iterdir() if f.name.endswith(".yaml")}
-    assert set(recipe_names()) == set(PARAMETERS)
+    assert {*recipe_names()} == {*PARAMETERS, *STAGES}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STAGES)
+def test_the_recipe_of_a_stage_resolves(name):
+    assert load_recipe([name]).stage == peek([name], [], "stage")
+
+
+@pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_says_what_it_is(name):
     assert len(summary(name)) > 20
     assert (RECIPES / f"{name}.yaml").read_text().startswith("# ")

@@ -1,0 +1,285 @@
+"""`cabochon rm RECIPE | rm eval | rm rows | rm sample`: reward models, scalar and generative. Heavy imports on use."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from cabochon import overrides
+from cabochon.errors import MachineError, UserError
+
+if TYPE_CHECKING:
+    from cabochon.model.config import ModelConfig
+    from cabochon.protocols import PolicyEngine
+    from cabochon.reward.asking import Asker
+    from cabochon.reward.open import JudgeRun
+    from cabochon.reward.rows import Labelled
+    from cabochon.tokenizer import Tokenizer
+
+Parts = Annotated[
+    list[str],
+    typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipe names or files, then settings (steps=200)"),
+]
+JudgeParts = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[JUDGE_RECIPE]... [KEY=VALUE]...", help="for a judge: such as judge.reason=false"),
+]
+Data = Annotated[Path, typer.Argument(metavar="DATA", help="rows with prompt, completion, label; or chosen, rejected")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="the JSONL file to write")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config, data, memory; train nothing")]
+ResumeAnyway = Annotated[
+    bool, typer.Option("--resume-anyway", help="go on in a run directory that was begun with other settings")
+]
+
+
+class _TrainsByDefault(TyperGroup):
+    """`rm RECIPE` is `rm train RECIPE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["train", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_TrainsByDefault, no_args_is_help=True, help="Reward models: `cabochon rm RECIPE` trains one.")
+
+
+@app.command()
+def train(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = False) -> None:
+    """Train a scalar reward model on preference pairs. The same command again goes on where it stopped.
+
+    Example: cabochon rm tiny-rm data.train=pairs.jsonl data.eval_fraction=0.1 run.dir=runs/rm
+    """
+    from cabochon.reward.config import RewardModelConfig
+
+    cfg = overrides.load(RewardModelConfig, *overrides.split(parts))
+    if dry_run:
+        _describe(parts)
+        return
+    from cabochon.learner import NonFiniteError
+    from cabochon.reward.train import main
+
+    try:
+        print(main(cfg, resume_anyway=resume_anyway))
+    except NonFiniteError as error:
+        hint = "lower optim.learning_rate, or look at the data of that step"
+        raise MachineError(f"{cfg.run.dir}: {error}; {hint}") from error
+
+
+def _describe(parts: list[str]) -> None:
+    from cabochon.cli_weights import describe
+    from cabochon.learner import Learner
+    from cabochon.plan import memory_lines
+    from cabochon.policy import open_tokenizer
+    from cabochon.reward.config import RewardModelConfig
+    from cabochon.reward.data import Position, read_splits
+    from cabochon.reward.loss import bradley_terry
+    from cabochon.reward.train import feed_of, mesh_of, scored_model, told
+
+    cfg = overrides.load(RewardModelConfig, *overrides.split(parts))
+    print(overrides.dump(cfg), end="")
+    tokenizer = open_tokenizer(cfg.model)
+    data, held = read_splits(cfg.data, tokenizer, cfg.step.sequence_length, cfg.step.batch_size)
+    learner = Learner(scored_model(cfg), bradley_terry(), mesh_of(cfg))
+    feed, position, steps = feed_of(cfg, data, tokenizer), Position(), 0
+    while position.epoch == 0:
+        _, _, position = feed.take(position)
+        steps += 1
+    lines = [describe(learner.cfg.model), told(data, held), f"{cfg.steps} steps are {cfg.steps / steps:.2f} epochs"]
+    print("\n".join([*lines, *memory_lines(learner)]), file=sys.stderr)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a directory, or an endpoint: http://host/v1#name")],
+    data: Data,
+    parts: JudgeParts = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON; by default eval-DATA.json beside MODEL")] = None,
+    limit: Annotated[int, typer.Option(min=2, help="completions at most")] = 2000,
+    own: Annotated[str, typer.Option(help="the `author` of rows that MODEL wrote: does it prefer them?")] = "",
+) -> None:
+    """Agreement with labels, calibration, position and length bias, padding and injections: a table, and JSON.
+
+    Example: cabochon rm eval runs/rm/final held.jsonl        (scalar)
+             cabochon rm eval runs/judge/final held.jsonl judge judge.reason=false
+    """
+    from cabochon.metrics import plain
+    from cabochon.reward.evaluate import evaluate as measure
+    from cabochon.reward.evaluate import evaluate_pairs, table
+    from cabochon.reward.judge import PairwiseJudge
+    from cabochon.reward.open import judge_of
+    from cabochon.reward.rows import matched
+    from cabochon.reward.scorer import ModelReward
+
+    items = read_labelled(data)[:limit]
+    reward: Any
+    if not model.startswith("http") and _scalar(model):
+        reward = ModelReward.open(model)
+        score = lambda tasks, texts: reward.score_texts([t.prompt for t in tasks], texts)  # noqa: E731
+        report = measure(score, items, bounded=False, own=own)
+    else:
+        run = judge_run(parts)
+        reward = judge_of(open_asker(model, run), run)
+        if isinstance(reward, PairwiseJudge):
+            report = evaluate_pairs(reward, matched(items, tolerance=1.0))
+        else:
+            best = run.judge.criteria[-1].choices[-1]
+            report = measure(reward.score_texts, items, bounded=True, best=best, own=own)
+    report = {"model": model, "model_id": reward.model_id, "data": str(data), **report}
+    print("\n".join(table(report)))
+    place = out or (Path.cwd() if model.startswith("http") else Path(model).parent) / f"eval-{data.stem}.json"
+    _write(place, json.dumps(plain(report), indent=1) + "\n", overwrite=True)
+    print(f"written to {place}", file=sys.stderr)
+
+
+@app.command()
+def rows(
+    data: Data,
+    out: Out,
+    parts: JudgeParts = None,
+    use: Annotated[Literal["sft", "rl", "rm"], typer.Option("--for", help="the stage that is to read them")] = "sft",
+    match: Annotated[bool, typer.Option(help="right and wrong answers to one prompt, of about equal length")] = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make training rows: verdicts to say (`sft`), tasks whose verifier knows the verdict (`rl`), pairs (`rm`).
+
+    Example: cabochon rm rows labelled.jsonl judge-sft.jsonl judge judge.reason=false
+    """
+    from cabochon.reward.judge import Judge
+    from cabochon.reward.rows import matched, preference_rows, sft_rows, task_rows
+
+    items = read_labelled(data)
+    pairs = matched(items)
+    if (match or use == "rm") and not pairs:
+        raise UserError(f"{data}: no prompt has a right and a wrong completion of about equal length; sample more, "
+                        "or add --no-match")  # fmt: skip
+    chosen = [item for pair in pairs for item in pair] if match else items
+    if use == "rm":
+        made = preference_rows(pairs)
+    else:
+        judge = Judge(_Unasked(), judge_run(parts).judge)
+        made = sft_rows(judge, chosen) if use == "sft" else task_rows(judge, chosen)
+    _write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), overwrite=overwrite)
+    print(f"{out}: {len(made):,} rows of {len(items):,} completions", file=sys.stderr)
+
+
+class _Unasked:
+    """Rows are made with a judge's prompts, not its answers."""
+
+    model_id = "none"
+    specials = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<eos>", "<bos>", "<pad>")
+
+    def ask(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("rows need no answers")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="the policy to sample from")],
+    tasks: Annotated[Path, typer.Argument(metavar="TASKS", help="tasks with verifiers")],
+    out: Out,
+    n: Annotated[int, typer.Option("--n", min=1, help="completions per task")] = 8,
+    limit: Annotated[int, typer.Option(min=1, help="tasks at most")] = 10_000,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Sample solutions and label them with their verifiers: endless rows for reward models.
+
+    Example: cabochon rm sample runs/sft/final tasks.jsonl labelled.jsonl --n 8
+    """
+    from cabochon.model.address import open_model
+    from cabochon.rollouts.local import requests_for
+    from cabochon.types import Sampling
+    from cabochon.verifiers.build import probes_for, verifier_for
+    from cabochon.verifiers.pool import VerifierPool
+    from cabochon.verifiers.tasks import read_tasks
+
+    wanted = read_tasks(tasks)[:limit]
+    engine = make_engine(*open_model(model), length=2048)
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, n=n)
+    drawn = engine.generate(requests_for([task.prompt for task in wanted], sampling, seed))
+    each = [task for task in wanted for _ in range(n)]
+    probes = probes_for(wanted)
+    verifier = verifier_for(wanted)
+    made = VerifierPool(verifier=verifier, probes=probes) if probes else VerifierPool.unproven(verifier=verifier)
+    with made as pool:
+        verdicts = pool.verify(each, [c.text for c in drawn])
+    kept = [
+        {"prompt": task.prompt, "completion": c.text, "label": v.score == 1.0, "payload": dict(task.payload)}
+        for task, c, v in zip(each, drawn, verdicts, strict=True)
+        if v.score is not None
+    ]
+    _write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), overwrite=overwrite)
+    share = sum(bool(row["label"]) for row in kept) / max(1, len(kept))
+    print(f"{out}: {len(kept):,} completions, {share:.0%} right; {len(each) - len(kept)} could not be judged",
+          file=sys.stderr)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- wiring
+
+
+def judge_run(parts: Sequence[str] | None) -> JudgeRun:
+    from cabochon.reward.open import JudgeRun
+
+    return overrides.load(JudgeRun, *overrides.split(parts or []))
+
+
+def make_engine(
+    config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer, length: int = 1024
+) -> PolicyEngine:
+    """Our sampler on weights that do not change."""
+    from cabochon.protocols import Weights
+    from cabochon.rollouts.local import LocalEngine
+    from cabochon.rollouts.slots import SlotConfig
+
+    return LocalEngine(config, tokenizer, Weights(version=0, params=params), SlotConfig(length=length))
+
+
+def open_asker(address: str, run: JudgeRun) -> Asker:
+    """A model of ours, or `http://host/v1#name`, an endpoint with the model's name there."""
+    from cabochon.reward.open import endpoint_asker, local_asker
+    from cabochon.rollouts.openai import Endpoint, OpenAIEngine
+
+    if not address.startswith("http"):
+        return local_asker(address, run, make_engine)
+    url, _, name = address.partition("#")
+    if not name:
+        raise UserError(f"{address}: which model of the endpoint? write {url}#NAME")
+    return endpoint_asker(OpenAIEngine(Endpoint(url=url, model=name)), address, run)
+
+
+def read_labelled(path: Path) -> list[Labelled]:
+    """Raises UserError naming file and line."""
+    from cabochon.data import read_rows
+    from cabochon.reward.rows import labelled_of
+
+    return [item for row in read_rows(path) for item in labelled_of(row)]
+
+
+def _scalar(address: str) -> bool:
+    from cabochon.reward.open import is_scalar
+
+    return is_scalar(address)
+
+
+def _write(path: Path, text: str, *, overwrite: bool) -> None:
+    """The whole file or none of it."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists; choose another name, or add --overwrite")
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise MachineError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,139 @@
+"""A judge behind a real HTTP server that answers, stalls, fails, breaks off and talks nonsense: never a false score."""
+
+import json
+import math
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from cabochon.reward.asking import EndpointAsker, Reasoning
+from cabochon.reward.judge import Judge, JudgeConfig
+from cabochon.rollouts.openai import Endpoint, OpenAIEngine
+from cabochon.types import Completion, Rollout, Task
+
+WORDS = ("good", "bad", "stall", "500", "garbage", "half", "mute", "filter", "nologprobs", "once")
+
+
+def answer(text, tokens, logprobs=True, finish="stop"):
+    content = [
+        {"token": t, "logprob": -0.1, "top_logprobs": [{"token": k, "logprob": v} for k, v in top.items()]}
+        for t, top in tokens
+    ]
+    choice = {"index": 0, "message": {"content": text}, "finish_reason": finish}
+    return {"choices": [choice | ({"logprobs": {"content": content}} if logprobs else {})],
+            "usage": {"prompt_tokens": 10, "completion_tokens": 5}}  # fmt: skip
+
+
+def verdict(yes, text="It adds up.\nVerdict: Yes"):
+    top = {" Yes": math.log(yes), " No": math.log(1 - yes - 0.01), " Maybe": math.log(0.01)}
+    return answer(text, [("It adds up.\n", {}), ("Verdict", {}), (":", {}), (" Yes", top)])
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][0]["content"]
+        word = prompt.split("<response>")[1].split("</response>")[0].strip()
+        self.server.asked.append(word)
+        good = json.dumps(verdict(0.9)).encode()
+        if word == "stall":
+            self.server.over.wait(20)
+        elif word == "500" or (word == "once" and self.server.asked.count("once") == 1):
+            self.send(500, b"overloaded")
+        elif word == "garbage":
+            self.send(200, b"\xff<html>")
+        elif word == "half":
+            self.send(200, good[: len(good) // 2], len(good))
+            self.close_connection = True
+        elif word == "bad":
+            self.send(200, json.dumps(verdict(0.2, "It does not.\nVerdict: No")).encode())
+        elif word == "mute":
+            self.send(200, json.dumps(answer("10/10, a good answer, yes!", [("yes", {})])).encode())
+        elif word == "filter":
+            self.send(200, json.dumps(answer("", [], finish="content_filter")).encode())
+        elif word == "nologprobs":
+            self.send(200, json.dumps(answer("Verdict: Yes", [], logprobs=False)).encode())
+        else:
+            self.send(200, good)
+
+    def send(self, code, content, length=None):
+        self.send_response(code)
+        self.send_header("Content-Length", str(length or len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    http.asked, http.over = [], threading.Event()
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield http
+    http.over.set()
+    http.shutdown()
+    http.server_close()
+
+
+def judge_at(server, top_logprobs=5):
+    endpoint = Endpoint(
+        url=f"http://127.0.0.1:{server.server_port}/v1", model="m", attempts=2, attempt_seconds=4.0,
+        deadline_seconds=12.0, backoff_seconds=0.01, prompt_price=1.0, completion_price=2.0,
+    )  # fmt: skip
+    engine = OpenAIEngine(endpoint)
+    asker = EndpointAsker(engine, name="m", reasoning=Reasoning(max_tokens=64), top_logprobs=top_logprobs)
+    return Judge(asker, JudgeConfig()), engine
+
+
+def rollout(word):
+    none = np.zeros(0, np.int32)
+    completion = Completion(tokens=none, logprobs=none, mask=none, text=word, finish="stop", policy_version=none)
+    return Rollout(task=Task(id="t", prompt="1+1?", verifier="none"), completion=completion, group=0)
+
+
+def test_every_failure_is_a_status_and_the_others_are_scored(server):
+    judge, engine = judge_at(server)
+    start = time.monotonic()
+    scores = dict(zip(WORDS, judge.score([rollout(word) for word in WORDS]), strict=True))
+    assert time.monotonic() - start < 30
+    assert scores["good"].value == pytest.approx(0.9 / 0.99, rel=1e-6)
+    assert scores["bad"].value == pytest.approx(0.2 / 0.99, rel=1e-6)
+    assert scores["once"].value == scores["good"].value  # the second attempt
+    expected = {
+        "stall": "infra_error",
+        "500": "infra_error",
+        "garbage": "infra_error",
+        "half": "infra_error",
+        "filter": "infra_error",
+        "nologprobs": "infra_error",
+        "mute": "unparsed",
+    }
+    assert {word: scores[word].status for word in expected} == expected
+    assert all(scores[word].value is None for word in expected)
+    assert "timeout" in scores["stall"].detail
+    assert "HTTP 500" in scores["500"].detail
+    assert server.asked.count("500") == 2  # bounded
+    assert engine.usage.cost > 0
+    assert engine.usage.failed >= 5
+
+
+def test_without_log_probs_the_text_is_the_verdict(server):
+    judge, _ = judge_at(server, top_logprobs=0)
+    good, bad, mute = judge.score([rollout("good"), rollout("bad"), rollout("mute")])
+    assert (good.value, bad.value, mute.status) == (1.0, 0.0, "unparsed")
+    assert judge.model_id != judge_at(server)[0].model_id
+
+
+def test_nobody_is_there():
+    endpoint = Endpoint(url="http://127.0.0.1:9/v1", model="m", attempts=2, backoff_seconds=0.01)
+    judge = Judge(EndpointAsker(OpenAIEngine(endpoint), name="m"), JudgeConfig())
+    (score,) = judge.score([rollout("good")])
+    assert (score.value, score.status) == (None, "infra_error")

@@ -1,0 +1,90 @@
+"""Training rows: hard negatives of matched length, and the very prompt the judge will be asked with."""
+
+import pytest
+
+from cabochon.data import Chat, Row, example_of
+from cabochon.errors import UserError
+from cabochon.reward.judge import Judge, JudgeConfig
+from cabochon.reward.rows import Labelled, labelled_of, matched, preference_rows, sft_rows, task_rows
+from cabochon.types import Task
+from cabochon.verifiers.build import verifier_named
+
+
+class Unasked:
+    model_id, specials = "none", ("<|im_end|>",)
+
+    def ask(self, *_, **__):
+        raise AssertionError
+
+
+JUDGE = Judge(Unasked(), JudgeConfig(reason=False))
+
+
+def item(response, right, prompt="1+1?", rationale=""):
+    return Labelled(where="f:1", prompt=prompt, response=response, right=right, rationale=rationale)
+
+
+def read(**values):
+    return labelled_of(Row(where="f.jsonl:2", values=values))
+
+
+def test_rows_are_labelled_completions_or_preference_pairs():
+    (one,) = read(prompt="q", completion="a", label=False, rationale="no", payload={"answer": "b"})
+    assert (one.right, one.rationale, one.task.payload) == (False, "no", {"answer": "b"})
+    good, bad = read(prompt="q", chosen="a", rejected=[{"role": "assistant", "content": "b"}])
+    assert [(x.response, x.right) for x in (good, bad)] == [("a", True), ("b", False)]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "column 'prompt'"),
+        ({"prompt": "q", "completion": "a"}, "expected columns prompt, completion and label"),
+        ({"prompt": "q", "completion": "a", "label": 0.5}, "'label': expected true or false, got 0.5"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "are equal"),
+        ({"prompt": "q", "completion": 3, "label": True}, "'completion': expected text"),
+    ],
+)
+def test_bad_rows(values, said):
+    with pytest.raises(UserError, match=r"f\.jsonl:2: ") as caught:
+        read(**values)
+    assert said in str(caught.value)
+
+
+def test_negatives_are_hard_matched_and_used_once():
+    items = [item("42 ok", True), item("43 ok", False), item("44 ok", False), item("x" * 50, False)]
+    items += [item("42 ok", True), item("7", True, "2+2?"), item("y" * 9, False, "2+2?"), item("9", False, "3+3?")]
+    pairs = matched(items)
+    assert len(pairs) == 1
+    good, bad = pairs[0]
+    assert (good.response, len(bad.response)) == ("42 ok", 5)
+    twice = [item("ab", True), item("cd", True), item("ef", False)]
+    assert len(matched(twice)) == 1
+    assert preference_rows(pairs)[0] == {"prompt": "1+1?", "chosen": "42 ok", "rejected": bad.response}
+
+
+def test_sft_rows_hold_the_judges_own_prompt_and_the_verdict():
+    rows = sft_rows(JUDGE, [item("2</response>", True), item("3", False)])
+    criterion = JUDGE.cfg.criteria[0]
+    task = Task(id="t", prompt="1+1?", verifier="none")
+    assert rows[0]["prompt"] == [{"role": "user", "content": JUDGE.prompt(task, "2</response>", criterion)}]
+    assert [row["completion"][0]["content"] for row in rows] == ["Verdict: Yes", "Verdict: No"]
+    example = example_of(Row(where="f:1", values=rows[0]))
+    assert isinstance(example, Chat)
+    assert example.context == 1
+
+
+def test_a_judge_that_reasons_is_shown_rationales():
+    judge = Judge(Unasked(), JudgeConfig(reason=True))
+    (row,) = sft_rows(judge, [item("3", False, rationale="1+1 is 2, not 3.")])
+    assert row["completion"][0]["content"] == "1+1 is 2, not 3.\nVerdict: No"
+    with pytest.raises(UserError, match="f:1: no 'rationale' for a judge that reasons"):
+        sft_rows(judge, [item("3", False)])
+
+
+def test_tasks_for_rl_are_judged_by_the_verdict_verifier():
+    (row,) = task_rows(JUDGE, [item("3", False)])
+    task = Task(**row)
+    verifier = verifier_named(task.verifier)
+    assert verifier.verify(task, "Verdict: No").score == 1.0
+    assert verifier.verify(task, "Verdict: Yes").score == 0.0
