@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -49,7 +50,7 @@ class Progress:
 
     def rated(self, step: int, loss: float) -> Progress:
         """After an evaluation. A loss that is not a number is never the best."""
-        if self.best is None or loss < self.best:
+        if not math.isnan(loss) and (self.best is None or loss < self.best):
             return replace(self, best=loss, best_step=step, stale=0)
         return replace(self, stale=self.stale + 1)
 
