@@ -160,7 +160,7 @@ def _use_native(block: tf.Block, live_BT: Array) -> None:
     """Let the block's matmuls run natively, on the live rows."""
     feeds = [block.mlp] if block.kind == "dense" else [block.moe.shared] if block.moe.cfg.shared_ffn_dim else []
     for one in (block.attn.qkv, block.attn.out, *(m for f in feeds for m in (f.gate_up, f.down))):
-        one.multiply = lambda x, w, n, outs=one.outs: native.linear(x, live_BT, w, n, outs)
+        one.multiply = partial(native.linear, live_BT, one.outs)
 
 
 def _attend(

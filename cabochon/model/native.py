@@ -141,7 +141,7 @@ def attend(
     return call(q_BTKGH, k_BKSH, v_BKSH, position_BT, live_BT, scale=np.float32(scale), window=np.int64(window))
 
 
-def linear(x: Array, live: Array, packed: Array, ins: int, outs: tuple[int, ...]) -> Array:
+def linear(live: Array, outs: tuple[int, ...], x: Array, packed: Array, ins: int) -> Array:
     """`multiply` over `ins` trailing dims of x, with named output dims."""
     lead = x.shape[: x.ndim - ins]
     flat = x.reshape(*lead, math.prod(x.shape[x.ndim - ins :]))
