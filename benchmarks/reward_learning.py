@@ -4,8 +4,9 @@
 
 1. A tiny mixture of experts learns to solve the sums (SFT from scratch, bytes). 2. From there, on right and wrong
 answers of equal length (the wrong one is near the right one): a scalar reward model, a judge that says Yes or No at
-once, and one that works the sum out first. 3. Held-out sums: accuracy on pairs and on single answers, attacks, time.
-One seed is one training of each from the same start; nothing of the held-out sums is seen before.
+once, and one that works the sum out, subtracts what the response says, and then gives its verdict.
+3. Held-out sums: accuracy on pairs and on single answers, attacks, time. One seed is one training of each from the
+same start; nothing of the held-out sums is seen before.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def labelled(items: list[tuple[str, int, str]], seed: int) -> list[tuple[Labelle
         wrong = int(draw.choice(near or [value + 1]))
         out.append(tuple(
             Labelled(where=expression, prompt=f"{expression}=", response=str(said), right=said == value,
-                     rationale=f"{working}; it says {said}.")
+                     rationale=f"{working},{value}-{said}={value - said}")
             for said in (value, wrong)
         ))  # fmt: skip
     return out
@@ -150,7 +151,7 @@ def main() -> None:
                 run = judge_run(kind == "rationale")
                 asked = judge_of(_Rows(), run)
                 rows = write(args.out / f"{kind}{seed}.jsonl", sft_rows(asked, [x for pair in pairs for x in pair]))  # type: ignore[arg-type]
-                final = sft(place, model, rows, args.steps, seed, 1e-3)
+                final = sft(place, model, rows, args.steps, seed, 2e-3)
                 trained = time.perf_counter() - began
                 judge = judge_of(local_asker(final, run, make_engine), run)
                 report = measured(judge.score_texts, test, True)  # type: ignore[union-attr]
