@@ -79,6 +79,8 @@ class _Member:
     loading_since: float = 0.0
     target: int = -1
     """publication being loaded"""
+    copy: int = 0
+    """how often it had been published when the worker was told to load it"""
     serves: int | None = None
     """publication it draws from; None until it can serve"""
     polling: Any = None
@@ -123,13 +125,15 @@ class RayEngine:
         self._members: list[_Member] = []
         self._waiting: deque[_Work] = deque()
         self._outbox: list[Finished] = []
-        self._tickets = self._started = self._publications = self._losses = self._refusals = 0
+        self._tickets = self._started = self._publications = self._copies = self._losses = 0
         self._session = RaySession(cfg, log_dir)
         try:
             self._store = store or RayStore(dtype=None if slots.dtype == "float32" else slots.dtype)
-            self._publish(weights)
             for _ in range(cfg.workers):
-                self._start()
+                self._start()  # they import while we publish
+            self._publish(weights)
+            for m in self._members:
+                self._load(m)
             while any(m.serves is None for m in self._members):
                 self._turn(POLL_SECONDS)
         except BaseException:
@@ -248,23 +252,23 @@ class RayEngine:
                 self._late(m)
 
     def _hear(self, m: _Member, ref: Any) -> None:
+        failed: Exception | None = None
         try:
             answer = ray.get(ref, timeout=self._cfg.deadline_seconds)
-        except WeightsError as error:
-            self._refused(m, str(error.cause) if isinstance(error, ray.exceptions.RayTaskError) else str(error))
-            return
         except Exception as error:  # Ray's, when the process is gone; or a bug in the worker, which is then the reason
-            self._replace(m, _reason(error))
-            return
-        if ref is m.loading:
+            failed = error
+        if isinstance(failed, WeightsError):
+            self._refused(m, _reason(failed))
+        elif failed is not None:
+            self._replace(m, _reason(failed))
+        elif ref is m.loading:
             m.loading, m.serves, m.pid = None, m.target, answer.pid
             m.node = answer.node
-            self._refusals = 0
             if m.serves != self._publications:
                 self._load(m)
-            return
-        m.polling = None
-        self._take(m, answer)
+        else:
+            m.polling = None
+            self._take(m, answer)
 
     def _take(self, m: _Member, report: Report) -> None:
         for f in report.done:
@@ -283,9 +287,11 @@ class RayEngine:
             self._replace(m, f"one dispatch takes {report.stalled:.0f} s")
 
     def _feed(self) -> None:
-        """Work goes to the worker with the least before it, until each has twice what fits in its slots."""
+        """Work goes to the worker with the least before it, until each has twice what fits in its slots; to one that
+        still takes over the newest weights, once it has them.
+        """
         given: dict[str, list[tuple[int, Request]]] = {}
-        serving = [m for m in self._members if m.serves is not None]
+        serving = [m for m in self._members if m.serves == self._publications]
         while self._waiting and (free := [m for m in serving if m.samples < 2 * self._slots.slots]):
             m, work = min(free, key=lambda m: m.cost), self._waiting.popleft()
             m.work[work.ticket] = work
@@ -302,24 +308,27 @@ class RayEngine:
         self._weights = host_copy(with_probe(self._model, weights))
         self._store.publish(self._weights)
         self._publications += 1
+        self._copies = 1
 
     def _load(self, m: _Member) -> None:
-        m.target, m.loading_since = self._publications, monotonic()
+        m.target, m.copy, m.loading_since = self._publications, self._copies, monotonic()
         m.loading = m.actor.load.remote(self._store, self.version, self._cfg.deadline_seconds)
 
     def _refused(self, m: _Member, why: str) -> None:
         """A worker could not use the version: it is published again, a bounded number of times."""
-        self._refusals += 1
         self._say("weights refused", m, why=why)
-        if self._refusals > self._cfg.retries:
-            raise MachineError(f"{why}; it was published {self._refusals} times")
-        self._store.publish(self._weights)
-        self.counters.republished += 1
+        if (m.target, m.copy) == (self._publications, self._copies):  # not so where another worker was first to say so
+            if self._copies > self._cfg.retries:
+                raise MachineError(f"{why}; it was published {self._copies} times")
+            self._store.publish(self._weights)
+            self._copies += 1
+            self.counters.republished += 1
         self._load(m)
 
     # -- workers -------------------------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def _start(self) -> _Member:
+        """A worker that has no weights yet."""
         name = f"worker {self._started}"
         self._started += 1
         options = {"num_cpus": self._cfg.cpus, "resources": dict(self._cfg.resources) or None}
@@ -329,7 +338,7 @@ class RayEngine:
             actor=actor.remote(name, self._model, self._tokenizer, self._slots, max(1, int(self._cfg.cpus))),
         )
         self._members.append(m)
-        self._load(m)
+        return m
 
     def _late(self, m: _Member) -> None:
         """It does not serve yet, and should."""
@@ -362,8 +371,9 @@ class RayEngine:
                 f"Ray's logs: {self._session.log_dir}"
             )
         self._waiting.extendleft(reversed(left))
-        self._start()
-        self._say("worker started", self._members[-1], instead_of=m.name)
+        fresh = self._start()
+        self._load(fresh)
+        self._say("worker started", fresh, instead_of=m.name)
 
     def _kill(self, m: _Member) -> None:
         """At once, also when it is stopped and hears nothing."""
@@ -384,4 +394,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
         return "its process is gone"
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-    return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+    line = (str(cause).splitlines() or [""])[0]
+    return line if isinstance(cause, MachineError) else f"{type(cause).__name__}: {line}"

@@ -22,7 +22,7 @@ import numpy as np
 
 from cabochon.model.config import ModelConfig
 from cabochon.rollouts import prefix, thinking
-from cabochon.rollouts.programs import Programs, Steps, engine_params, programs
+from cabochon.rollouts.programs import EngineParams, Programs, Steps, engine_params, programs
 from cabochon.rollouts.prompts import Prepared, pieces, prepare, stopped, text_of
 from cabochon.rollouts.slots import SlotConfig, empty_prefix, empty_slots, make_row, sample_key
 from cabochon.tokenizer import Tokenizer
@@ -121,7 +121,14 @@ class Sampler:
         A running sequence keeps the keys and values it has, as in-flight updates do; its later tokens carry the new
         version. A prompt that waits is read again, and nothing that older weights computed is reused.
         """
-        self._params, self.version = engine_params(self.model, params, self.cfg), version
+        self._use(engine_params(self.model, params, self.cfg), version)
+
+    def take_over(self, other: Sampler) -> None:
+        """`load` what another sampler of the same shape has loaded: at once, since nothing is prepared again."""
+        self._use(other._params, other.version)
+
+    def _use(self, params: EngineParams, version: int) -> None:
+        self._params, self.version = params, version
         self._loads += 1
         self._kept.clear()
         for job in self._queue:

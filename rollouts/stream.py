@@ -33,7 +33,6 @@ class LocalStream:
 
     def __init__(self, engine: LocalEngine):
         self._engine = engine
-        self._wanted: set[int] = set()
         self._outbox: list[Finished] = []
 
     @property
@@ -51,22 +50,20 @@ class LocalStream:
     def submit(self, requests: Sequence[Request]) -> list[int]:
         sampler = self._engine.sampler
         work = [sampler.prepare(request, f"request {i}") for i, request in enumerate(requests)]
-        tickets = [sampler.submit(w) for w in work]
-        self._wanted |= set(tickets)
-        return tickets
+        return [sampler.submit(w) for w in work]
 
     def poll(self, seconds: float) -> list[Finished]:
         deadline = monotonic() + seconds
         while self._engine.sampler.busy and not self._outbox:
-            self._outbox += [Finished(*f) for f in self._engine.sampler.step() if f.ticket in self._wanted]
+            self._outbox += [Finished(*f) for f in self._engine.sampler.step()]
             if monotonic() >= deadline:
                 break
         out, self._outbox = self._outbox, []
         return out
 
     def abort(self, tickets: Sequence[int]) -> None:
-        self._wanted -= set(tickets)
-        self._outbox = [f for f in self._outbox if f.ticket in self._wanted]
+        self._engine.sampler.abort(tickets)
+        self._outbox = [f for f in self._outbox if f.ticket not in set(tickets)]
 
 
 class RequestStream:

@@ -19,7 +19,7 @@ import ray
 from cabochon.errors import MachineError
 from cabochon.heap import keep_pages
 from cabochon.model.config import ModelConfig
-from cabochon.protocols import Finished, Weights, WeightStore
+from cabochon.protocols import Finished, WeightStore
 from cabochon.tokenizer import Tokenizer
 from cabochon.types import Request
 
@@ -68,8 +68,9 @@ class RolloutWorker:
         self._given: list[tuple[int, Request]] = []
         self._dropped: set[int] = set()
         self._done: list[Finished] = []
-        self._tickets: dict[int, int] = {}
-        self._incoming: Weights | None = None
+        self._tickets: dict[int, tuple[int, int]] = {}
+        """of the sampler -> ours, and samples to come"""
+        self._incoming: Sampler | None = None
         self._failure = ""
         self._since: float | None = None
         self._sampler: Sampler | None = None
@@ -99,8 +100,7 @@ class RolloutWorker:
                 self._sampler = trial
                 threading.Thread(target=self._run, args=(trial,), name="sampler", daemon=True).start()
             else:
-                del trial
-                self._incoming = weights
+                self._incoming = trial
                 self._changed.notify_all()
                 if not self._changed.wait_for(lambda: self._incoming is None or self._failure, seconds):
                     raise MachineError(f"{self.name}: the dispatch in hand did not end within {seconds:g} s")
@@ -113,10 +113,9 @@ class RolloutWorker:
             self._changed.notify_all()
 
     def drop(self, tickets: Sequence[int]) -> None:
-        """Do not report these any more, nor go on with them."""
+        """Do not go on with these. What finishes at this very moment may still be reported."""
         with self._changed:
             self._dropped |= set(tickets)
-            self._given = [(t, r) for t, r in self._given if t not in self._dropped]
             self._changed.notify_all()
 
     def poll(self, seconds: float) -> Report:
@@ -126,7 +125,7 @@ class RolloutWorker:
             done, self._done = self._done, []
             sampler, since = self._sampler, self._since
             return Report(
-                done=[f for f in done if f.ticket not in self._dropped],
+                done=done,
                 failure=self._failure,
                 stalled=monotonic() - since if since is not None else 0.0,
                 version=sampler.version if sampler else -1,
@@ -144,18 +143,29 @@ class RolloutWorker:
 
     def _dispatch(self, sampler: Sampler) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._given or self._incoming is not None or sampler.busy)
+            # without a deadline: who has nothing to do waits for work, and ends with the process
+            self._changed.wait_for(lambda: self._given or self._dropped or self._incoming is not None or sampler.busy)
             given, self._given = self._given, []
+            dropped, self._dropped = self._dropped, set()
             incoming = self._incoming
             self._since = monotonic()
         if incoming is not None:
-            sampler.load(incoming.params, incoming.version)
+            sampler.take_over(incoming)
             with self._changed:
                 self._incoming = None
                 self._changed.notify_all()
         for ticket, request in given:
-            self._tickets[sampler.submit(sampler.prepare(request))] = ticket
-        finished = [Finished(self._tickets[t], sample, c) for t, sample, c in sampler.step()]
+            self._tickets[sampler.submit(sampler.prepare(request))] = ticket, request.sampling.n
+        if dropped:
+            gone = [mine for mine, (ticket, _) in self._tickets.items() if ticket in dropped]
+            sampler.abort(gone)
+            self._tickets = {mine: kept for mine, kept in self._tickets.items() if mine not in gone}
+        finished = []
+        for mine, sample, completion in sampler.step():
+            ticket, left = self._tickets.pop(mine)
+            finished.append(Finished(ticket, sample, completion))
+            if left > 1:
+                self._tickets[mine] = ticket, left - 1
         with self._changed:
             self._done += finished
             self._since = None

@@ -1,14 +1,19 @@
-"""What every PolicyEngine promises, run on each of them."""
+"""What every PolicyEngine promises, and every StreamingEngine more, run on each of them."""
+
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from cabochon.config import RayConfig
 from cabochon.errors import UserError
 from cabochon.model import transformer as tf
-from cabochon.protocols import PolicyEngine, Weights
+from cabochon.protocols import PolicyEngine, StreamingEngine, Weights
 from cabochon.rollouts.local import LocalEngine, requests_for
+from cabochon.rollouts.ray_engine import RayEngine
 from cabochon.rollouts.slots import SlotConfig
+from cabochon.rollouts.stream import LocalStream, RequestStream
 from cabochon.testing import FakeEngine, tiny_config
 from cabochon.tokenizer import ByteTokenizer
 from cabochon.types import Request, Sampling
@@ -22,17 +27,44 @@ def new_weights(version):
     return Weights(version=version, params=tf.init(MODEL, jax.random.key(version)))
 
 
+SLOTS = SlotConfig(slots=3, length=CONTEXT, block=32, chunks=(16,))
+RAY = RayConfig(workers=2, cpus=0.5)
+
+
 def local():
-    return LocalEngine(MODEL, TOK, new_weights(0), SlotConfig(slots=3, length=CONTEXT, block=32, chunks=(16,)))
+    return LocalEngine(MODEL, TOK, new_weights(0), SLOTS)
 
 
 def fake():
     return FakeEngine(lambda prompt, seed, sample: f"{sample} {seed} {prompt[:3]}", context=CONTEXT)
 
 
-@pytest.fixture(scope="module", params=[local, fake], ids=["local", "fake"])
+@pytest.fixture(scope="module")
+def over_ray(tmp_path_factory):
+    with RayEngine(MODEL, TOK, new_weights(0), SLOTS, RAY, log_dir=tmp_path_factory.mktemp("ray")) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def stream(request):
+    match request.param:
+        case "ray":
+            return request.getfixturevalue("over_ray")
+        case "local stream":
+            return LocalStream(local())
+    return RequestStream(fake())
+
+
+@pytest.fixture(scope="module", params=["local", "fake", "ray", "local stream"])
 def engine(request):
-    return request.param()
+    match request.param:
+        case "local":
+            return local()
+        case "fake":
+            return fake()
+        case "ray":
+            return request.getfixturevalue("over_ray")
+    return LocalStream(local())
 
 
 SEVERAL = requests_for(["one", "two two", [{"role": "user", "content": "three"}]], Sampling(max_tokens=9, n=2), seed=3)
@@ -102,3 +134,40 @@ def test_weights_are_taken_by_version(engine):
     with pytest.raises(UserError, match="weights: "):
         engine.load(Weights(version=6, params={}))
     assert engine.version == 5
+
+
+# -- streaming ---------------------------------------------------------------------------------------------------------
+
+streams = pytest.mark.parametrize("stream", ["ray", "local stream", "request stream"], indirect=True)
+
+
+def all_of(stream, samples):
+    """Poll until that many samples came."""
+    found: dict = {}
+    deadline = time.monotonic() + 120
+    while len(found) < samples:
+        for f in stream.poll(0.2):
+            assert (f.ticket, f.sample) not in found
+            found[f.ticket, f.sample] = f.completion
+        assert time.monotonic() < deadline
+    return found
+
+
+@streams
+def test_what_is_submitted_comes_out_once_whatever_came_between(stream):
+    assert isinstance(stream, StreamingEngine)
+    together = [key(c) for c in stream.generate(SEVERAL)]
+    first = stream.submit(SEVERAL[:2])
+    later = stream.submit(SEVERAL[2:])
+    found = all_of(stream, 6)
+    assert [key(found[t, sample]) for t in (*first, *later) for sample in (0, 1)] == together
+    assert stream.poll(0.0) == []
+    assert stream.submit([]) == []
+
+
+@streams
+def test_an_aborted_request_delivers_nothing(stream):
+    gone, kept = stream.submit(SEVERAL[:2])
+    stream.abort([gone])
+    assert {ticket for ticket, _ in all_of(stream, 2)} == {kept}
+    assert stream.poll(0.2) == []
