@@ -29,7 +29,8 @@ class RaySession:
     def __init__(self, cfg: RayConfig, log_dir: Path):
         """Raises UserError where the workers can never fit, MachineError where Ray does not start or answer."""
         self.log_dir = log_dir
-        self._ours, self._link = not ray.is_initialized(), None
+        self._ours = not ray.is_initialized()
+        self._link: Path | None = None
         if self._ours:
             address = cfg.address or os.environ.get("RAY_ADDRESS")
             self._join(address) if address else self._start(log_dir)
@@ -51,14 +52,15 @@ class RaySession:
         """
         log_dir.mkdir(parents=True, exist_ok=True)
         self._link = Path(tempfile.mkdtemp(prefix="cabochon-ray-"))
-        (self._link / "r").symlink_to(log_dir.resolve())
+        short = self._link / "r"
+        short.symlink_to(log_dir.resolve())
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             with warnings.catch_warnings():  # jax warns of every fork; what Ray forks execs at once
                 warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
                 ray.init(
                 address="local", num_cpus=cores(), include_dashboard=False, log_to_driver=False,
-                logging_level=logging.ERROR, _temp_dir=str(self._link / "r"),
+                logging_level=logging.ERROR, _temp_dir=str(short),
             )  # fmt: skip
         except Exception as error:  # whatever Ray raises: nothing of it may stay
             self.close()

@@ -82,7 +82,7 @@ def plan(weights: Weights, chunk_bytes: int) -> tuple[Manifest, dict[str, np.nda
             pieces.append(Piece(len(chunks) - 1, start, take))
             chunks[-1] = start + take
             left -= take
-        crc = zlib.crc32(_bytes(x))
+        crc = zlib.crc32(_bytes(x).data)
         entries.append(TensorEntry(name, str(x.dtype), x.shape, crc, tuple(pieces)))
     manifest = Manifest(version=weights.version, tensors=tuple(entries), chunks=tuple(chunks), probe=weights.probe)
     return manifest, tensors
@@ -109,7 +109,7 @@ def assemble(manifest: Manifest, chunks: list[np.ndarray]) -> Weights:
     for entry in manifest.tensors:
         parts = [chunks[p.chunk][p.offset : p.offset + p.nbytes] for p in entry.pieces]
         raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if raw.nbytes != sum(p.nbytes for p in entry.pieces) or (crc := zlib.crc32(raw)) != entry.crc32:
+        if raw.nbytes != sum(p.nbytes for p in entry.pieces) or (crc := zlib.crc32(raw.data)) != entry.crc32:
             found = f"{raw.nbytes} bytes" if raw.nbytes != sum(p.nbytes for p in entry.pieces) else f"{crc:08x}"
             raise WeightsError(
                 f"weights version {manifest.version}: tensor {entry.name}: checksum {entry.crc32:08x} was published, "
