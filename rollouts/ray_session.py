@@ -59,9 +59,9 @@ class RaySession:
             with warnings.catch_warnings():  # jax warns of every fork; what Ray forks execs at once
                 warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
                 ray.init(
-                address="local", num_cpus=cores(), include_dashboard=False, log_to_driver=False,
-                logging_level=logging.ERROR, _temp_dir=str(short),
-            )  # fmt: skip
+                    address="local", num_cpus=cores(), include_dashboard=False, log_to_driver=False,
+                    logging_level=logging.ERROR, _temp_dir=str(short),
+                )  # fmt: skip
         except Exception as error:  # whatever Ray raises: nothing of it may stay
             self.close()
             raise MachineError(f"Ray does not start: {str(error).splitlines()[0]}; its logs: {log_dir}") from error
