@@ -182,7 +182,7 @@ def test_every_module_is_reached_from_a_test():
     assert [name_of(path) for name, path in files.items() if name not in reached] == []
 
 
-USED_BY_OTHERS = {"ray": "the doctor's child process"}
+USED_BY_OTHERS: dict[str, str] = {}
 """dependencies no module imports, and who needs them"""
 ON_USE = {
     "reasoning-gym": "its verifier, which names the extra to install where it is missing",
