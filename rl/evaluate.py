@@ -131,7 +131,7 @@ def compare(models: Sequence[str], asked: Asked, told: Callable[[str], None]) ->
             for budget in asked.thinking or (None,):
                 begin = time.perf_counter()
                 answered = answer(engine, verifiers, tasks, _sampling(asked, budget), asked.seed)
-                entry = {"model": model, "thinking": budget, "seconds": time.perf_counter() - begin}
+                entry: dict[str, Any] = {"model": model, "thinking": budget, "seconds": time.perf_counter() - begin}
                 entry |= {"domains": {d: summary(a) for d, a in by_domain(answered).items()}}
                 entry |= {"problems": [_problem(a) for a in answered]}
                 if first is not None:

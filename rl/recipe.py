@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cabochon.config import Frozen, RayConfig, StageConfig
+from cabochon.rl.alarms import AlarmLimits
 from cabochon.rl.config import UpdateConfig
 from cabochon.rl.rewards import RewardConfig
 from cabochon.types import Sampling, Thinking
@@ -104,11 +105,13 @@ class EvalConfig(Frozen):
     """completions per task, drawn as in training"""
 
 
-class AlarmConfig(Frozen):
-    """What is done about a run that cannot learn."""
+class ScorerConfig(Frozen):
+    """A reward model beside the verifiers; `reward.combine` says what its scores do."""
 
-    fail: bool = False
-    """stop at the first alarm instead of printing it"""
+    address: str
+    """a scalar reward model's directory, or a language model that judges"""
+    judge: str = "judge-terse"
+    """recipe of how a language model judges; not used by a scalar model"""
 
 
 class RlConfig(StageConfig):
@@ -123,9 +126,13 @@ class RlConfig(StageConfig):
     rollout: RolloutConfig = RolloutConfig()
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardConfig = RewardConfig()
+    models: Mapping[str, ScorerConfig] = Field(default_factory=dict)
+    """reward models by name, in order of preference"""
     update: UpdateConfig
     eval: EvalConfig = EvalConfig()
-    alarms: AlarmConfig = AlarmConfig()
+    alarms: AlarmLimits = AlarmLimits()
+    fail_on_alarm: bool = False
+    """stop at the first alarm instead of printing it"""
     samples_every: int = Field(10, ge=0)
     """steps between tables of completions on the console, 0 for none; rollouts/ has them all"""
 
@@ -138,4 +145,6 @@ class RlConfig(StageConfig):
             )
         if self.engine.kind == "local" and self.rollout.max_lag:
             raise ValueError("engine.kind=local samples and learns in turn: set rollout.max_lag to 0, or kind to ray")
+        if "verifier" in self.models:
+            raise ValueError("models.verifier: that name is the verifiers' own; choose another")
         return self

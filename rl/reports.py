@@ -72,6 +72,7 @@ def router_row(stats: moe.RouterStats) -> dict[str, float]:
         "effective_experts": float(read["effective_experts"].min()),
         "router_entropy": float(read["router_entropy"].mean()),
         "dead_experts": int((np.asarray(stats.used_E) == 0).sum()),
+        "agreement": float(np.asarray(read["agreement"]).mean()),
     }
 
 
@@ -84,7 +85,7 @@ def mean(x: np.ndarray) -> float | None:
 class Stopwatch:
     """Seconds by name.
 
-    Example: `with watch("update"): ...` and then `watch.take()` gives `{"update": 1.2}` and begins anew.
+    Example: `with watch("update"): ...` and then `watch.take()` gives `{"update_seconds": 1.2}` and begins anew.
     """
 
     def __init__(self) -> None:
@@ -99,5 +100,5 @@ class Stopwatch:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
 
     def take(self) -> dict[str, float]:
-        out, self._seconds = self._seconds, {}
+        out, self._seconds = {f"{name}_seconds": s for name, s in self._seconds.items()}, {}
         return out

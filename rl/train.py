@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,26 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cabochon import parallel
-from cabochon.errors import UserError
+from cabochon import overrides, parallel
+from cabochon.errors import MachineError, UserError
 from cabochon.learner import Learner
-from cabochon.model import convert
+from cabochon.model import convert, value
 from cabochon.model import transformer as tf
+from cabochon.model.config import ModelConfig
 from cabochon.model.hf_export import refuse_unexportable
 from cabochon.model.lora import merge_lora
 from cabochon.policy import Policy, learner_config, open_policy
-from cabochon.protocols import StreamingEngine, Weights
+from cabochon.protocols import Reward, StreamingEngine, Weights
+from cabochon.reward.open import JudgeRun, open_reward
 from cabochon.rl import journal, reports
 from cabochon.rl.advantages import informative
+from cabochon.rl.alarms import check as check_alarms
 from cabochon.rl.batching import rows_needed
 from cabochon.rl.evaluate import accuracies, answer, first_of_each
-from cabochon.rl.learning import Known, Learners, States, advantages_of, kl_penalties, learn, measure
+from cabochon.rl.learning import Known, Learners, States, advantages_of, fingerprint, kl_penalties, learn, measure
 from cabochon.rl.losses import adapted_coef
 from cabochon.rl.recipe import RlConfig
-from cabochon.rl.rewards import compose, verified
+from cabochon.rl.rewards import Component, compose, scored, verified
 from cabochon.rl.schedule import Schedule
 from cabochon.rl.update import Update, plan_update
 from cabochon.rollouts.collect import Collector, Completions, Group, room
@@ -43,8 +46,10 @@ from cabochon.rollouts.local import LocalEngine
 from cabochon.rollouts.slots import SlotConfig
 from cabochon.rollouts.stream import LocalStream
 from cabochon.run import Run, open_run
-from cabochon.types import Task
+from cabochon.tokenizer import Tokenizer
+from cabochon.types import Rollout, Task
 from cabochon.verifiers.build import probes_for, verifier_for
+from cabochon.verifiers.format import ThinkingFormat
 from cabochon.verifiers.pool import VerifierPool
 from cabochon.verifiers.tasks import content_hash, read_tasks
 
@@ -59,9 +64,10 @@ class Progress:
     next_task: int = 0
     """place in the schedule"""
     next_group: int = 0
-    unfinished: tuple[str, ...] = ()
+    unfinished: list[str] = field(default_factory=list)
     """ids of tasks that were in flight: they are started again after a resume, so that none is lost"""
     kl_coef: float = 0.0
+    alarms: dict[str, float] = field(default_factory=dict)
 
 
 def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
@@ -83,15 +89,16 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
         update = plan_update(cfg.update, sparse=policy.config.moe is not None)
         check_shapes(cfg, update)
         learners = learners_of(cfg, update, mesh)
-        abstract = States(learners.policy.abstract_state(), learners.critic and learners.critic.abstract_state())
+        critic = learners.critic
+        abstract = States(learners.policy.abstract_state(), critic.abstract_state() if critic else None)
 
         # -- fresh states, or those that were saved --------------------------------------------------------------------
         reference = policy.params if update.needs_reference else None
         if saved := run.restore(abstract._asdict()):
             states, done, progress = States(**saved.state), saved.step, Progress(**saved.meta)
         else:
-            critic = learners.critic.init_state(policy.params) if learners.critic else None
-            states, done = States(learners.policy.init_state(_copy(policy.params)), critic), 0
+            fresh = critic.init_state(_copy(policy.params)) if critic else None
+            states, done = States(learners.policy.init_state(_copy(policy.params)), fresh), 0
             progress = Progress(kl_coef=cfg.update.kl.coef)
         verifiers = stack.enter_context(
             VerifierPool(
@@ -108,8 +115,10 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 threads=cfg.tasks.verifying,
             )
         )  # fmt: skip
+        scorers = scorers_of(cfg, run)
         feed = Feed(Schedule(tasks, cfg.tasks.shares, cfg.seed), progress.next_task, progress.unfinished)
-        watch, kl_coef = reports.Stopwatch(), progress.kl_coef
+        watch, kl_coef, alarmed = reports.Stopwatch(), progress.kl_coef, progress.alarms
+        published = np.asarray(fingerprint(states.policy.params))
 
         def held_out() -> dict[str, float]:
             some = first_of_each(held, cfg.eval.tasks)
@@ -133,12 +142,16 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 )  # fmt: skip
             if not got.rollouts:
                 raise UserError(
-                    f"step {step}: all of {len(got.dropped)} groups were alike, all right or all wrong, so nothing can be "
+                    f"step {step}: all {len(got.dropped)} groups were alike, all right or all wrong, so nothing can be "
                     "learnt: choose easier or harder tasks, more samples (rollout.group_size), or another algorithm"
                 )
             rollouts = got.rollouts
             with watch("score"):
-                rewards = compose(rollouts, verified(rollouts), {}, cfg.reward, overlong=update.overlong)
+                models = {name: scored(scorer.score(rollouts)) for name, scorer in scorers.items()}
+                rewards = compose(
+                    rollouts, verified(rollouts), models, cfg.reward, format_=formats(cfg, rollouts),
+                    overlong=update.overlong,
+                )  # fmt: skip
                 known = measure(learners, states, reference, rollouts, cfg.update, update)
                 penalties, kl = kl_of(cfg, known, rollouts, kl_coef)
                 advantages = advantages_of(rollouts, rewards.reward_N, known, update, penalties)
@@ -151,12 +164,14 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 states = learnt.states
             with watch("sync"):
                 engine.load(weights_of(learners.policy, states, step))
-            row = {
+                before_update, published = published, np.asarray(fingerprint(states.policy.params))
+            row: dict[str, Any] = {
                 **reports.rollout_row(rollouts, rewards, step),
                 **reports.group_row(rollouts, rewards.parts["verifier"]),
                 **learnt.row,
                 "groups_dropped": len(got.dropped),
                 "groups_stale": len(got.stale),
+                "weights_change": float((published != before_update).mean()),
             }
             if learnt.router is not None:
                 row["moe"] = reports.router_row(learnt.router)
@@ -175,13 +190,18 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             if cfg.samples_every and (step == 1 or step % cfg.samples_every == 0):
                 run.console.line(journal.table(rows))
             verifying = sum(r.verdict.seconds for r in rollouts if r.verdict)
-            run.log(step, row, clock={"time": watch.take(), "verify_seconds": verifying})
+            run.log(step, row, clock={**watch.take(), "verify_seconds": verifying})
+            alarms, alarmed = check_alarms(row, step, alarmed, cfg.alarms)
+            for alarm in alarms:
+                run.event("alarm", str(alarm), step=step, data={"alarm": alarm.name})
             if step == cfg.steps or run.save_due(step):
                 progress = Progress(
-                    next_task=feed.place, next_group=collector.next_group, unfinished=tuple(collector.unfinished),
-                    kl_coef=kl_coef,
+                    next_task=feed.place, next_group=collector.next_group, unfinished=collector.unfinished,
+                    kl_coef=kl_coef, alarms=alarmed,
                 )  # fmt: skip
                 run.save(step, states._asdict(), asdict(progress))
+            if alarms and cfg.fail_on_alarm:
+                raise MachineError(f"{run.dir}: stopped by fail_on_alarm: {alarms[0]}")
 
         # -- the result ------------------------------------------------------------------------------------------------
         convert.save(
@@ -230,7 +250,8 @@ def check_shapes(cfg: RlConfig, update: Update) -> None:
         raise UserError(
             f"step.batch_size={cfg.step.batch_size} rows of step.sequence_length={cfg.step.sequence_length} tokens "
             f"may not hold {groups} groups of {cfg.rollout.group_size} completions of up to engine.length="
-            f"{cfg.engine.length}; set step.batch_size to {need} (micro-batches that stay empty cost nothing) or raise update.minibatches"
+            f"{cfg.engine.length}; set step.batch_size to {need} (micro-batches that stay empty cost nothing) or "
+            "raise update.minibatches"
         )
 
 
@@ -265,15 +286,37 @@ def engine_of(cfg: RlConfig, policy: Policy, weights: Weights, run: Run, stack: 
     return stack.enter_context(engine)
 
 
+def scorers_of(cfg: RlConfig, run: Run) -> dict[str, Reward]:
+    """The reward models by name; their ids go into the run's events."""
+
+    def engine(model: ModelConfig, params: Any, tokenizer: Tokenizer, length: int) -> LocalEngine:
+        slots = SlotConfig(slots=cfg.engine.slots, length=length)
+        return LocalEngine(model, tokenizer, Weights(version=0, params=params), slots)
+
+    made: dict[str, Reward] = {}
+    for name, scorer in cfg.models.items():
+        made[name] = open_reward(scorer.address, overrides.load(JudgeRun, [scorer.judge]), engine)
+        run.event("reward model", f"{name}: {scorer.address}", data={"name": name, "model_id": made[name].model_id})
+    return made
+
+
+def formats(cfg: RlConfig, rollouts: Sequence[Rollout]) -> Component | None:
+    """Whether the thinking tags are in order, where the recipe makes that cost something."""
+    if not cfg.reward.format_penalty:
+        return None
+    verdicts = [ThinkingFormat().verify(r.task, r.completion.text) for r in rollouts]
+    return Component(value_N=np.array([v.score for v in verdicts], float), asked_N=np.ones(len(verdicts), bool))
+
+
 def merged(learner: Learner, states: States) -> tf.Params:
     """The policy alone: no critic's head, low-rank additions merged in."""
-    params = {name: x for name, x in states.policy.params.items() if name != "value"}
+    params = value.without_head(states.policy.params)
     return params if learner.cfg.lora_matrices is None else merge_lora(params, learner.cfg.lora_matrices)
 
 
 def weights_of(learner: Learner, states: States, version: int) -> Weights:
-    """For the engine; copied, since the next update takes the learner's arrays over."""
-    return Weights(version=version, params=_copy(merged(learner, states)))
+    """For the engine; copied to the host, since the next update takes the learner's arrays over."""
+    return Weights(version=version, params=jax.tree.map(lambda x: np.array(x), merged(learner, states)))
 
 
 def _copy(params: tf.Params) -> tf.Params:
@@ -308,7 +351,7 @@ def _anything(group: Group) -> bool:
 
 
 def kl_of(
-    cfg: RlConfig, known: Known, rollouts: Sequence[Any], coef: float
+    cfg: RlConfig, known: Known, rollouts: Sequence[Rollout], coef: float
 ) -> tuple[list[np.ndarray] | None, float | None]:
     """The penalties of a KL in the reward and its mean; (None, None) where it is not there."""
     if not (cfg.update.kl.coef and cfg.update.kl.placement == "reward"):

@@ -80,8 +80,8 @@ def fingerprint(question: str) -> list[int]:
 
 
 def _is_asked(task: Task) -> bool:
-    print_ = task.payload.get("question")
-    return isinstance(task.prompt, str) and bool(print_) and fingerprint(task.prompt[: print_[0]]) == list(print_)
+    mark = task.payload.get("question") or [0, 0]
+    return isinstance(task.prompt, str) and mark[0] > 0 and fingerprint(task.prompt[: mark[0]]) == list(mark)
 
 
 @dataclass(frozen=True, kw_only=True)

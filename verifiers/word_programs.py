@@ -47,7 +47,8 @@ def word_programs(size: int, seed: int = 0, *, most_steps: int = 3, largest: int
     Fewer where there are not so many. The payload has the tests and a `reference` solution; the same seed gives the
     same tasks.
     """
-    draw, seen, tasks = random.Random(f"word_programs/{seed}"), set(), []
+    draw, seen = random.Random(f"word_programs/{seed}"), set[str]()
+    tasks: list[Task] = []
     for _ in range(50 * size):
         steps = [_step(draw, largest) for _ in range(draw.randint(1, most_steps))]
         words = ", then ".join(step.words for step in steps)

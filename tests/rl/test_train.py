@@ -1,0 +1,198 @@
+"""The stage: it learns, a kill changes no number, a recipe that cannot work says so before anything is sampled."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from cabochon.errors import MachineError, UserError
+from cabochon.overrides import dump
+from cabochon.policy import open_policy
+from cabochon.rl.recipe import RlConfig
+from cabochon.rl.train import main
+from cabochon.testing import tiny_moe
+
+MODEL = tiny_moe(
+    family="qwen3_moe", vocab_size=264, num_layers=2, layer_kinds=("moe", "moe"), head_dim=8, eos_ids=(260, 258),
+    moe=tiny_moe().moe.model_copy(update={"shared_ffn_dim": 0}),
+)  # fmt: skip
+
+REWARD = '''
+def letters(prompts, completions, **columns):
+    """The share of bytes that are lower-case letters."""
+    return [sum("a" <= c <= "z" for c in text) / max(len(text), 1) for text in completions]
+'''
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    for name, n in (("train", 12), ("held", 4)):
+        rows = [
+            {
+                "id": f"{name}/{i}",
+                "prompt": f"{name} {i}:",
+                "verifier": f"{tmp_path}/reward.py:letters",
+                "domain": f"d{i % 2}",
+            }
+            for i in range(n)
+        ]
+        # one task of the maths kind, so that the pool has something to prove itself with
+        rows.append(
+            {
+                "id": f"{name}/sum",
+                "prompt": f"{name} 1+1=",
+                "verifier": "math",
+                "payload": {"answer": "2"},
+                "domain": "d0",
+            }
+        )
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tmp_path
+
+
+def config(place, run="run", **changes):
+    base = {
+        "model": {"scratch": MODEL.model_dump(mode="json")},
+        "tasks": {
+            "train": [str(place / "train.jsonl")],
+            "held_out": [str(place / "held.jsonl")],
+            "shares": {"d0": 1, "d1": 1},
+        },
+        "engine": {"kind": "local", "slots": 16, "length": 32},
+        "rollout": {"prompts": 4, "group_size": 4},
+        "sampling": {"max_tokens": 8},
+        "step": {"batch_size": 16, "sequence_length": 32, "micro_batches": 2},
+        "optim": {"learning_rate": 1e-2},
+        "update": {"algorithm": {"kind": "grpo"}},
+        "run": {"dir": str(place / run), "save_every": 2, "log_every": 100},
+        "samples_every": 0,
+        "steps": 4,
+    }
+    return RlConfig.model_validate(base | changes)
+
+
+def metrics(directory):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "clock"} for row in rows]
+
+
+def test_it_learns_and_writes_what_was_decided(place):
+    cfg = config(place, steps=25)
+    final = main(cfg)
+    rows = metrics(place / "run")
+    first, last = (np.mean([r["score"] for r in part]) for part in (rows[:4], rows[-4:]))
+    assert last > first + 0.3, f"{first:.2f} -> {last:.2f}"
+    events = [json.loads(line) for line in (place / "run" / "events.jsonl").read_text().splitlines()]
+    before = next(e["held_out"]["all"] for e in events if e["event"] == "held out")
+    assert rows[-1]["held_out"] > before + 0.2, "on prompts it never saw"
+    assert all(r["w_gap"] < 1e-4 for r in rows), "sampler and learner agree, routes replayed"
+    assert all(r["off_ratio"] == 0 for r in rows), "one update: the ratio is 1 bit for bit"
+    lines = [json.loads(x) for x in (place / "run/rollouts/step_000025.jsonl").read_text().splitlines()]
+    assert len(lines) == 16
+    assert {x["verdict"]["status"] for x in lines} <= {"ok", "wrong", "no_answer", "malformed"}
+    by_group = {g: [x["advantage"] for x in lines if x["group"] == g] for g in {x["group"] for x in lines}}
+    assert all(abs(sum(a)) < 1e-3 for a in by_group.values()), "advantages are relative to the group"
+    policy = open_policy(cfg.model.model_copy(update={"scratch": None, "address": str(final)}))
+    assert policy.config.moe is not None
+    assert json.loads((place / "run" / "manifest.json").read_text())["results"]["held_out"] == rows[-1]["held_out"]
+
+
+def test_a_kill_changes_no_number(place):
+    main(config(place, "whole", steps=6))
+    file = place / "killed.yaml"
+    file.write_text(dump(config(place, "killed", steps=6)))
+    command = [sys.executable, "-P", "-m", "cabochon.cli", "rl", str(file)]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal, deadline = place / "killed" / "metrics.jsonl", time.monotonic() + 120
+    while not journal.exists() or journal.read_text().count("\n") < 3:
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    main(config(place, "killed", steps=6))
+    assert metrics(place / "killed") == metrics(place / "whole")
+    weights = [(place / run / "final" / "model.safetensors").read_bytes() for run in ("killed", "whole")]
+    assert weights[0] == weights[1]
+
+
+def test_with_ray_and_a_lag_no_token_is_older_than_allowed(place):
+    ray = {"kind": "ray", "slots": 16, "length": 32, "ray": {"workers": 1}}
+    main(config(place, engine=ray, rollout={"prompts": 4, "group_size": 4, "max_lag": 1}, steps=5))
+    rows = metrics(place / "run")
+    assert max(r["lag"]["max"] for r in rows) == 1
+    groups = [
+        sorted({json.loads(x)["group"] for x in file.read_text().splitlines()})
+        for file in sorted((place / "run" / "rollouts").iterdir())
+    ]
+    assert groups == [list(range(4 * i, 4 * i + 4)) for i in range(5)], "every group is learnt from once, in order"
+    names = os.popen("ps -eo args").read()
+    assert str(place) not in names, "nothing of Ray's is left"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rollout": {"prompts": 4, "group_size": 1}}, "rollout.group_size=1: update.algorithm.kind=grpo"),
+        ({"step": {"batch_size": 4, "sequence_length": 32}}, "set step.batch_size to 16"),
+        (
+            {"tasks": {"train": ["{place}/train.jsonl"], "held_out": ["{place}/train.jsonl"]}},
+            "has the prompt of the training task",
+        ),
+        ({"tasks": {"train": ["{place}/train.jsonl", "{place}/train.jsonl"]}}, "is in two of the files"),
+        ({"tasks": {"train": ["{place}/train.jsonl"], "shares": {"nothing": 1}}}, "domains d0, d1 only"),
+    ],
+)
+def test_recipes_that_cannot_work(place, changes, says):
+    text = json.loads(json.dumps(changes).replace("{place}", str(place)))
+    with pytest.raises(UserError, match=says):
+        main(config(place, **text))
+    assert not (place / "run" / "metrics.jsonl").read_text() if (place / "run" / "metrics.jsonl").exists() else True
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"optim": {"learning_rate": 0.0}}, "the learning rate is 0"),
+        ({"tasks": {"train": ["{place}/impossible.jsonl"]}}, "the gradient is 0. Every advantage is 0"),
+    ],
+)
+def test_runs_that_learn_nothing_are_stopped_in_their_first_steps(place, changes, says):
+    row = {"id": "x", "prompt": "1+1=", "verifier": "math", "payload": {"answer": "123456789012"}}
+    (place / "impossible.jsonl").write_text(json.dumps(row) + "\n")
+    text = json.loads(json.dumps(changes).replace("{place}", str(place)))
+    with pytest.raises(MachineError, match=says):
+        main(
+            config(
+                place, fail_on_alarm=True, alarms={"truncated": 1.0, "no_answer": 1.0, "entropy": 0}, steps=9, **text
+            )
+        )
+    assert len(metrics(place / "run")) <= 3
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        {"algorithm": {"kind": "ppo", "warmup_updates": 1}},
+        {"algorithm": {"kind": "c3po", "budget": 64}, "minibatches": 2},
+        {"algorithm": {"kind": "dapo"}, "epochs": 2, "kl": {"coef": 0.01}},
+        {
+            "algorithm": {"kind": "reinforce_pp"},
+            "kl": {"coef": 0.01, "placement": "reward", "target": 0.1},
+            "router": {"replay": "r2"},
+        },
+    ],
+    ids=lambda u: u["algorithm"]["kind"],
+)
+@pytest.mark.slow
+def test_every_kind_of_update_learns(place, update):
+    main(config(place, update=update, steps=25, optim={"learning_rate": 5e-3}))
+    rows = metrics(place / "run")
+    first, last = (np.mean([r["score"] for r in part]) for part in (rows[:4], rows[-4:]))
+    assert last > first + 0.2, f"{first:.2f} -> {last:.2f}"
