@@ -167,7 +167,7 @@ def summary(answered: Sequence[Answered]) -> dict[str, Any]:
     for k in (1 << i for i in range(n.bit_length()) if 1 << i <= n):
         if whole and k > 1:
             out[f"pass@{k}"] = float(np.mean([pass_at_k(n, int((a.score_n == 1).sum()), k) for a in whole]))
-            out[f"maj@{k}"] = float(np.mean([majority_at_k(_classes(a), list(a.score_n == 1), k) for a in whole]))
+            out[f"maj@{k}"] = float(np.mean([majority_at_k(_classes(a), (a.score_n == 1).tolist(), k) for a in whole]))
     return out
 
 

@@ -1,0 +1,55 @@
+import json
+
+import numpy as np
+
+from cabochon.rl import journal
+from cabochon.types import Completion, Rollout, Task, Verdict
+
+
+def rollout(text, group=0, score=1.0, domain="d"):
+    tokens = np.arange(1, len(text) + 1, dtype=np.int32)
+    n = len(tokens)
+    completion = Completion(
+        tokens=tokens, logprobs=np.full(n, -0.5, np.float32), mask=np.ones(n, bool), text=text, finish="stop",
+        policy_version=np.full(n, 3, np.int32), routes=np.tile(np.array([[[0, 2]], [[1, 2]]]), (n, 1, 1))[:n],
+    )  # fmt: skip
+    verdict = Verdict(score=score, status="ok" if score == 1 else "wrong", evidence={"answer": {1, 2}})
+    task = Task(id=f"t{group}", prompt="what?", verifier="math", domain=domain)
+    return Rollout(task=task, completion=completion, group=group, verdict=verdict)
+
+
+def row(r, reward=1.0):
+    return journal.rollout_row(
+        r, reward, {"verifier": reward, "judge": float("nan")}, np.full(len(r.completion.tokens), 0.25)
+    )
+
+
+def test_a_row_is_plain_json_and_holds_what_was_decided(tmp_path):
+    journal.write_rollouts(tmp_path / "rollouts", 7, [row(rollout("ab\x00\ud800".replace("\ud800", "?")))])
+    (found,) = [json.loads(x) for x in (tmp_path / "rollouts" / "step_000007.jsonl").read_text().splitlines()]
+    assert found["advantage"] == 0.25
+    assert found["versions"] == [3, 3]
+    assert found["components"] == {"verifier": 1.0, "judge": None}, "what is not known is null, never 0"
+    assert found["evidence"]["answer"] == "{1, 2}"
+    assert list((tmp_path / "rollouts").iterdir()) == [tmp_path / "rollouts" / "step_000007.jsonl"]
+
+
+def test_experts_are_counted_by_layer_and_what_was_not_recorded_is_not():
+    routes = np.array([[[0, 1], [3, 2]], [[0, 2], [3, 1]], [[-1, -1], [-1, -1]]])
+    assert journal.expert_counts(routes) == [[2, 1, 1, 0], [0, 1, 1, 2]]
+
+
+def test_the_table_shows_good_and_bad_and_cannot_be_commanded():
+    rows = [
+        row(rollout("fine", 0), 1.0),
+        row(rollout("\x1b[2Jbad\n\u202etxet", 1, 0.0), 0.0),
+        row(rollout("so", 2), 0.5),
+    ]
+    text = journal.table(rows, most=3)
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    lines = text.splitlines()
+    assert len(lines) == 4
+    assert " 1.00  ok" in lines[1]
+    assert " 0.00  wrong" in lines[2]
+    assert "�[2Jbad⏎" in lines[2]

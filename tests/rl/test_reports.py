@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+
+from cabochon.rl import reports
+from cabochon.rl.rewards import RewardConfig, compose, verified
+from cabochon.types import Completion, Rollout, Task, Verdict
+
+
+def rollout(group, score, domain="a", version=2, finish="stop", n=3):
+    completion = Completion(
+        tokens=np.arange(n, dtype=np.int32), logprobs=np.zeros(n, np.float32), mask=np.ones(n, bool), text="x",
+        finish=finish, policy_version=np.full(n, version, np.int32),
+    )  # fmt: skip
+    verdict = Verdict(score=score, status="infra_error" if score is None else "ok" if score == 1 else "wrong")
+    task = Task(id="t", prompt="p", verifier="math", domain=domain)
+    return Rollout(task=task, completion=completion, group=group, verdict=verdict)
+
+
+def test_a_failure_of_the_machine_is_counted_and_is_in_no_mean():
+    some = [
+        rollout(0, 1.0),
+        rollout(0, 0.0),
+        rollout(1, None, "b", version=1, finish="length"),
+        rollout(1, 1.0, "b", n=9),
+    ]
+    rewards = compose(some, verified(some), {}, RewardConfig())
+    row = reports.rollout_row(some, rewards, step=4)
+    assert row["score"] == pytest.approx(2 / 3)
+    assert row["infra_errors"] == 1
+    assert row["truncated"] == 0.25
+    assert row["longest"] == 9
+    assert row["lag"]["max"] == 2
+    assert row["lag"]["mean"] == pytest.approx((15 * 1 + 3 * 2) / 18)
+    assert row["domains"]["b"] == {"score": 1.0, "reward": 1.0}
+
+
+def test_groups_by_what_they_teach():
+    some = [rollout(g, s) for g, scores in enumerate([(1, 1), (0, 0), (1, 0), (0, 0)]) for s in map(float, scores)]
+    row = reports.group_row(some, np.array([r.verdict.score for r in some]))
+    assert row == {"groups_solved": 0.25, "groups_failed": 0.5, "groups_mixed": 0.25}
+
+
+def test_nothing_known_has_no_mean():
+    assert reports.mean(np.array([np.nan, np.nan])) is None
+
+
+def test_the_stopwatch_adds_up_and_begins_anew():
+    watch = reports.Stopwatch()
+    for _ in range(2):
+        with watch("a"):
+            pass
+    with pytest.raises(KeyError), watch("b"):
+        raise KeyError
+    first = watch.take()
+    assert set(first) == {"a_seconds", "b_seconds"}, "a part that failed took its time too"
+    assert watch.take() == {}
