@@ -13,8 +13,8 @@ def keep_pages() -> bool:
 
     XLA on CPU allocates its temporaries anew for every execution. By default glibc maps and unmaps each large one, so
     every step pays a page fault and a zeroed page for all memory it touches: a third of a training step's time
-    (docs/log.md). One heap for all threads, since those of other threads are small and unmapped whenever they are empty.
-    The price: a process keeps the most memory it ever needed. Call it once, before threads are started.
+    (docs/log.md). One heap for all threads: those of other threads are small, and unmapped whenever they are empty. The
+    price: a process keeps the most memory it ever needed. Call it once, before threads are started.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -68,6 +68,8 @@ class Progress:
     """ids of tasks that were in flight: they are started again after a resume, so that none is lost"""
     kl_coef: float = 0.0
     alarms: dict[str, float] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)
+    """held-out accuracy before the first step"""
 
 
 def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
@@ -124,8 +126,9 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             some = first_of_each(held, cfg.eval.tasks)
             return accuracies(answer(engine, verifiers, some, cfg.sampling.drawn(cfg.eval.samples), cfg.seed))
 
-        before = held_out() if held and done == 0 else {}
-        if before:
+        before = progress.before
+        if held and done == 0:
+            before = held_out()
             run.event("held out", told(before), step=0, data={"held_out": before})
 
         # -- the loop --------------------------------------------------------------------------------------------------
@@ -171,8 +174,9 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 **learnt.row,
                 "groups_dropped": len(got.dropped),
                 "groups_stale": len(got.stale),
-                "weights_change": float((published != before_update).mean()),
             }
+            if not warming:
+                row["weights_change"] = float((published != before_update).mean())
             if learnt.router is not None:
                 row["moe"] = reports.router_row(learnt.router)
             if kl is not None:
@@ -197,7 +201,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             if step == cfg.steps or run.save_due(step):
                 progress = Progress(
                     next_task=feed.place, next_group=collector.next_group, unfinished=collector.unfinished,
-                    kl_coef=kl_coef, alarms=alarmed,
+                    kl_coef=kl_coef, alarms=alarmed, before=before,
                 )  # fmt: skip
                 run.save(step, states._asdict(), asdict(progress))
             if alarms and cfg.fail_on_alarm:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -53,10 +54,12 @@ def test_a_failed_stage_stops_the_job_with_its_code_and_what_is_done_is_skipped(
     mended = cabochon("run", recipe)
     assert mended.returncode == 0
     assert "[1/2] first: done before" in mended.stdout
-    assert "seed: 2" in mended.stdout and "seed: 1" not in mended.stdout
+    assert "seed: 2" in mended.stdout
+    assert "seed: 1" not in mended.stdout
 
     changed = cabochon("run", recipe, "first.seed=3")
-    assert "seed: 3" in changed.stdout and "seed: 2" in changed.stdout, "what follows a changed stage runs again"
+    assert "seed: 3" in changed.stdout
+    assert "seed: 2" in changed.stdout, "what follows a changed stage runs again"
 
 
 def test_two_jobs_in_one_place(recipe, tmp_path):
@@ -86,6 +89,7 @@ def test_a_stage_ends_with_its_job(tmp_path):
     stage = int((tmp_path / "pid").read_text())
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
-    while os.path.exists(f"/proc/{stage}") and "sh" in open(f"/proc/{stage}/cmdline").read():
+    command = Path(f"/proc/{stage}/cmdline")  # empty once it has ended, also where nobody reaped it yet
+    while command.exists() and command.read_bytes():
         assert time.monotonic() < deadline, "the stage outlived its job"
         time.sleep(0.05)

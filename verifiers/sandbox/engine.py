@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import docker
 import docker.errors
+import docker.utils
 import requests
 
 from cabochon.errors import UserError
@@ -20,7 +21,7 @@ def address(base_url: str | None) -> str:
     return base_url or os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
 
 
-def connect(base_url: str | None, timeout: float = 60.0) -> docker.APIClient:
+def connect(base_url: str | None, timeout: int = 60) -> docker.APIClient:
     """A client that has spoken to its engine. Raises one of FAILURES."""
     environment = dict(os.environ)
     if base_url:
