@@ -207,11 +207,10 @@ class DockerSandbox:
         memory = limits.memory_bytes + _OVERHEAD_BYTES
         host = api.create_host_config(
             network_mode="none", read_only=True, cap_drop=["ALL"], security_opt=["no-new-privileges"],
-            ipc_mode="private",
+            ipc_mode="private", log_config=docker.types.LogConfig(type="none", config={}),
             mem_limit=memory, memswap_limit=memory, pids_limit=limits.pids + 2, auto_remove=True, shm_size=size,
             cpu_period=100_000, cpu_quota=int(limits.cpus * 100_000), runtime=self.runtime or None,
             tmpfs={"/tmp": f"rw,nosuid,nodev,size={size},mode=1777"},
-            log_config=docker.types.LogConfig(type="none", config={}),
             ulimits=[docker.types.Ulimit(name="core", soft=0, hard=0),
                      docker.types.Ulimit(name="nofile", soft=max(limits.nofile, 64), hard=max(limits.nofile, 64))],
         )  # fmt: skip
