@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from cabochon import overrides
+from cabochon.cli_stages import DryRun, Parts, ResumeAnyway, run_stage
 from cabochon.errors import MachineError, UserError
 
 if TYPE_CHECKING:
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     from cabochon.reward.rows import Labelled
     from cabochon.tokenizer import Tokenizer
 
-Parts = Annotated[
-    list[str],
-    typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="recipe names or files, then settings (steps=200)"),
-]
 JudgeParts = Annotated[
     list[str] | None,
     typer.Argument(metavar="[JUDGE_RECIPE]... [KEY=VALUE]...", help="for a judge: such as judge.reason=false"),
@@ -33,10 +30,6 @@ JudgeParts = Annotated[
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="rows with prompt, completion, label; or chosen, rejected")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="the JSONL file to write")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config, data, memory; train nothing")]
-ResumeAnyway = Annotated[
-    bool, typer.Option("--resume-anyway", help="go on in a run directory that was begun with other settings")
-]
 
 
 class _TrainsByDefault(TyperGroup):
@@ -63,31 +56,27 @@ def train(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = F
     if dry_run:
         _describe(parts)
         return
-    from cabochon.learner import NonFiniteError
     from cabochon.reward.train import main
 
-    try:
-        print(main(cfg, resume_anyway=resume_anyway))
-    except NonFiniteError as error:
-        hint = "lower optim.learning_rate, or look at the data of that step"
-        raise MachineError(f"{cfg.run.dir}: {error}; {hint}") from error
+    run_stage(main, cfg, resume_anyway, "lower optim.learning_rate, or look at the data of that step")
 
 
 def _describe(parts: list[str]) -> None:
     from cabochon.cli_weights import describe
     from cabochon.learner import Learner
+    from cabochon.parallel import mesh_of
     from cabochon.plan import memory_lines
     from cabochon.policy import open_tokenizer
     from cabochon.reward.config import RewardModelConfig
     from cabochon.reward.data import Position, read_splits
     from cabochon.reward.loss import bradley_terry
-    from cabochon.reward.train import feed_of, mesh_of, scored_model, told
+    from cabochon.reward.train import feed_of, scored_model, told
 
     cfg = overrides.load(RewardModelConfig, *overrides.split(parts))
     print(overrides.dump(cfg), end="")
     tokenizer = open_tokenizer(cfg.model)
     data, held = read_splits(cfg.data, tokenizer, cfg.step.sequence_length, cfg.step.batch_size)
-    learner = Learner(scored_model(cfg), bradley_terry(), mesh_of(cfg))
+    learner = Learner(scored_model(cfg), bradley_terry(), mesh_of(cfg.mesh))
     feed, position, steps = feed_of(cfg, data, tokenizer), Position(), 0
     while position.epoch == 0:
         _, _, position = feed.take(position)

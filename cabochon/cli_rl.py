@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cabochon import overrides
-from cabochon.cli_stages import DryRun, Parts, ResumeAnyway
-from cabochon.errors import MachineError
+from cabochon.cli_stages import DryRun, Parts, ResumeAnyway, run_stage
 
 if TYPE_CHECKING:
     from cabochon.rl.recipe import RlConfig
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 def rl(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = False) -> None:
     """Reinforcement learning on verifiable tasks. The same command again goes on where it stopped; Ctrl-C saves first.
 
-    Example: cabochon rl tiny-rl model.address=runs/sft/final tasks.train=tasks.jsonl run.dir=runs/rl
+    Example: cabochon rl demo-rl model.address=runs/sft/final tasks.train=tasks.jsonl run.dir=runs/rl
     """
     from cabochon.rl.recipe import RlConfig
 
@@ -27,22 +26,17 @@ def rl(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = Fals
     if dry_run:
         _describe(cfg)
         return
-    from cabochon.learner import NonFiniteError
     from cabochon.rl.train import main
 
-    try:
-        print(main(cfg, resume_anyway=resume_anyway))
-    except NonFiniteError as error:
-        raise MachineError(
-            f"{cfg.run.dir}: {error}; lower optim.learning_rate, or set update.algorithm.clip"
-        ) from error
+    run_stage(main, cfg, resume_anyway, "lower optim.learning_rate, or set update.algorithm.clip")
 
 
 def _describe(cfg: RlConfig) -> None:
     from cabochon.cli_weights import describe
+    from cabochon.parallel import mesh_of
     from cabochon.plan import memory_lines
     from cabochon.policy import model_config
-    from cabochon.rl.train import check_shapes, learners_of, mesh_of, tasks_of
+    from cabochon.rl.train import check_shapes, learners_of, tasks_of
     from cabochon.rl.update import plan_update
 
     print(overrides.dump(cfg), end="")
@@ -50,7 +44,7 @@ def _describe(cfg: RlConfig) -> None:
     model = model_config(cfg.model)
     update = plan_update(cfg.update, sparse=model.moe is not None)
     check_shapes(cfg, update)
-    learners = learners_of(cfg, update, mesh_of(cfg))
+    learners = learners_of(cfg, update, mesh_of(cfg.mesh))
     r = cfg.rollout
     lines = [
         describe(model),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +16,7 @@ from cabochon.errors import MachineError, UserError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from cabochon.config import StageConfig
     from cabochon.sft.config import SftConfig
 
 Parts = Annotated[
@@ -79,28 +82,34 @@ def sft(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = Fal
     if dry_run:
         _describe_sft(cfg)
         return
-    from cabochon.learner import NonFiniteError
     from cabochon.sft.train import main
+
+    run_stage(main, cfg, resume_anyway, "lower optim.learning_rate, or look at the data of that step")
+
+
+def run_stage(main: Callable[..., Path], cfg: StageConfig, resume_anyway: bool, hint: str) -> None:
+    """Run a stage and print where its result is. Raises MachineError, with `hint`, where it became non-finite."""
+    from cabochon.learner import NonFiniteError
 
     try:
         print(main(cfg, resume_anyway=resume_anyway))
     except NonFiniteError as error:
-        hint = "lower optim.learning_rate, or look at the data of that step"
         raise MachineError(f"{cfg.run.dir}: {error}; {hint}") from error
 
 
 def _describe_sft(cfg: SftConfig) -> None:
     from cabochon.cli_weights import describe
     from cabochon.learner import Learner, cross_entropy
+    from cabochon.parallel import mesh_of
     from cabochon.plan import memory_lines
     from cabochon.policy import learner_config, open_tokenizer
     from cabochon.sft.data import read_splits
-    from cabochon.sft.train import feed_of, mesh_of, told
+    from cabochon.sft.train import feed_of, told
 
     print(overrides.dump(cfg), end="")
     tokenizer = open_tokenizer(cfg.model)
     train, held = read_splits(cfg.data, tokenizer, cfg.step.sequence_length)
-    learner = Learner(learner_config(cfg), cross_entropy, mesh_of(cfg))
+    learner = Learner(learner_config(cfg), cross_entropy, mesh_of(cfg.mesh))
     step = cfg.step
     lines = [
         describe(learner.cfg.model),

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cabochon.errors import MachineError, UserError
+from cabochon.model import moe
 from cabochon.model.config import ModelConfig
 from cabochon.model.upcycle import parameter_counts
 
@@ -212,3 +213,15 @@ def measured_peak(dtype: str = "float32", size: int = 1024) -> float:
         product(a, a).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best
+
+
+def router_row(stats: moe.RouterStats, *, replayed: bool = False) -> dict[str, float]:
+    """Worst or mean over the sparse layers (on the host); with `replayed` routes, `agreement` with them."""
+    read = {name: np.asarray(value) for name, value in moe.router_metrics(stats).items()}
+    row = {
+        "max_violation": float(read["max_violation"].max()),
+        "effective_experts": float(read["effective_experts"].min()),
+        "router_entropy": float(read["router_entropy"].mean()),
+        "dead_experts": int((np.asarray(stats.used_E) == 0).sum()),
+    }
+    return row | ({"agreement": float(read["agreement"].mean())} if replayed else {})

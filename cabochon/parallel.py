@@ -60,6 +60,12 @@ def param_shardings(axes: Any, abstract: Any, mesh: Mesh) -> Any:
     )
 
 
+def mesh_of(cfg: MeshConfig) -> Mesh | None:
+    """All devices in the recipe's arrangement; None where there is one, which needs no placing."""
+    mesh = make_mesh(cfg)
+    return mesh if mesh.size > 1 else None
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, Spec())
 
@@ -67,6 +73,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows(mesh: Mesh) -> NamedSharding:
     """Of any array whose first dim is the rows of a batch."""
     return NamedSharding(mesh, Spec(ROWS))
+
+
+def place(batch: Any, mesh: Mesh | None) -> Any:
+    """A batch (any tree of arrays [B, ...]) with its rows spread over the mesh; as it is without one."""
+    return batch if mesh is None else jax.device_put(batch, rows(mesh))
 
 
 def keep_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cabochon import parallel
+from cabochon import metrics, parallel
 from cabochon.batch import Batch
-from cabochon.learner import Learner, LearnerConfig, StepReport, TrainState, check
+from cabochon.learner import Learner, LearnerConfig, StepReport, check
 from cabochon.model import transformer as tf
 from cabochon.model.hf_export import refuse_unexportable
 from cabochon.model.lora import merge_lora
@@ -46,7 +46,7 @@ def main(cfg: RewardModelConfig, *, resume_anyway: bool = False) -> Path:
             return run.final
 
         # -- the step, the model, the data -----------------------------------------------------------------------------
-        mesh = mesh_of(cfg)
+        mesh = parallel.mesh_of(cfg.mesh)
         loss = bradley_terry(centre=cfg.loss.centre, margin_scale=cfg.loss.margin_scale)
         learner = Learner(scored_model(cfg), loss, mesh)
         refuse_unexportable(learner.cfg.model, classifier=True)
@@ -68,7 +68,7 @@ def main(cfg: RewardModelConfig, *, resume_anyway: bool = False) -> Path:
         batch, rows, following = feed.take(position)
         for step in run.steps(done, cfg.steps):
             start = time.perf_counter()
-            state, report = learner.step(state, place(batch, mesh))
+            state, report = learner.step(state, parallel.place(batch, mesh))
             row = batch_row(batch, rows) | {"epoch": position.epoch}
             position = following
             batch, rows, following = feed.take(following)  # while the device is busy
@@ -92,7 +92,7 @@ def main(cfg: RewardModelConfig, *, resume_anyway: bool = False) -> Path:
         save_reward(
             run.final,
             learner.cfg.model,
-            merged(learner, state),
+            merge_lora(state.params, learner.cfg.lora_matrices),
             tokenizer,
             offset=offset,
             chat=cfg.data.chat,
@@ -102,12 +102,6 @@ def main(cfg: RewardModelConfig, *, resume_anyway: bool = False) -> Path:
         told_results = {k: v for k, v in results.items() if isinstance(v, float | int)}
         run.finish(steps=cfg.steps, results={**told_results, "offset": offset})
         return run.final
-
-
-def mesh_of(cfg: RewardModelConfig) -> Mesh | None:
-    """All devices in the recipe's arrangement; None where there is one, which needs no placing."""
-    mesh = parallel.make_mesh(cfg.mesh)
-    return mesh if mesh.size > 1 else None
 
 
 def scored_model(cfg: RewardModelConfig) -> LearnerConfig:
@@ -138,16 +132,12 @@ def first_of(split: Split, pairs: int) -> Split:
     return replace(split, groups=groups)
 
 
-def place(batch: Batch, mesh: Mesh | None) -> Batch:
-    return batch if mesh is None else jax.device_put(batch, parallel.rows(mesh))
-
-
 def score_pairs(values: Any, params: tf.Params, feed: Feed, mesh: Mesh | None) -> Scored:
     """Every pair of the feed once. `values(params, batch)` is [B, T]."""
     pairs: list[Pair] = []
     scores: list[list[float]] = []
     for batch, rows in feed.all_once():
-        value_BT = np.asarray(values(params, place(batch, mesh)))
+        value_BT = np.asarray(values(params, parallel.place(batch, mesh)))
         for r, row in enumerate(rows):
             ends = np.flatnonzero(np.asarray(batch.mask_BT)[r])
             found = iter(value_BT[r, ends].tolist())
@@ -166,12 +156,6 @@ def eval_row(report: PairReport) -> dict[str, Any]:
     return {f"eval_{name}": value for name, value in report._asdict().items()}
 
 
-def merged(learner: Learner, state: TrainState) -> tf.Params:
-    """The parameters, low-rank additions summed in."""
-    lora = learner.cfg.lora_matrices
-    return state.params if lora is None else merge_lora(state.params, lora)
-
-
 def batch_row(batch: Batch, rows: Sequence[Sequence[Pair]]) -> dict[str, Any]:
     """What is known of a step before it runs. `fill`: the share of the batch that is not padding."""
     tokens = int((np.asarray(batch.segment_BT) != 0).sum())
@@ -181,11 +165,11 @@ def batch_row(batch: Batch, rows: Sequence[Sequence[Pair]]) -> dict[str, Any]:
 def report_row(report: StepReport) -> dict[str, Any]:
     """What the step measured (on the host)."""
     means: Mapping[str, Any] = {**report.loss, **report.metrics}
-    row = {name: float(mean.total) / max(float(mean.count), 1.0) for name, mean in means.items()}
+    row: dict[str, Any] = {name: float(mean.total) / max(float(mean.count), 1.0) for name, mean in means.items()}
     row["loss"] = row["ranking"] + row.get("centring", 0.0)
     row |= {"grad_norm": float(report.grad_norm), "learning_rate": float(report.learning_rate)}
     if report.router is not None:
-        row["dead_experts"] = int((np.asarray(report.router.used_E) == 0).sum())
+        row["moe"] = metrics.router_row(report.router)
     return row
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import ge, gt, lt
 from typing import Any, NamedTuple
 
 from pydantic import Field
@@ -75,6 +76,10 @@ Said = Callable[[Row, State, AlarmLimits], str | None]
 Limit = Callable[[AlarmLimits], float]
 
 
+def _all(limits: AlarmLimits) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Rule:
     name: str
@@ -84,28 +89,12 @@ class _Rule:
     remedy: str
 
 
-def _above(key: str, limit: Limit, text: str) -> Said:
-    def said(row: Row, state: State, limits: AlarmLimits) -> str | None:
-        value = _read(row, key)
-        return text.format(value) if value is not None and value > limit(limits) else None
-
-    return said
-
-
-def _share(key: str, limit: Limit, text: str) -> Said:
-    """A share of 1 is as much as a limit of 1 can ask for."""
+def _reads(key: str, compare: Callable[[float, float], bool], limit: Limit, text: str) -> Said:
+    """Where the reading compares so with its limit; a share of 1 is as much as a limit of 1 can ask for, hence `ge`."""
 
     def said(row: Row, state: State, limits: AlarmLimits) -> str | None:
         value = _read(row, key)
-        return text.format(value) if value is not None and value >= limit(limits) else None
-
-    return said
-
-
-def _below(key: str, limit: Limit, text: str) -> Said:
-    def said(row: Row, state: State, limits: AlarmLimits) -> str | None:
-        value = _read(row, key)
-        return text.format(value) if value is not None and value < limit(limits) else None
+        return text.format(value) if value is not None and compare(value, limit(limits)) else None
 
     return said
 
@@ -154,16 +143,16 @@ def _reference(row: Row, state: State, limits: AlarmLimits) -> str | None:
 
 
 RULES = (
-    _Rule(name="all_wrong", after=2, said=_share("groups_failed", lambda _: 1.0, "every completion is judged wrong"),
+    _Rule(name="all_wrong", after=2, said=_reads("groups_failed", ge, _all, "every completion is judged wrong"),
           remedy="Easier tasks, more SFT, or the verifier reads another format: look at rollouts/ for what it wrote"),
-    _Rule(name="all_right", after=2, said=_share("groups_solved", lambda _: 1.0, "every completion is judged right"),
+    _Rule(name="all_right", after=2, said=_reads("groups_solved", ge, _all, "every completion is judged right"),
           remedy="Harder tasks; or the verifier accepts anything: try it with `cabochon reward test`"),
     _Rule(name="flat_groups", after=3, said=_flat,
           remedy="Tasks solved sometimes (a mixture, or algorithm.kind=dapo, which samples anew), or more of each"),
-    _Rule(name="truncated", after=1, said=_share("truncated", lambda x: x.truncated,
+    _Rule(name="truncated", after=1, said=_reads("truncated", ge, lambda x: x.truncated,
                                                  "{:.0%} of the completions were cut off at the length limit"),
           remedy="Raise sampling.max_tokens, or check that the model learnt its end-of-text token (chat template)"),
-    _Rule(name="empty", after=1, said=_share("empty", lambda _: 0.5, "{:.0%} of the completions have no token"),
+    _Rule(name="empty", after=1, said=_reads("empty", ge, lambda _: 0.5, "{:.0%} of the completions have no token"),
           remedy="The prompt ends where the model ends its own turn: check the chat template and the stop strings"),
     _Rule(name="no_answer", after=2, said=_no_answer,
           remedy="Check the chat template and what the prompt asks for against what the verifier reads"),
@@ -178,31 +167,31 @@ RULES = (
     _Rule(name="weights", after=2, said=_zero("weights_change", "the published weights are those of the step before",
                                               unless_zero="learning_rate"),
           remedy="Updates are lost on their way to the sampler, or are too small for its number format"),
-    _Rule(name="logprobs", after=2, said=_above("w_kl", lambda x: x.logprob_kl,
+    _Rule(name="logprobs", after=2, said=_reads("w_kl", gt, lambda x: x.logprob_kl,
                                                "sampler and learner differ by {:.3f} nats per token (k3)"),
           remedy="Stale or different weights, another sampling temperature, or unreplayed routes: router.replay=r3, "
                  "sampling.temperature=1, a smaller rollout.max_lag"),
-    _Rule(name="logprob_outliers", after=2, said=_above("w_large", lambda x: x.logprob_large,
+    _Rule(name="logprob_outliers", after=2, said=_reads("w_large", gt, lambda x: x.logprob_large,
                                                         "sampler and learner differ by 2 nats on {:.2%} of tokens"),
           remedy="As for log-probs; single tokens point to routes that were not replayed"),
-    _Rule(name="refused", after=2, said=_above("w_refused", lambda x: x.refused,
+    _Rule(name="refused", after=2, said=_reads("w_refused", gt, lambda x: x.refused,
                                                "the mismatch correction refuses {:.0%} of the tokens"),
           remedy="Lower rollout.max_lag, or widen mismatch.token_band once the log-prob gap is understood"),
-    _Rule(name="clipped", after=3, said=_above("clip_fraction", lambda x: x.clipped,
+    _Rule(name="clipped", after=3, said=_reads("clip_fraction", gt, lambda x: x.clipped,
                                                "clipping takes the gradient of {:.0%} of the tokens"),
           remedy="Lower optim.learning_rate, or fewer update.minibatches and update.epochs"),
-    _Rule(name="entropy", after=3, said=_below("entropy", lambda x: x.entropy,
+    _Rule(name="entropy", after=3, said=_reads("entropy", lt, lambda x: x.entropy,
                                                "the policy hardly varies any more: {:.3f} nats per token"),
           remedy="Raise clip.high or update.entropy_coef, or stop here: there is little left to explore"),
-    _Rule(name="dead_experts", after=3, said=_above("moe.dead_experts", lambda _: 0.0, "{:.0f} experts get no token"),
+    _Rule(name="dead_experts", after=3, said=_reads("moe.dead_experts", gt, lambda _: 0.0, "{:.0f} experts are unused"),
           remedy="Raise aux.balance, set router.freeze=true, or check the checkpoint's routers"),
     _Rule(name="load", after=3, said=_violation,
           remedy="The router collapses: raise aux.balance, set router.freeze=true, or lower optim.learning_rate"),
     _Rule(name="reference", after=1, said=_reference,
           remedy="Is it another model, or one with another tokenizer or chat template?"),
-    _Rule(name="stale", after=2, said=_above("lag.max", lambda x: x.lag, "tokens {:.0f} updates old are trained on"),
+    _Rule(name="stale", after=2, said=_reads("lag.max", gt, lambda x: x.lag, "tokens are {:.0f} updates old"),
           remedy="The sampler does not take new weights: see events.jsonl for its version"),
-    _Rule(name="budget", after=3, said=_below("budget_fill", lambda x: x.budget_fill,
+    _Rule(name="budget", after=3, said=_reads("budget_fill", lt, lambda x: x.budget_fill,
                                               "rollouts bring {:.0%} of the token budget"),
           remedy="Lower algorithm.budget or raise rollout.prompts: the divisor stays the budget, and updates weaken"),
 )  # fmt: skip

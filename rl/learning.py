@@ -65,8 +65,8 @@ def measure(
             continue
         at = layout(some, learner.cfg.step)
         # the reference is another router: it is left its own choice of experts (section 7)
-        natural = _placed(to_batch(some, at), learner)
-        batch = _placed(to_batch(some, at, routes=True), learner) if update.replays_sampler else natural
+        natural = parallel.place(to_batch(some, at), learner.mesh)
+        batch = parallel.place(to_batch(some, at, routes=True), learner.mesh) if update.replays_sampler else natural
         if reference is not None:
             found["reference"] += at.from_rows(_logp(learner, reference, natural))
         if in_reward or update.critic == "shared":
@@ -126,7 +126,7 @@ def learn(
     reports: list[Mapping[str, Any]] = []
     router = None
     for mini, batch in zip(made, batches, strict=True):
-        placed = _placed(batch, learners.policy)
+        placed = parallel.place(batch, learners.policy.mesh)
         row: dict[str, float] = {"trained_tokens": mini.trained_tokens, "trained_completions": len(mini.members)}
         if update.budget is not None:
             row["budget_fill"] = mini.fill
@@ -140,6 +140,8 @@ def learn(
             critic, report = learners.critic.step(critic, natural)
             row |= {f"critic_{k}": v for k, v in _row(report, critic).items()}
         states = States(policy, critic)
+        if "w_squared" in row:
+            row["effective_samples"] = row["w"] ** 2 / max(row["w_squared"], 1e-12)
         reports.append(row)
     names = list(dict.fromkeys(k for r in reports for k in r))
     row = {k: float(np.mean([r[k] for r in reports if k in r])) for k in names}
@@ -157,7 +159,7 @@ def fingerprint(params: tf.Params) -> jax.Array:
 def _with_proximal(learner: Learner, state: TrainState, batch: Batch, update: Update) -> Batch:
     if not (update.needs_proximal or update.needs_routes):
         return batch
-    forward = learner.score(state.params, _placed(batch, learner))
+    forward = learner.score(state.params, parallel.place(batch, learner.mesh))
     if update.needs_proximal:
         batch = replace(batch, logp_proximal_BT=np.asarray(forward.tokens.logp_BT))
     if update.needs_routes:
@@ -175,7 +177,3 @@ def _row(report: StepReport, state: TrainState) -> dict[str, float]:
 
 def _logp(learner: Learner, params: tf.Params, batch: Batch) -> np.ndarray:
     return np.asarray(learner.score(params, batch).tokens.logp_BT)
-
-
-def _placed(batch: Batch, learner: Learner) -> Batch:
-    return batch if learner.mesh is None else jax.device_put(batch, parallel.rows(learner.mesh))

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from cabochon.model import moe
 from cabochon.rl.rewards import Rewards
 from cabochon.types import Rollout
 
@@ -62,18 +61,6 @@ def group_row(rollouts: Sequence[Rollout], score_N: np.ndarray) -> dict[str, flo
                 else "equal"
             )
     return {f"groups_{kind}": kinds.count(kind) / max(len(kinds), 1) for kind in ("solved", "failed", "mixed")}
-
-
-def router_row(stats: moe.RouterStats) -> dict[str, float]:
-    """The worst or the mean over the sparse layers."""
-    read = {name: np.asarray(value) for name, value in moe.router_metrics(stats).items()}
-    return {
-        "max_violation": float(read["max_violation"].max()),
-        "effective_experts": float(read["effective_experts"].min()),
-        "router_entropy": float(read["router_entropy"].mean()),
-        "dead_experts": int((np.asarray(stats.used_E) == 0).sum()),
-        "agreement": float(np.asarray(read["agreement"]).mean()),
-    }
 
 
 def mean(x: np.ndarray) -> float | None:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cabochon import overrides, parallel
+from cabochon import metrics, overrides, parallel
 from cabochon.errors import MachineError, UserError
 from cabochon.learner import Learner
 from cabochon.model import convert, value
@@ -85,7 +85,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
 
         # -- tasks, models, steps --------------------------------------------------------------------------------------
         tasks, held = tasks_of(cfg)
-        mesh = mesh_of(cfg)
+        mesh = parallel.mesh_of(cfg.mesh)
         policy = open_policy(cfg.model, cfg.seed, mesh)
         refuse_unexportable(policy.config)
         update = plan_update(cfg.update, sparse=policy.config.moe is not None)
@@ -178,7 +178,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             if not warming:
                 row["weights_change"] = float((published != before_update).mean())
             if learnt.router is not None:
-                row["moe"] = reports.router_row(learnt.router)
+                row["moe"] = metrics.router_row(learnt.router, replayed=update.replays_sampler or update.needs_routes)
             if kl is not None:
                 row["kl_reward"], row["kl_coef"] = kl, kl_coef
                 kl_coef = adapted_coef(kl_coef, kl, cfg.update.kl, len(rollouts))
@@ -233,12 +233,6 @@ def tasks_of(cfg: RlConfig) -> tuple[list[Task], list[Task]]:
                 f"tasks.held_out: {task.id!r} has the prompt of the training task {same!r}; remove one of them"
             )
     return train, held
-
-
-def mesh_of(cfg: RlConfig) -> Mesh | None:
-    """All devices in the recipe's arrangement; None where there is one, which needs no placing."""
-    mesh = parallel.make_mesh(cfg.mesh)
-    return mesh if mesh.size > 1 else None
 
 
 def check_shapes(cfg: RlConfig, update: Update) -> None:
@@ -314,8 +308,7 @@ def formats(cfg: RlConfig, rollouts: Sequence[Rollout]) -> Component | None:
 
 def merged(learner: Learner, states: States) -> tf.Params:
     """The policy alone: no critic's head, low-rank additions merged in."""
-    params = value.without_head(states.policy.params)
-    return params if learner.cfg.lora_matrices is None else merge_lora(params, learner.cfg.lora_matrices)
+    return merge_lora(value.without_head(states.policy.params), learner.cfg.lora_matrices)
 
 
 def weights_of(learner: Learner, states: States, version: int) -> Weights:

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from cabochon import metrics, parallel
 from cabochon.batch import Batch
 from cabochon.learner import Learner, StepReport, TrainState, check, cross_entropy
-from cabochon.model import convert, moe
+from cabochon.model import convert
 from cabochon.model import transformer as tf
 from cabochon.model.hf_export import refuse_unexportable
 from cabochon.model.lora import merge_lora
@@ -70,7 +68,7 @@ def main(cfg: SftConfig, *, resume_anyway: bool = False) -> Path:
             return run.final
 
         # -- the step, the model, the data -----------------------------------------------------------------------------
-        mesh = mesh_of(cfg)
+        mesh = parallel.mesh_of(cfg.mesh)
         learner = Learner(learner_config(cfg), cross_entropy, mesh)
         refuse_unexportable(learner.cfg.model)
         policy = open_policy(cfg.model, cfg.seed, mesh)
@@ -97,7 +95,7 @@ def main(cfg: SftConfig, *, resume_anyway: bool = False) -> Path:
         batch, examples, following = feed.take(progress.position)
         for step in run.steps(done, done if progress.stopped else cfg.steps):
             start = time.perf_counter()
-            state, report = learner.step(state, place(batch, mesh))
+            state, report = learner.step(state, parallel.place(batch, mesh))
             row = batch_row(batch, examples) | {"epoch": progress.position.epoch}
             progress = replace(progress, position=following)
             batch, examples, following = feed.take(following)  # while the device is busy
@@ -128,12 +126,6 @@ def main(cfg: SftConfig, *, resume_anyway: bool = False) -> Path:
         return run.final
 
 
-def mesh_of(cfg: SftConfig) -> Mesh | None:
-    """All devices in the recipe's arrangement; None where there is one, which needs no placing."""
-    mesh = parallel.make_mesh(cfg.mesh)
-    return mesh if mesh.size > 1 else None
-
-
 def feed_of(cfg: SftConfig, split: Split, tokenizer: Tokenizer) -> Feed:
     """Batches of the recipe's shape."""
     step, pad = cfg.step, tokenizer.pad_id or 0
@@ -147,15 +139,11 @@ def feed_of(cfg: SftConfig, split: Split, tokenizer: Tokenizer) -> Feed:
     )
 
 
-def place(batch: Batch, mesh: Mesh | None) -> Batch:
-    return batch if mesh is None else jax.device_put(batch, parallel.rows(mesh))
-
-
 def evaluate(learner: Learner, params: tf.Params, batches: Sequence[Batch]) -> float:
     """Mean cross-entropy over every trained token of the batches, nats per token."""
     total = count = 0.0
     for batch in batches:
-        batch = place(batch, learner.mesh)
+        batch = parallel.place(batch, learner.mesh)
         nll = cross_entropy(learner.score(params, batch).tokens, batch).terms["nll"]
         total, count = total + float(nll.total), count + float(nll.count)
     return total / count
@@ -182,14 +170,7 @@ def report_row(report: StepReport) -> dict[str, Any]:
         "learning_rate": float(report.learning_rate),
     }
     if report.router is not None:
-        read = {name: np.asarray(value) for name, value in moe.router_metrics(report.router).items()}
-        row["moe"] = {
-            **loss,
-            "max_violation": float(read["max_violation"].max()),
-            "effective_experts": float(read["effective_experts"].min()),
-            "router_entropy": float(read["router_entropy"].mean()),
-            "dead_experts": int((np.asarray(report.router.used_E) == 0).sum()),
-        }
+        row["moe"] = {**loss, **metrics.router_row(report.router)}
     return row
 
 
@@ -206,9 +187,7 @@ def told(cfg: SftConfig, train: Split, held: Split, rows: int) -> str:
 
 def export(directory: Path, learner: Learner, state: TrainState, tokenizer: Tokenizer) -> None:
     """The weights as a Hugging Face directory, low-rank additions merged in."""
-    lora, params = learner.cfg.lora_matrices, state.params
-    if lora is not None:
-        params = merge_lora(params, lora)
+    params = merge_lora(state.params, learner.cfg.lora_matrices)
     convert.save(directory, learner.cfg.model, params, tokenizer=tokenizer, overwrite=True)
 
 

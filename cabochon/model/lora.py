@@ -40,8 +40,10 @@ def add_lora(cfg: ModelConfig, params: tf.Params, lora: tf.Lora) -> tf.Params:
     return {**params, "blocks": merge(draw(jax.random.key(0)), params["blocks"])}
 
 
-def merge_lora(params: tf.Params, lora: tf.Lora) -> tf.Params:
-    """The plain tree of the same function: each target's addition summed into its matrix, in f32."""
+def merge_lora(params: tf.Params, lora: tf.Lora | None) -> tf.Params:
+    """The plain tree of the same function: each target's addition summed into its matrix, in f32; as it is without."""
+    if lora is None:
+        return params
 
     def one(node: Any) -> Any:
         if not isinstance(node, dict):

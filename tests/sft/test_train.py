@@ -23,7 +23,7 @@ from cabochon.overrides import dump
 from cabochon.policy import learner_config, open_policy
 from cabochon.sft.config import SftConfig
 from cabochon.sft.data import Feed, Position, Split, read_splits
-from cabochon.sft.train import evaluate, feed_of, main, mesh_of
+from cabochon.sft.train import evaluate, feed_of, main
 from cabochon.testing import tiny_moe
 from cabochon.tokenizer import ByteTokenizer
 
@@ -143,9 +143,9 @@ def test_packed_padded_micro_batched_and_on_eight_devices_it_is_the_same_step(su
 
 def test_a_mesh_of_one_device_is_none(sums):
     cfg = config("unused", sums)
-    assert mesh_of(cfg).size == 8
+    assert parallel.mesh_of(cfg.mesh).size == 8
     with pytest.raises(UserError, match="does not use exactly this machine's 8 devices"):
-        mesh_of(config("unused", sums, mesh={"fsdp": 3}))
+        parallel.mesh_of(config("unused", sums, mesh={"fsdp": 3}).mesh)
 
 
 def test_early_stop_and_the_best_step_is_kept(tmp_path, sums):
