@@ -148,7 +148,7 @@ def _structure(model: ModelConfig, kind: LayerKind | None) -> tuple[nnx.GraphDef
     return nnx.split(nnx.eval_shape(lambda: tf.Block(model, kind, nnx.Rngs(0), (), None)))
 
 
-def _bound(model: ModelConfig, kind: LayerKind | None, params: Mapping[str, Any]) -> Any:
+def bound(model: ModelConfig, kind: LayerKind | None, params: Mapping[str, Any]) -> Any:
     """The module over these arrays."""
     graph, state = _structure(model, kind)
     state = jax.tree.map(lambda v: v, state)
@@ -215,7 +215,7 @@ def _forward(
     values: list[Array] = []
     routes: list[Array] = []
     for layer, (kind, window) in enumerate(zip(model.kinds, model.windows, strict=True)):
-        b = _bound(model, kind, params["layers"][layer])
+        b = bound(model, kind, params["layers"][layer])
         if cfg.native:
             _use_native(b, real_BT)
         q, k, v = b.attn.project(b.attn_norm(x), cos, sin)
@@ -241,21 +241,30 @@ def _held(new: Array, cache: Array) -> Array:
     return new.astype(jnp.bfloat16).view(jnp.uint16) if cache.dtype == jnp.uint16 else new.astype(cache.dtype)
 
 
-def _prefill(
+def read_chunk(
     model: ModelConfig, cfg: SlotConfig, params: EngineParams, prefix: Prefix, token_T: Array, start: Array, real: Array
-) -> tuple[Prefix, Array]:
-    """Read a piece of a prompt: `real` tokens from position `start`, padded to T. Returns prefix and routes [T,L,C]."""
+) -> tuple[Array, Prefix, Array]:
+    """Read a piece of a text: `real` tokens from position `start`, padded to T. Returns hidden [1,T,D] before the final
+    norm, the prefix with their keys and values, and routes [1,T,L,C]."""
     step_T = jnp.arange(token_T.shape[0], dtype=jnp.int32)
 
     def write(cache: Array, new_1TKH: Array) -> Array:
         new = _held(new_1TKH, cache).swapaxes(1, 2)
         return jax.lax.dynamic_update_slice(cache, new, (0, 0, start, 0))
 
-    _, k, v, routes = _forward(
+    x_1TD, k, v, routes = _forward(
         model, cfg, params, token_T[None], (start + step_T)[None], (step_T < real)[None], (prefix.k, prefix.v),
         write,
     )  # fmt: skip
-    return Prefix(k, v), routes[0]
+    return x_1TD, Prefix(k, v), routes
+
+
+def _prefill(
+    model: ModelConfig, cfg: SlotConfig, params: EngineParams, prefix: Prefix, token_T: Array, start: Array, real: Array
+) -> tuple[Prefix, Array]:
+    """Read a piece of a prompt. Returns prefix and routes [T,L,C]."""
+    _, prefix, routes = read_chunk(model, cfg, params, prefix, token_T, start, real)
+    return prefix, routes[0]
 
 
 def _start(model: ModelConfig, cfg: SlotConfig, slots: Slots, prefix: Prefix, slot: Array, row: Row) -> Slots:
@@ -330,7 +339,7 @@ def _step(model: ModelConfig, cfg: SlotConfig, params: EngineParams, carry: tupl
     x_B1D, k, v, routes_B1LC = _forward(
         model, cfg, params, row.token_B[:, None], row.position_B[:, None], row.live_B[:, None], (k, v), write
     )
-    x_BD = _bound(model, None, params["final_norm"])(x_B1D)[:, 0]
+    x_BD = bound(model, None, params["final_norm"])(x_B1D)[:, 0]
     if cfg.native:
         logits_BV = native.multiply(x_BD, row.live_B, params["head"]["w"], model.vocab_size)
     else:

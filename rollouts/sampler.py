@@ -159,6 +159,11 @@ class Sampler:
         return bool(self._queue or self._running)
 
     @property
+    def params(self) -> EngineParams:
+        """The engine's own copy of the weights."""
+        return self._params
+
+    @property
     def compiled(self) -> dict[str, int]:
         """How often each program was traced in this process, all samplers of this shape together."""
         return dict(self._programs.traces)
