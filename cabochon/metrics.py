@@ -215,6 +215,18 @@ def measured_peak(dtype: str = "float32", size: int = 1024) -> float:
     return 2.0 * size**3 / best
 
 
+def expert_row(stats: moe.RouterStats | None, *, replayed: bool = False) -> dict[str, Any] | None:
+    """A row of moe.jsonl (on the host), None for a dense model: `used` [L][E] tokens that each expert of each sparse
+    layer got, and with `replayed` routes `agreement` [L], the share of tokens the live router would send the same way.
+    """
+    if stats is None:
+        return None
+    row: dict[str, Any] = {"used": np.rint(np.asarray(stats.used_E)).astype(int).tolist()}
+    if replayed:
+        row["agreement"] = np.round(np.asarray(moe.router_metrics(stats)["agreement"], np.float64), 5).tolist()
+    return row
+
+
 def router_row(stats: moe.RouterStats, *, replayed: bool = False) -> dict[str, float]:
     """Worst or mean over the sparse layers (on the host); with `replayed` routes, `agreement` with them."""
     read = {name: np.asarray(value) for name, value in moe.router_metrics(stats).items()}

@@ -3,6 +3,7 @@
     DIR/config.yaml      the resolved config; `cabochon STAGE DIR/config.yaml` runs it again
     DIR/inputs.json      the data files that were read, with their SHA-256
     DIR/metrics.jsonl    a row per step; what depends on the clock stands under `clock`, all else is reproducible
+    DIR/moe.jsonl        a row per step of a sparse model: the load of every expert of every layer, replay agreement
     DIR/events.jsonl     what happened and when: started, resumed, alarms, stopped, finished
     DIR/tensorboard/     the same scalars
     DIR/checkpoints/     see cabochon.checkpoint
@@ -59,6 +60,7 @@ from cabochon.metrics import EventFile, Journal, plain, scalars, writing
 
 PACKAGES = ("cabochon", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 """whose versions the manifest names"""
+EXPERTS = "moe.jsonl"
 
 
 class Run:
@@ -78,6 +80,7 @@ class Run:
         self.seconds = 0.0
         """spent in steps, over all sessions"""
         self._metrics, self._events = Journal(self.dir / "metrics.jsonl"), Journal(self.dir / "events.jsonl")
+        self._experts: Journal | None = None
         self._scalars: EventFile | None = None
         self._mark = time.perf_counter()
 
@@ -88,6 +91,8 @@ class Run:
         saved = self.checkpoints.restore(abstract) if self.resumes else None
         step = saved.step if saved else 0
         dropped = self._metrics.cut(lambda row: saved is None or row["step"] > step)
+        if (self.dir / EXPERTS).exists():
+            self._expert_file().cut(lambda row: saved is None or row["step"] > step)
         if saved is not None:
             self.seconds = saved.meta["seconds"]
             again = f"; steps {step + 1} to {step + dropped} are done again" if dropped else ""
@@ -123,15 +128,24 @@ class Run:
 
     # -- what is written -----------------------------------------------------------------------------------------------
 
-    def log(self, step: int, row: Mapping[str, Any], clock: Mapping[str, float] | None = None) -> None:
+    def log(
+        self,
+        step: int,
+        row: Mapping[str, Any],
+        clock: Mapping[str, float] | None = None,
+        experts: Mapping[str, Any] | None = None,
+    ) -> None:
         """One row of metrics.jsonl, in the file when this returns; numbers go to TensorBoard, some to the console.
 
         `clock`: whatever a second run would measure otherwise. Seconds of the step and in all are added to it.
+        `experts`: this step's row of moe.jsonl, see `metrics.expert_row`.
         """
         seconds, self._mark = time.perf_counter() - self._mark, time.perf_counter()
         self.seconds += seconds
         clock = plain({"time": time.time(), "seconds": seconds, "elapsed": self.seconds, **(clock or {})})
         values = {"step": step, **plain(row)}
+        if experts is not None:
+            self._expert_file().append({"step": step, **experts})
         self._metrics.append({**values, "clock": clock})
         if self._scalars is not None:
             self._scalars.add(step, list(scalars({k: v for k, v in values.items() if k != "step"} | {"clock": clock})))
@@ -142,6 +156,10 @@ class Run:
         at = {} if step is None else {"step": step}
         self._events.append({"time": time.time(), "event": kind, **at, "message": message, **(data or {})})
         self.console.line(f"{kind}: {message}")
+
+    def _expert_file(self) -> Journal:
+        self._experts = self._experts or Journal(self.dir / EXPERTS)
+        return self._experts
 
     def rows(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds."""
@@ -193,6 +211,8 @@ class Run:
         self.console.stop()
         self._metrics.close()
         self._events.close()
+        if self._experts is not None:
+            self._experts.close()
         if self._scalars is not None:
             self._scalars.close()
 

@@ -73,13 +73,14 @@ def main(cfg: RewardModelConfig, *, resume_anyway: bool = False) -> Path:
             position = following
             batch, rows, following = feed.take(following)  # while the device is busy
             check(report, step)
-            row |= report_row(jax.device_get(report))
+            report = jax.device_get(report)
+            row |= report_row(report)
             speed = row["tokens"] / (time.perf_counter() - start)
             if row["grad_norm"] == 0:
                 run.event("alarm", "every gradient is zero: nothing is learnt", step=step)
             if held.groups and (step == cfg.steps or (cfg.eval.every and step % cfg.eval.every == 0)):
                 row |= eval_row(report_of(score_pairs(values, state.params, held_feed, mesh)))
-            run.log(step, row, clock={"tokens_per_second": speed})
+            run.log(step, row, clock={"tokens_per_second": speed}, experts=metrics.expert_row(report.router))
             if step == cfg.steps or run.save_due(step):
                 run.save(step, state, {"position": list(position)})
 

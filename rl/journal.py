@@ -18,11 +18,14 @@ from cabochon.types import Rollout
 def rollout_row(
     rollout: Rollout, reward: float, components: Mapping[str, float | None], advantage: np.ndarray
 ) -> dict[str, Any]:
-    """One completion with all that was decided about it. `advantage`: [t], at its tokens."""
+    """One completion with all that was decided about it. `advantage`: [t], at its tokens; written token by token only
+    where tokens differ. With `verifier` and `payload` a line is what `cabochon verify --column text` judges again."""
     c, v = rollout.completion, rollout.verdict
     row: dict[str, Any] = {
         "task": rollout.task.id,
         "domain": rollout.task.domain,
+        "verifier": rollout.task.verifier,
+        "payload": json.loads(json.dumps(rollout.task.payload, default=str)),
         "group": rollout.group,
         "prompt": rollout.task.prompt,
         "text": c.text,
@@ -31,6 +34,7 @@ def rollout_row(
         "components": dict(components),
         "advantage": round(float(advantage[c.mask].mean()), 5) if c.mask.any() else 0.0,
         "tokens": c.tokens,
+        **({"advantages": np.round(advantage.astype(np.float64), 4)} if _varies(advantage[c.mask]) else {}),
         "logprobs": np.round(c.logprobs.astype(np.float64), 4),
         "mask": c.mask.astype(int),
         "versions": [int(c.policy_version.min()), int(c.policy_version.max())] if len(c.tokens) else [],
@@ -41,6 +45,10 @@ def rollout_row(
     if c.routes is not None and len(c.routes) > 1:
         row["experts"] = expert_counts(c.routes)
     return plain(row)
+
+
+def _varies(x: np.ndarray) -> bool:
+    return len(x) > 0 and float(np.ptp(x)) > 1e-6
 
 
 def expert_counts(routes_TLC: np.ndarray) -> list[list[int]]:

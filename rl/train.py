@@ -109,6 +109,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 concurrency=cfg.tasks.verifying,
             )
         )
+        policy.tokenizer.save(run.dir / "tokenizer")  # for those who read rollouts/
         engine = engine_of(cfg, policy, weights_of(learners.policy, states, done), run, stack)
         sampling = cfg.sampling.drawn(cfg.rollout.group_size, routes=update.replays_sampler)
         collector = stack.enter_context(
@@ -129,7 +130,8 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
         before = progress.before
         if held and done == 0:
             before = held_out()
-            run.event("held out", told(before), step=0, data={"held_out": before})
+            some = len(first_of_each(held, cfg.eval.tasks))
+            run.event("held out", told(before), step=0, data={"held_out": before, "tasks": some})
 
         # -- the loop --------------------------------------------------------------------------------------------------
         for step in run.steps(done, cfg.steps):
@@ -177,8 +179,9 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             }
             if not warming:
                 row["weights_change"] = float((published != before_update).mean())
+            replayed = update.replays_sampler or update.needs_routes
             if learnt.router is not None:
-                row["moe"] = metrics.router_row(learnt.router, replayed=update.replays_sampler or update.needs_routes)
+                row["moe"] = metrics.router_row(learnt.router, replayed=replayed)
             if kl is not None:
                 row["kl_reward"], row["kl_coef"] = kl, kl_coef
                 kl_coef = adapted_coef(kl_coef, kl, cfg.update.kl, len(rollouts))
@@ -194,7 +197,8 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             if cfg.samples_every and (step == 1 or step % cfg.samples_every == 0):
                 run.console.line(journal.table(rows))
             verifying = sum(r.verdict.seconds for r in rollouts if r.verdict)
-            run.log(step, row, clock={**watch.take(), "verify_seconds": verifying})
+            experts = metrics.expert_row(learnt.router, replayed=replayed)
+            run.log(step, row, clock={**watch.take(), "verify_seconds": verifying}, experts=experts)
             alarms, alarmed = check_alarms(row, step, alarmed, cfg.alarms)
             for alarm in alarms:
                 run.event("alarm", str(alarm), step=step, data={"alarm": alarm.name})

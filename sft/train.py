@@ -100,7 +100,8 @@ def main(cfg: SftConfig, *, resume_anyway: bool = False) -> Path:
             progress = replace(progress, position=following)
             batch, examples, following = feed.take(following)  # while the device is busy
             check(report, step)
-            row |= report_row(jax.device_get(report))
+            report = jax.device_get(report)
+            row |= report_row(report)
             speed = row["tokens"] / (time.perf_counter() - start)
             if row["grad_norm"] == 0:
                 run.event("alarm", "every gradient is zero: nothing is learnt", step=step)
@@ -109,7 +110,8 @@ def main(cfg: SftConfig, *, resume_anyway: bool = False) -> Path:
                 row["eval_loss"] = evaluate(learner, state.params, eval_batches)
                 progress = progress.rated(step, row["eval_loss"])
             progress = replace(progress, stopped=rated and 0 < cfg.eval.patience <= progress.stale)
-            run.log(step, row, clock={"tokens_per_second": speed, "mfu": work * speed / peak})
+            clock = {"tokens_per_second": speed, "mfu": work * speed / peak}
+            run.log(step, row, clock=clock, experts=metrics.expert_row(report.router))
             best = keep_best and rated and progress.stale == 0
             if step == cfg.steps or progress.stopped or best or run.save_due(step):
                 run.save(step, state, asdict(progress), metric=row.get("eval_loss"))

@@ -11,7 +11,8 @@ from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from cabochon.errors import UserError
-from cabochon.metrics import EventFile, Journal, flops_per_token, measured_peak, plain, scalars
+from cabochon.metrics import EventFile, Journal, expert_row, flops_per_token, measured_peak, plain, scalars
+from cabochon.model import moe
 from cabochon.model import transformer as tf
 from cabochon.testing import tiny_config, tiny_moe
 
@@ -88,3 +89,16 @@ def test_only_active_experts_count():
 
 def test_the_peak_of_this_machine_is_a_plausible_number():
     assert 1e9 < measured_peak(size=256) < 1e14
+
+
+def test_loads_by_layer_and_expert_and_agreement_only_where_routes_were_replayed():
+    L, E = 2, 3
+    zeros = np.zeros(L, np.float32)
+    used = np.array([[4, 2, 0], [2, 2, 2]], np.float32)
+    stats = moe.RouterStats(
+        tokens=np.full(L, 3.0), natural_E=used, used_E=used, prob_E=np.zeros((L, E)), z=zeros, entropy=zeros,
+        agree=np.array([3.0, 1.5]), margin=zeros,
+    )  # fmt: skip
+    assert expert_row(stats) == {"used": [[4, 2, 0], [2, 2, 2]]}
+    assert expert_row(stats, replayed=True)["agreement"] == [1.0, 0.5]
+    assert expert_row(None) is None, "a dense model has no experts"

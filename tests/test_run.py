@@ -112,6 +112,24 @@ def test_half_a_line_at_the_end_is_dropped(tmp_path):
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
 
 
+def test_the_loads_of_experts_are_kept_in_step_with_the_metrics(tmp_path):
+    def logged(run, steps):
+        for step in steps:
+            run.log(step, {"x": step}, experts={"used": [[step, 2]]})
+
+    state = {"x": np.float32(0)}
+    with open_run(config(tmp_path), "toy") as run:
+        assert run.restore(state) is None
+        logged(run, range(1, 4))
+        run.save(3, state, {})
+        logged(run, range(4, 6))
+    with open_run(config(tmp_path), "toy") as run:
+        assert run.restore(state).step == 3
+        logged(run, [4])
+    found = [json.loads(line) for line in (tmp_path / "moe.jsonl").read_text().splitlines()]
+    assert found == [{"step": n, "used": [[n, 2]]} for n in (1, 2, 3, 4)]
+
+
 def test_a_changed_config_is_refused_with_the_difference_unless_asked(tmp_path):
     place = tmp_path / "run"
     with pytest.raises(Crash):

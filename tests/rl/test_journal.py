@@ -1,7 +1,10 @@
 import json
+from dataclasses import replace
 
 import numpy as np
+from typer.testing import CliRunner
 
+from cabochon.cli import app
 from cabochon.rl import journal
 from cabochon.types import Completion, Rollout, Task, Verdict
 
@@ -53,3 +56,19 @@ def test_the_table_shows_good_and_bad_and_cannot_be_commanded():
     assert " 1.00  ok" in lines[1]
     assert " 0.00  wrong" in lines[2]
     assert "�[2Jbad⏎" in lines[2]
+
+
+def test_a_line_is_judged_again_by_the_verify_command(tmp_path):
+    r = rollout("4")
+    r = replace(r, task=Task(id="sum", prompt="2 + 2?", verifier="math", payload={"answer": "4"}))
+    journal.write_rollouts(tmp_path, 1, [row(r)])
+    lines, out = tmp_path / "step_000001.jsonl", tmp_path / "verdicts.jsonl"
+    done = CliRunner().invoke(app, ["verify", str(lines), "--column", "text", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(out.read_text())["score"] == 1.0
+
+
+def test_advantages_are_written_token_by_token_only_where_they_differ():
+    r = rollout("ab")
+    assert "advantages" not in journal.rollout_row(r, 1.0, {}, np.array([0.5, 0.5]))
+    assert journal.rollout_row(r, 1.0, {}, np.array([0.5, -0.25]))["advantages"] == [0.5, -0.25]
