@@ -1,6 +1,6 @@
 """Batch: the one device carrier, filled by every stage, and how sequences become one.
 
-Legend: B rows, T tokens, L sparse layers, C experts per token.
+Legend: B rows, T tokens, L sparse layers, C experts per token, K candidates for a token's place.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ class Batch:
     segment_BT: Leaf
     """int32, from 1 within a row; 0 is padding"""
     position_BT: Leaf
-    """int32, restarts at 0 in each segment"""
+    """int32, restarts at 0 in each segment, or goes on from the segment it continues"""
     mask_BT: Leaf
     """f32, weight of the token *at* t in the loss; 0 at the first token of a segment, which has no log-prob"""
+    prefix_BT: Leaf | None = None
+    """int32, the segment of the same row that the token's segment continues and sees; 0 for none"""
     divisor_B: Leaf | None = None
     """f32, each row's part of what the weighted sum is divided by, so that parts of a batch add up; None: its mask"""
     routes_BTLC: Leaf | None = None
@@ -48,6 +50,10 @@ class Batch:
     """f32, what the critic's value of the state before token t should be"""
     value_BT: Leaf | None = None
     """f32, that value before the first update on these tokens"""
+    candidates_BTK: Leaf | None = None
+    """int32, of distillation: the tokens that the teacher finds likeliest in that place; -1 for none"""
+    teacher_BTK: Leaf | None = None
+    """f32 nats, the teacher's log-probs of the candidates; 0 where there is none"""
     margin_BT: Leaf | None = None
     """f32, of preference pairs, at the last token of one of the two: how far their scores should be apart"""
 
@@ -111,21 +117,25 @@ def from_sequences(
     *,
     rows: Sequence[Sequence[int]] | None = None,
     routes: Sequence[np.ndarray] | None = None,
+    prefixes: Sequence[int | None] | None = None,
     pad_id: int = 0,
 ) -> Batch:
     """A host (numpy) batch of `length` tokens a row.
 
     `rows` lists the sequences of each row (`best_fit` makes one); None gives each sequence a row of its own. The first
-    token of each sequence gets mask 0. `routes`: per sequence [t, L, C]. Raises UserError where a row overflows or a
-    route repeats.
+    token of each sequence gets mask 0. `routes`: per sequence [t, L, C]. `prefixes`: the sequence that each one
+    continues, which stands before it in the same row, or None. Raises UserError where a row overflows or a route
+    repeats.
     """
     rows = [[i] for i in range(len(tokens))] if rows is None else rows
     out = np.full((len(rows), length), pad_id, np.int32)
     segment, position = np.zeros_like(out), np.zeros_like(out)
     mask = np.zeros(out.shape, np.float32)
+    prefix = np.zeros_like(out) if prefixes is not None else None
     routed = np.full((*out.shape, *routes[0].shape[1:]), -1, np.int32) if routes else None
     for r, members in enumerate(rows):
         start = 0
+        number = {i: s for s, i in enumerate(members, 1)}
         for s, i in enumerate(members, 1):
             end = start + len(tokens[i])
             if end > length:
@@ -134,8 +144,13 @@ def from_sequences(
                 )
             out[r, start:end], segment[r, start:end] = tokens[i], s
             position[r, start:end] = np.arange(end - start)
+            if prefix is not None and prefixes is not None and (before := prefixes[i]) is not None:
+                prefix[r, start:end] = number[before]
+                position[r, start:end] += len(tokens[before])
             mask[r, start + 1 : end] = masks[i][1:]
             if routed is not None and routes:
                 routed[r, start:end] = _sound(i, routes[i])
             start = end
-    return Batch(tokens_BT=out, segment_BT=segment, position_BT=position, mask_BT=mask, routes_BTLC=routed)
+    return Batch(
+        tokens_BT=out, segment_BT=segment, position_BT=position, mask_BT=mask, prefix_BT=prefix, routes_BTLC=routed
+    )  # fmt: skip

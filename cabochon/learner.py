@@ -209,6 +209,7 @@ class Learner:
             batch.tokens_BT,
             batch.position_BT,
             batch.segment_BT,
+            prefix_BT=batch.prefix_BT,
             routes_BTLC=batch.routes_BTLC,
             lora=cfg.lora_matrices,
             run=run,
@@ -220,6 +221,7 @@ class Learner:
             lambda h: tf.logits(cfg.model, cast, h),
             chunk=cfg.step.logit_chunk,
             entropy=cfg.entropy,
+            candidates_BTK=batch.candidates_BTK,
         )
         if cfg.value:
             values_BT = value.values(cast[value.KEY], out.hidden_BTD)
@@ -314,8 +316,8 @@ class Learner:
     def _counts(self, batch: Batch) -> Mapping[str, Array]:
         """Each term's divisor over the whole batch, at least a safe 1: from a dry call of the loss on zeros."""
         zero = jnp.zeros(batch.tokens_BT.shape, jnp.float32)
-        dry = TokenOutputs(zero, zero, zero if self.cfg.entropy else None, zero if self.cfg.value else None)
-        terms = self.loss_fn(dry, batch).terms
+        asked = (zero if on else None for on in (self.cfg.entropy, self.cfg.value))
+        terms = self.loss_fn(TokenOutputs(zero, zero, *asked, batch.teacher_BTK), batch).terms
         return {k: jnp.where(m.count == 0, 1.0, m.count) for k, m in terms.items()}
 
     @property

@@ -20,43 +20,53 @@ from cabochon.rl.update import Update
 from cabochon.types import Rollout
 
 
-def rows_needed(completions: int, longest: int, length: int) -> int:
-    """Rows of `length` tokens that are enough for so many sequences of up to `longest` tokens, whatever they turn out.
+def rows_needed(groups: int, size: int, longest: int, length: int) -> int:
+    """Rows of `length` tokens that are enough for groups of completions of up to `longest` tokens with their prompt.
 
-    Best fit opens a row only when no other has room for `longest`, so each full row holds length // longest of them.
+    The worst case, where no prompt is worth sharing and no two groups share a row.
     """
     if not 0 < longest <= length:
         raise UserError(f"prompt and completion of {longest} tokens do not fit step.sequence_length={length}")
-    return -(-completions // (length // longest))
+    return groups * -(-size // (length // longest))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """Where completions lie in a batch. Arrays per completion are in the order of the rollouts it was made of."""
+    """Where completions lie in a batch: those of one prompt share it, so that it is read once.
+
+    A row is made of segments. One holds a prompt without its last token; each completion after it is a segment that
+    continues it: the prompt's last token, whose state the completion's first token is drawn from, and the completion.
+    Arrays per completion are in the order of the rollouts the layout was made of.
+    """
 
     rows: list[list[int]]
-    """completions of each row; most often some rows at the end of the filling order are empty"""
-    prompts: list[int]
-    """tokens of each prompt"""
+    """segments of each row, a prompt before its completions; most often some rows are empty"""
     lengths: list[int]
     """tokens of each completion that are in the batch: it may be cut behind its last trained token"""
+    prompts: list[tuple[int, int]]
+    """(a completion, tokens) of each shared prompt: their segments are numbered after those of the completions"""
+    continues: list[int | None]
+    """per segment the one it continues: None for a prompt, and after a prompt of one token"""
     length: int
+
+    @property
+    def completions(self) -> list[list[int]]:
+        """Those of each row."""
+        return [[i for i in row if i < len(self.lengths)] for row in self.rows]
 
     def to_rows(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """[B, T] f32 from one value per completion token; prompts and padding get 0."""
-        places = zip(self.prompts, self.lengths, values, strict=True)
-        return to_rows([np.concatenate([np.zeros(p), v[:n]]) for p, n, v in places], self.rows, self.length)
+        parts = [np.concatenate([np.zeros(1), v[:n]]) for n, v in zip(self.lengths, values, strict=True)]
+        return to_rows([*parts, *(np.zeros(n) for _, n in self.prompts)], self.rows, self.length)
 
     def from_rows(self, x_BT: np.ndarray) -> list[np.ndarray]:
         """Per completion [t]: what stands at its tokens, such as their log-probs."""
-        return [x[p:] for p, x in zip(self.prompts, self._sequences(x_BT), strict=True)]
+        return [x[1:] for x in self.states(x_BT)]
 
     def states(self, x_BT: np.ndarray) -> list[np.ndarray]:
         """Per completion [t + 1]: what a head said of the state before each token, and after the last."""
-        return [x[p - 1 :] for p, x in zip(self.prompts, self._sequences(x_BT), strict=True)]
-
-    def _sequences(self, x_BT: np.ndarray) -> list[np.ndarray]:
-        return from_rows(x_BT, self.rows, [p + n for p, n in zip(self.prompts, self.lengths, strict=True)])
+        counts = [1 + n for n in self.lengths] + [n for _, n in self.prompts]
+        return from_rows(x_BT, self.rows, counts)[: len(self.lengths)]
 
 
 def prompt_tokens(rollout: Rollout) -> np.ndarray:
@@ -69,9 +79,21 @@ def prompt_tokens(rollout: Rollout) -> np.ndarray:
 
 def layout(rollouts: Sequence[Rollout], step: StepConfig, lengths: Sequence[int] | None = None) -> Layout:
     """Best fit of the rollouts, cut to `lengths` completion tokens each. Raises UserError where they do not fit."""
-    prompts = [len(prompt_tokens(r)) for r in rollouts]
     lengths = [len(r.completion.tokens) for r in rollouts] if lengths is None else list(lengths)
-    packed = best_fit([p + n for p, n in zip(prompts, lengths, strict=True)], step.sequence_length)
+    chunks = _sharing(rollouts, lengths, step.sequence_length)
+    prompts: list[tuple[int, int]] = []
+    continues: list[int | None] = [None] * len(rollouts)
+    segments: list[list[int]] = []
+    for members in chunks:
+        shared = len(prompt_tokens(rollouts[members[0]])) - 1
+        first = [len(rollouts) + len(prompts)] if shared else []
+        if shared:
+            prompts.append((members[0], shared))
+            for i in members:
+                continues[i] = first[0]
+        segments.append(first + members)
+    counts = [1 + n for n in lengths] + [n for _, n in prompts]
+    packed = best_fit([sum(counts[i] for i in part) for part in segments], step.sequence_length)
     if len(packed) > step.batch_size:
         raise UserError(
             f"{len(rollouts)} completions need {len(packed)} rows of {step.sequence_length} tokens; expected at most "
@@ -80,9 +102,28 @@ def layout(rollouts: Sequence[Rollout], step: StepConfig, lengths: Sequence[int]
     rows: list[list[int]] = [[] for _ in range(step.batch_size)]
     micro = step.micro_batches
     places = [row for part in range(micro) for row in range(part, step.batch_size, micro)]  # learner: row % micro
-    for place, members in zip(places, packed, strict=False):
-        rows[place] = members
-    return Layout(rows=rows, prompts=prompts, lengths=lengths, length=step.sequence_length)
+    for place, parts in zip(places, packed, strict=False):
+        rows[place] = [i for part in parts for i in segments[part]]
+    continues += [None] * len(prompts)
+    return Layout(rows=rows, lengths=lengths, prompts=prompts, continues=continues, length=step.sequence_length)
+
+
+def _sharing(rollouts: Sequence[Rollout], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Completions of the same prompt, as many together as fit into a row with it.
+
+    Prompts that were read through other experts are other prompts: their routes are replayed.
+    """
+    same: dict[tuple[bytes, bytes], list[list[int]]] = {}
+    room: dict[tuple[bytes, bytes], int] = {}
+    for i, (r, n) in enumerate(zip(rollouts, lengths, strict=True)):
+        prompt, routes = prompt_tokens(r), r.completion.prompt_routes
+        key = (prompt.tobytes(), b"" if routes is None else routes.tobytes())
+        if room.get(key, 0) < 1 + n:
+            same.setdefault(key, []).append([])
+            room[key] = capacity - len(prompt) + 1
+        same[key][-1].append(i)
+        room[key] -= 1 + n
+    return [members for chunks in same.values() for members in chunks]
 
 
 def to_batch(
@@ -96,24 +137,29 @@ def to_batch(
     weights = [r.completion.mask.astype(np.float32) for r in rollouts] if weights is None else weights
     tokens, masks, used = [], [], []
     for r, weight, n in zip(rollouts, weights, at.lengths, strict=True):
-        prompt = prompt_tokens(r)
-        tokens.append(np.concatenate([prompt, r.completion.tokens[:n]]).astype(np.int32))
-        masks.append(np.concatenate([np.zeros(len(prompt), np.float32), weight[:n]]))
+        tokens.append(np.concatenate([prompt_tokens(r)[-1:], r.completion.tokens[:n]]).astype(np.int32))
+        masks.append(np.concatenate([np.zeros(1, np.float32), weight[:n]]))
         if routes:
-            used.append(_routes(r, n))
-    batch = from_sequences(tokens, masks, at.length, rows=at.rows, routes=used or None)
+            read, drawn = _routes(r)
+            used.append(np.concatenate([read[-1:], drawn[:n]]).astype(np.int32))
+    for member, n in at.prompts:
+        tokens.append(prompt_tokens(rollouts[member])[:n])
+        masks.append(np.zeros(n, np.float32))
+        if routes:
+            used.append(_routes(rollouts[member])[0][:n].astype(np.int32))
+    batch = from_sequences(tokens, masks, at.length, rows=at.rows, routes=used or None, prefixes=at.continues)
     return replace(batch, logp_behaviour_BT=at.to_rows([r.completion.logprobs for r in rollouts]))
 
 
-def _routes(rollout: Rollout, n: int) -> np.ndarray:
-    """[P + n, L, C] of prompt and completion."""
+def _routes(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    """[P, L, C] of the prompt and [t, L, C] of the completion."""
     c = rollout.completion
     if c.prompt_routes is None or c.routes is None:
         raise UserError(
             f"task {rollout.task.id}: no routes were recorded; router.replay=r3 needs them: sample with routes=true, "
             "or set router.replay to r2 or none"
         )
-    return np.concatenate([c.prompt_routes, c.routes[:n]]).astype(np.int32)
+    return c.prompt_routes, c.routes
 
 
 def samples(
@@ -200,7 +246,7 @@ def _minibatch(
     batch = replace(
         batch,
         advantage_BT=at.to_rows([advantages.tokens[i] for i in members]),
-        divisor_B=np.array([sum(share_N[i] for i in row) for row in at.rows], np.float32),
+        divisor_B=np.array([sum(share_N[i] for i in row) for row in at.completions], np.float32),
         logp_reference_BT=None if reference is None else at.to_rows([reference[i] for i in members]),
     )
     if advantages.returns is not None and values is not None:

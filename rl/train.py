@@ -247,7 +247,7 @@ def check_shapes(cfg: RlConfig, update: Update) -> None:
             f"compares the samples of a prompt; expected {update.group_size} or more"
         )
     groups = -(-cfg.rollout.prompts // cfg.update.minibatches)
-    need = rows_needed(groups * cfg.rollout.group_size, cfg.engine.length, cfg.step.sequence_length)
+    need = rows_needed(groups, cfg.rollout.group_size, cfg.engine.length, cfg.step.sequence_length)
     if need > cfg.step.batch_size:
         raise UserError(
             f"step.batch_size={cfg.step.batch_size} rows of step.sequence_length={cfg.step.sequence_length} tokens "

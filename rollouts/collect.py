@@ -122,6 +122,16 @@ class Collected:
 
 
 @dataclass(kw_only=True, eq=False)
+class _Asked:
+    """A verdict under way."""
+
+    ticket: int
+    samples: list[int]
+    """which said this"""
+    deadline: float
+
+
+@dataclass(kw_only=True, eq=False)
 class _Pending:
     """A group under way."""
 
@@ -129,6 +139,8 @@ class _Pending:
     task: Task
     drawn: dict[int, Completion] = field(default_factory=dict)
     judged: dict[int, Verdict] = field(default_factory=dict)
+    asked: dict[str, _Asked] = field(default_factory=dict)
+    """by text: what several samples say is judged once"""
 
 
 @dataclass(kw_only=True)
@@ -166,8 +178,7 @@ class Collector:
         self._retries, self._deadline = retries, deadline_seconds
         self._pending: dict[int, _Pending] = {}
         """by ticket"""
-        self._verdicts: dict[Future[tuple[Verdict, int]], tuple[int, int, float]] = {}
-        """-> ticket, sample, deadline"""
+        self._verdicts: dict[Future[tuple[Verdict, int]], _Asked] = {}
         self._finished: dict[int, Group] = {}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="collect")
 
@@ -263,18 +274,19 @@ class Collector:
                 self._drawn(f)
         elif self._verdicts:
             wait(self._verdicts, timeout=seconds, return_when="FIRST_COMPLETED")
-        for future, (ticket, sample, deadline) in list(self._verdicts.items()):
+        for future, asked in list(self._verdicts.items()):
             if future.done():
                 verdict, repeated = future.result()
                 self.counters.verdicts_repeated += repeated
-            elif monotonic() > deadline:
+            elif monotonic() > asked.deadline:
                 verdict = _failed(f"no verdict within {self._deadline:g} s")
                 self.counters.verdicts_late += 1
                 future.cancel()
             else:
                 continue
             del self._verdicts[future]
-            self._judged(ticket, sample, verdict)
+            for sample in asked.samples:
+                self._judged(asked.ticket, sample, verdict)
 
     def abort(self) -> None:
         """Forget what is in flight and what was not taken."""
@@ -302,8 +314,15 @@ class Collector:
         if f.completion.finish == "abort":
             self._judged(f.ticket, f.sample, _failed("the engine gave the completion up"))
             return
-        future = self._pool.submit(self._verdict, pending.task, f.completion.text)
-        self._verdicts[future] = f.ticket, f.sample, monotonic() + self._deadline
+        text = f.completion.text
+        if (asked := pending.asked.get(text)) is None:
+            asked = _Asked(ticket=f.ticket, samples=[], deadline=monotonic() + self._deadline)
+            pending.asked[text] = asked
+            self._verdicts[self._pool.submit(self._verdict, pending.task, text)] = asked
+        elif asked.samples and asked.samples[0] in pending.judged:
+            self._judged(f.ticket, f.sample, pending.judged[asked.samples[0]])
+            return
+        asked.samples.append(f.sample)
 
     def _verdict(self, task: Task, text: str) -> tuple[Verdict, int]:
         """And how often it was asked for again."""

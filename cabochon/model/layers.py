@@ -136,12 +136,20 @@ def rotate(x: Array, cos_BTh: Array, sin_BTh: Array) -> Array:
 
 
 def may_attend(
-    q_position_BT: Array, k_position_BS: Array, q_segment_BT: Array, k_segment_BS: Array, window: Array | int = 0
+    q_position_BT: Array,
+    k_position_BS: Array,
+    q_segment_BT: Array,
+    k_segment_BS: Array,
+    window: Array | int = 0,
+    q_prefix_BT: Array | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Causal within a segment, segment 0 is padding, and at most `window` back (0 for no limit)."""
+    """Causal within a segment and the one it continues (`q_prefix_BT`, 0 for none), at most `window` back (0 for no
+    limit); segment 0 is padding."""
     back = q_position_BT[:, :, None] - k_position_BS[:, None, :]
-    same = (q_segment_BT[:, :, None] == k_segment_BS[:, None, :]) & (q_segment_BT[:, :, None] != 0)
-    return same & (back >= 0) & ((back < window) | (jnp.asarray(window) == 0))
+    seen = q_segment_BT[:, :, None] == k_segment_BS[:, None, :]
+    if q_prefix_BT is not None:
+        seen |= q_prefix_BT[:, :, None] == k_segment_BS[:, None, :]
+    return seen & (k_segment_BS[:, None, :] != 0) & (back >= 0) & ((back < window) | (jnp.asarray(window) == 0))
 
 
 class Attention(nnx.Module):

@@ -173,6 +173,7 @@ class _Inputs(NamedTuple):
     k_position_BS: Array
     q_segment_BT: Array
     k_segment_BS: Array
+    q_prefix_BT: Array | None
 
 
 def _layer(
@@ -186,7 +187,10 @@ def _layer(
         k_all = k_all.at[layer, row_B1, shared.q_position_BT].set(k.astype(k_all.dtype), mode="drop")
         v_all = v_all.at[layer, row_B1, shared.q_position_BT].set(v.astype(v_all.dtype), mode="drop")
         k, v = k_all[layer].astype(q.dtype), v_all[layer].astype(q.dtype)
-    allow = may_attend(shared.q_position_BT, shared.k_position_BS, shared.q_segment_BT, shared.k_segment_BS, window)
+    allow = may_attend(
+        shared.q_position_BT, shared.k_position_BS, shared.q_segment_BT, shared.k_segment_BS, window,
+        shared.q_prefix_BT,
+    )  # fmt: skip
     x = keep_rows(x + block.attn.attend(q, k, v, allow), run.mesh)
     h = block.mlp_norm(x)
     if block.kind == "dense":
@@ -243,6 +247,7 @@ def forward(
     positions_BT: Int[Array, "B T"] | None = None,
     segments_BT: Int[Array, "B T"] | None = None,
     *,
+    prefix_BT: Int[Array, "B T"] | None = None,
     cache: Cache | None = None,
     routes_BTLC: Int[Array, "B T L C"] | None = None,
     lora: Lora | None = None,
@@ -251,9 +256,10 @@ def forward(
     """Hidden states, the routes used, router statistics and the cache after these tokens.
 
     Without a cache, rows may hold several packed sequences: `segments_BT` numbers them from 1 (0 is padding) and
-    `positions_BT` restarts in each; both default to one full sequence per row. With a cache the tokens follow what
-    is in it, positions are derived, and segment 0 marks padding at the end of a row, which the next call overwrites;
-    the caller keeps length + T within its slots (what lies past them is not stored).
+    `positions_BT` restarts in each; both default to one full sequence per row. `prefix_BT` names the segment of the row
+    that a token's own segment continues (0: none), so that several can share one prompt. With a cache the tokens follow
+    what is in it, positions are derived, and segment 0 marks padding at the end of a row, which the next call
+    overwrites; the caller keeps length + T within its slots (what lies past them is not stored).
     `routes_BTLC` replays recorded routes (-1: not recorded, route naturally).
     """
     B, T = tokens_BT.shape
@@ -272,7 +278,7 @@ def forward(
     model = _module(cfg, params, lora)
     x_BTD = keep_rows(model.embed["table"][...][tokens_BT], run.mesh)
     cos, sin = rope_tables(cfg, positions_BT)
-    shared = _Inputs(cos, sin, positions_BT, k_position_BS, segments_BT, k_segment_BS)
+    shared = _Inputs(cos, sin, positions_BT, k_position_BS, segments_BT, k_segment_BS, prefix_BT)
     carry = _Carry(x_BTD, cache.k_ABSKH if cache else None, cache.v_ABSKH if cache else None)
     replay_LBTC = None if routes_BTLC is None else jnp.moveaxis(routes_BTLC, 2, 0)
     first, sparse, routes, stats = 0, 0, [], []

@@ -40,12 +40,15 @@ def step(batch_size=2, length=12, micro=1):
 
 
 def test_prompt_and_completion_in_a_row():
+    """The prompt but for its last token, then that token and the completion, which continue it."""
     data = [rollout(0, 2, [7, 8, 9], [1, 0, 1]), rollout(1, 1, [5])]
     at = layout(data, step(1, 8))
-    assert at.rows == [[0, 1]]
+    assert at.rows == [[2, 0, 1]]
     batch = to_batch(data, at)
     np.testing.assert_array_equal(batch.tokens_BT, [[0, 1, 7, 8, 9, 0, 5, 0]])
-    np.testing.assert_array_equal(batch.segment_BT, [[1, 1, 1, 1, 1, 2, 2, 0]])
+    np.testing.assert_array_equal(batch.segment_BT, [[1, 2, 2, 2, 2, 3, 3, 0]])
+    np.testing.assert_array_equal(batch.prefix_BT, [[0, 1, 1, 1, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.position_BT, [[0, 1, 2, 3, 4, 0, 1, 0]])
     np.testing.assert_array_equal(batch.mask_BT, [[0, 0, 1, 0, 1, 0, 1, 0]])
     drawn = np.concatenate([data[0].completion.logprobs, [0], data[1].completion.logprobs])
     np.testing.assert_array_equal(batch.logp_behaviour_BT[0, 2:7], drawn)
@@ -53,6 +56,17 @@ def test_prompt_and_completion_in_a_row():
         np.testing.assert_array_equal(got, r.completion.tokens)
     np.testing.assert_array_equal(at.states(batch.tokens_BT)[0], [1, 7, 8, 9])
     np.testing.assert_array_equal(at.states(batch.tokens_BT)[1], [0, 5])
+
+
+def test_a_prompt_is_read_once_for_all_completions_that_fit_beside_it():
+    data = [rollout(i, 5, n) for i, n in enumerate([3, 2, 4, 1])]
+    at = layout(data, step(2, 12))
+    assert at.rows == [[4, 0, 1], [5, 2, 3]]
+    batch = to_batch(data, at)
+    np.testing.assert_array_equal(batch.position_BT[0], [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 0])
+    np.testing.assert_array_equal(batch.prefix_BT[0], [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0])
+    routed = [rollout(i, 5, n, routes=True) for i, n in enumerate([3, 2])]
+    assert layout(routed, step(2, 12)).rows == [[2, 0], [3, 1]], "read through other experts, so not the same"
 
 
 def test_routes_of_prompt_and_completion_lie_beside_their_tokens():
@@ -70,12 +84,17 @@ def test_the_worst_case_of_rows_is_never_exceeded():
     rng = np.random.default_rng(0)
     for _ in range(200):
         length, longest = 24, int(rng.integers(3, 25))
-        n = int(rng.integers(1, 30))
-        data = [rollout(i, 1, int(t)) for i, t in enumerate(rng.integers(1, longest, n))]
-        layout(data, step(rows_needed(n, longest, length), length))
-    assert rows_needed(5, 12, 24) == 3
+        groups, size = (int(n) for n in rng.integers(1, 7, 2))
+        prompts = rng.integers(1, longest, groups)
+        data = [
+            rollout(g, int(p), int(rng.integers(1, longest - p + 1)), group=g)
+            for g, p in enumerate(prompts)
+            for _ in range(size)
+        ]
+        layout(data, step(rows_needed(groups, size, longest, length), length))
+    assert rows_needed(2, 5, 12, 24) == 6
     with pytest.raises(UserError, match=r"25 tokens do not fit step\.sequence_length=24"):
-        rows_needed(1, 25, 24)
+        rows_needed(1, 1, 25, 24)
 
 
 def test_too_many_rows_are_refused_with_a_remedy():
@@ -87,7 +106,7 @@ def test_too_many_rows_are_refused_with_a_remedy():
 def test_rows_fill_one_micro_batch_after_the_other():
     data = [rollout(i, 2, 8) for i in range(3)]
     at = layout(data, step(8, 12, micro=4))
-    assert at.rows == [[0], [2], [], [], [1], [], [], []]  # part m of the learner has the rows that are m modulo 4
+    assert at.completions == [[0], [2], [], [], [1], [], [], []]  # part m has the rows that are m modulo 4
 
 
 def plan(algorithm, **changes):
@@ -157,20 +176,22 @@ EVERYTHING = UpdateConfig(
 DATA = [rollout(i, 2 + i % 3, 3 + (5 * i) % 7, group=i // 2, routes=True) for i in range(8)]
 
 
-def one_step(cfg, shape, mesh=None, value=False, seed=0):
+def one_step(cfg, shape, mesh=None, value=False, seed=0, data=DATA, balance=0.01):
     """(updated parameters, report) from fixed advantages, proximal, reference and value arrays per completion."""
     update = plan_update(cfg, sparse=True)
     rng = np.random.default_rng(seed)
-    per = lambda low, high, extra=0: [rng.uniform(low, high, len(r.completion.tokens) + extra) for r in DATA]  # noqa: E731
+    per = lambda low, high, extra=0: [rng.uniform(low, high, len(r.completion.tokens) + extra) for r in data]  # noqa: E731
     advantages = Advantages(tokens=per(-1, 1), keep_N=np.ones(8, bool), returns=per(-1, 1))
     reference, values, proximal = per(-5, -3), per(-1, 1, 1), per(-4.5, -4)
     learner = Learner(
-        LearnerConfig(model=MODEL, step=shape, optim=PLAIN, entropy=True, value=value, aux=AuxLossConfig(balance=0.01)),
+        LearnerConfig(
+            model=MODEL, step=shape, optim=PLAIN, entropy=True, value=value, aux=AuxLossConfig(balance=balance)
+        ),
         update.loss,
         mesh,
     )
     (made,) = minibatches(
-        DATA, advantages, update, shape, 1, np.random.default_rng(0), reference=reference, values=values
+        data, advantages, update, shape, 1, np.random.default_rng(0), reference=reference, values=values
     )
     batch = replace(made.batch, logp_proximal_BT=made.at.to_rows([proximal[i] for i in made.members]))
     placed = batch if mesh is None else jax.device_put(batch, parallel.rows(mesh))
@@ -207,6 +228,18 @@ def test_packing_changes_no_algorithm(algorithm):
     alone = one_step(cfg, step(8, 12))
     assert_same(alone, one_step(cfg, step(8, 24, micro=2)))
     assert_same(alone, one_step(cfg, step(8, 12), parallel.make_mesh(MeshConfig(fsdp=8))))
+
+
+def test_a_shared_prompt_changes_nothing():
+    """All but the balance of the experts, which counts a prompt as often as it is read."""
+    data = [rollout(i, 6 + i // 4, 3 + (5 * i) % 7, group=i // 4) for i in range(8)]
+    cfg = EVERYTHING.model_copy(update={"router": EVERYTHING.router.model_copy(update={"replay": "none"})})
+    alone = one_step(cfg, step(8, 16), value=True, data=data, balance=0)
+    shared = one_step(cfg, step(4, 40, micro=2), value=True, data=data, balance=0)
+    assert [len(made[2].at.prompts) for made in (alone, shared)] == [7, 2], "times that a prompt is read"
+    assert_same(alone, shared)
+    mesh = parallel.make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    assert_same(alone, one_step(cfg, step(4, 40), mesh, value=True, data=data, balance=0))
 
 
 def test_replayed_routes_are_used_and_still_train_the_router():

@@ -71,6 +71,16 @@ def test_a_group_per_task_in_their_order_each_sample_with_its_own_verdict():
         assert collector.collect([]).groups == []
 
 
+def test_what_several_samples_say_is_judged_once():
+    even = Even()
+    source = Completions(fake(lambda prompt, seed, sample: prompt + "x" * (sample % 2)), Sampling(n=6))
+    with pool(even) as judge, Collector(source, judge) as collector:
+        got = collector.collect(tasks("a", "a", "bb"))
+    assert [len(r.completion.text) % 2 == 0 for r in got.rollouts] == [r.verdict.score == 1 for r in got.rollouts]
+    asked = sorted(text for text in even.asked if text in ("a", "ax", "bb", "bbx"))
+    assert asked == ["a", "a", "ax", "ax", "bb", "bbx"], "once for each task, whatever other tasks ask"
+
+
 def test_draws_depend_on_the_seed_and_the_groups_number_alone():
     """A run that resumed at group 1 draws what the whole run drew there."""
 
