@@ -1,7 +1,7 @@
 """Masked sums and token log-probabilities; all probability arithmetic is f32.
 
-Legend: B rows, T tokens, D model, V vocab. Index t always means "the token at position t": logp_BT[:, t] is
-log p(token_t | tokens before it), taken from the hidden state at t-1; undefined (0) at the first token of a segment.
+Legend: B rows, T tokens, D model, V vocab, K candidates. Index t always means "the token at position t": logp_BT[:, t]
+is log p(token_t | tokens before it), taken from the hidden state at t-1; undefined (0) at the first token of a segment.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ class TokenOutputs:
     value_BT: Leaf | None = None
     """the scalar head on the hidden state *of* token t, which has read it; only where asked for. The value of the
     state that token t was drawn in is `before(value_BT, segment_BT)`; a score is read at the last token"""
+    candidates_BTK: Leaf | None = None
+    """log-probs of the tokens that the batch names as candidates for that place, nats; 0 where it names none"""
 
 
 def token_outputs(
@@ -85,32 +87,41 @@ def token_outputs(
     *,
     chunk: int = 0,
     entropy: bool = False,
+    candidates_BTK: Int[Array, "B T K"] | None = None,
 ) -> TokenOutputs:
-    """Log-probs of the tokens under the hidden states before them.
+    """Log-probs of the tokens, and of other candidates for their place (-1: none), under the hidden states before them.
 
     `logits` maps [..., D] to f32 [..., V]. With `chunk`, at most about that many tokens' logits exist at one time: they
     are computed, reduced and recomputed in the backward pass, chunk by chunk along T. The result is the same.
     """
-    B, T, D = hidden_BTD.shape
+    B, T, _ = hidden_BTD.shape
     before_BTD = jnp.roll(hidden_BTD, 1, axis=1)
 
-    def reduce(h: Array, tokens: Array) -> tuple[Array, ...]:
+    def reduce(h: Array, tokens: Array, candidates: Array | None) -> dict[str, Array]:
         z = logits(h)
         lse = jax.nn.logsumexp(z, axis=-1)
         # a compare-and-sum is one fused pass, and so is its gradient; a gather's would be a scatter into [.., V]
         chosen = jnp.where(jnp.arange(z.shape[-1]) == tokens[..., None], z, 0.0).sum(-1)
-        out = (chosen - lse, lse)
-        return (*out, lse - (jnp.exp(z - lse[..., None]) * z).sum(-1)) if entropy else out
+        out = {"logp_BT": chosen - lse, "lse_BT": lse}
+        if entropy:
+            out["entropy_BT"] = lse - (jnp.exp(z - lse[..., None]) * z).sum(-1)
+        if candidates is not None:
+            logp = jnp.take_along_axis(z, jnp.maximum(candidates, 0), axis=-1) - lse[..., None]
+            out["candidates_BTK"] = jnp.where(candidates >= 0, logp, 0.0)
+        return out
 
     step = min(T, max(1, chunk // B)) if chunk else T
+    inputs = (before_BTD, tokens_BT, candidates_BTK)
     if step == T:
-        out = reduce(before_BTD, tokens_BT)
+        out = reduce(*inputs)
     else:
         n = -(-T // step)
-        pad = n * step - T
-        h = jnp.pad(before_BTD, ((0, 0), (0, pad), (0, 0))).reshape(B, n, step, D).swapaxes(0, 1)
-        t = jnp.pad(tokens_BT, ((0, 0), (0, pad))).reshape(B, n, step).swapaxes(0, 1)
-        parts = jax.lax.map(jax.checkpoint(lambda ht: reduce(*ht)), (h, t))
-        out = tuple(p.swapaxes(0, 1).reshape(B, n * step)[:, :T] for p in parts)
+
+        def cut(x: Array) -> Array:
+            x = jnp.pad(x, ((0, 0), (0, n * step - T), *((0, 0) for _ in x.shape[2:])))
+            return x.reshape(B, n, step, *x.shape[2:]).swapaxes(0, 1)
+
+        parts = jax.lax.map(jax.checkpoint(lambda each: reduce(*each)), jax.tree.map(cut, inputs))
+        out = {k: p.swapaxes(0, 1).reshape(B, n * step, *p.shape[3:])[:, :T] for k, p in parts.items()}
     defined = has_target(segment_BT)
-    return TokenOutputs(*(jnp.where(defined, x, 0.0) for x in out))
+    return TokenOutputs(**{k: jnp.where(defined.reshape(B, T, *[1] * (x.ndim - 2)), x, 0.0) for k, x in out.items()})

@@ -44,6 +44,20 @@ def test_chunks_change_nothing(chunk):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [0, 1, 6])
+def test_candidates_are_read_from_the_same_distribution(chunk):
+    k = jax.random.split(jax.random.key(1), 3)
+    hidden, w = jax.random.normal(k[0], (2, 7, 5)), jax.random.normal(k[1], (5, 11))
+    tokens = jax.random.randint(k[2], (2, 7), 0, 11)
+    segment = jnp.array([[1, 1, 1, 2, 2, 2, 0], [1] * 7])
+    candidates = jnp.stack([tokens, jnp.full_like(tokens, 3), jnp.full_like(tokens, -1)], -1)
+    out = token_outputs(hidden, tokens, segment, lambda h: h @ w, chunk=chunk, candidates_BTK=candidates)
+    np.testing.assert_allclose(out.candidates_BTK[..., 0], out.logp_BT, atol=1e-5)
+    want = jax.nn.log_softmax(jnp.roll(hidden, 1, axis=1) @ w)[..., 3]
+    np.testing.assert_allclose(out.candidates_BTK[..., 1], want * has_target(segment), atol=1e-5)
+    assert not out.candidates_BTK[..., 2].any()
+
+
 def test_means_add_before_they_divide():
     shards = [Mean(jnp.array(1.0 + 2 + 3), jnp.array(3.0)), Mean(jnp.array(4.0), jnp.array(1.0))]
     assert float((shards[0] + shards[1]).value) == 2.5
