@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from cabochon import target
 from cabochon.model import native
 
 Dispatch = Literal["auto", "blocked", "ragged", "dense", "native"]
@@ -43,7 +44,7 @@ def experts(
     `native.pack_gated` and `native.pack_down` made them.
     """
     if dispatch == "auto":
-        dispatch = "blocked" if jax.default_backend() == "cpu" else "ragged"
+        dispatch = "blocked" if target.platform() == "cpu" else "ragged"
     E = gate_up_ED2F.shape[0]
     here_NC = (routes_NC >= 0) & (routes_NC < E)
     gates_NC = jnp.where(here_NC, gates_NC, 0).astype(x_ND.dtype)

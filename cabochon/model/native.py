@@ -26,6 +26,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array
 
+from cabochon import target
+
 COLUMNS = 32
 """of a panel"""
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-w")
@@ -33,11 +35,15 @@ BUILD_SECONDS = 120
 MAX_HEAD_DIM = 256
 
 
-@lru_cache(maxsize=1)
 def missing() -> str:
     """Why the kernels cannot be used here, or an empty string once they are compiled and registered with XLA."""
-    if jax.default_backend() != "cpu":
-        return f"they are for CPUs, the backend is {jax.default_backend()}"
+    if target.platform() != "cpu":
+        return f"they are for CPUs, the backend is {target.platform()}"
+    return _missing_on_this_cpu()
+
+
+@lru_cache(maxsize=1)
+def _missing_on_this_cpu() -> str:
     if "avx512bw" not in _cpu_flags():
         return "this CPU has no AVX-512"
     try:
