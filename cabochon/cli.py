@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cabochon import cli_reward, cli_rl, cli_stages, cli_weights
+from cabochon import cli_reward, cli_rl, cli_serve, cli_stages, cli_weights
 from cabochon.errors import MachineError, UserError
 from cabochon.heap import keep_pages
 from cabochon.rollouts import cli as rollouts_cli
@@ -87,6 +87,7 @@ app.command(rich_help_panel=WEIGHTS)(cli_weights.upcycle)
 
 app.command("generate", rich_help_panel=WEIGHTS)(rollouts_cli.generate_command)
 app.command("chat", rich_help_panel=WEIGHTS)(rollouts_cli.chat_command)
+app.command(rich_help_panel=WEIGHTS)(cli_serve.serve)
 
 app.command(rich_help_panel=STAGES)(cli_stages.sft)
 app.command(rich_help_panel=STAGES)(cli_rl.rl)

@@ -31,7 +31,7 @@ ROWS = 64
 
 
 class Scores(NamedTuple):
-    """What a policy thinks of a text, at temperature 1 without filters. Of the first token nothing is known: NaN, -1."""
+    """What a policy thinks of a text, at temperature 1 without filters. The first token has none: NaN, -1."""
 
     logprobs: np.ndarray
     """[T] f32, nats"""

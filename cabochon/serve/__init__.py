@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server on the slot engine: `cabochon serve`, docs/serving.md."""
