@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cabochon import cli_reward, cli_rl, cli_serve, cli_stages, cli_weights
+from cabochon import cli_report, cli_reward, cli_rl, cli_serve, cli_stages, cli_weights
 from cabochon.errors import MachineError, UserError
 from cabochon.heap import keep_pages
 from cabochon.rollouts import cli as rollouts_cli
@@ -34,6 +34,7 @@ CONFIGS = "Configs"
 STAGES = "Stages"
 WEIGHTS = "Models"
 REWARDS = "Rewards"
+LOOK = "Looking at runs"
 
 RecipeAndSettings = Annotated[
     list[str] | None,
@@ -92,6 +93,8 @@ app.command(rich_help_panel=WEIGHTS)(cli_serve.serve)
 app.command(rich_help_panel=STAGES)(cli_stages.sft)
 app.command(rich_help_panel=STAGES)(cli_rl.rl)
 app.command("eval", rich_help_panel=STAGES)(cli_rl.eval_command)
+app.command(rich_help_panel=LOOK)(cli_report.report)
+app.command(rich_help_panel=LOOK)(cli_report.view)
 data = typer.Typer(no_args_is_help=True, help="Training data: look at it before a run does.")
 @data.callback()
 def _data() -> None:

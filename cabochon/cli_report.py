@@ -1,0 +1,50 @@
+"""`cabochon report`, `cabochon view`: plain functions with typer's annotations, registered by the roof."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cabochon.errors import MachineError, UserError
+
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="directories of runs, or of a whole job")]
+
+
+def report(
+    runs: Runs,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the file to write")] = Path("report.html"),
+) -> None:
+    """Write runs as one HTML file that needs no network: verdict, curves, experts, completions, lineage.
+
+    Example: cabochon report runs/demo -o demo.html
+    """
+    from cabochon.report import build
+
+    text = build.report(runs)
+    draft = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(out)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise MachineError(f"{out}: cannot be written: {error.strerror or error}") from error
+    print(f"{out}   {len(text.encode()) / 1e6:.1f} MB")
+
+
+def view(
+    runs: Runs,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free")] = 8765,
+) -> None:
+    """Show runs in a browser as they go on, from a server that this machine alone can reach.
+
+    Example: cabochon view runs/demo/rl runs/other
+    """
+    try:
+        from cabochon.report import view as server
+    except ImportError as error:
+        raise UserError(f"cabochon view needs {error.name}: pip install 'cabochon[serve]'") from None
+
+    server.serve(runs, port)

@@ -1,0 +1,1 @@
+"""`cabochon report` and `cabochon view`: run directories as a page. Reads the files a run leaves, and nothing else."""

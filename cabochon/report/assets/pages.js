@@ -1,0 +1,121 @@
+// Verdict, facts, evaluations, reward-model pages, lineage, events, environment.
+
+function bannerOf(run) {
+  const v = run.verdict;
+  return el("section", { class: `banner ${v.state}`, id: "verdict", "aria-label": "Verdict" },
+    el("h2", {}, v.title), el("ul", {}, v.because.map((b) => el("li", {}, visible(b)))));
+}
+
+function last(run, key) {
+  const y = (run.curves.values[key] || []).filter(known);
+  return y.length ? y[y.length - 1] : null;
+}
+
+function factsOf(run) {
+  const stage = { sft: "supervised fine-tuning", rm: "reward model", rl: "reinforcement learning" }[run.stage] || run.stage;
+  const held = last(run, "held_out");
+  const facts = [
+    ["stage", stage], ["steps", run.planned && run.planned !== run.steps ? `${number(run.steps)} of ${number(run.planned)}` : number(run.steps)],
+    ["time in steps", duration(last(run, "clock/elapsed"))],
+    ["held-out accuracy", known(held) ? `${known(run.before.all) ? `${percent(run.before.all)} → ` : ""}${percent(held)}` : null],
+    ["reward, last", known(last(run, "reward")) ? number(last(run, "reward")) : null],
+    ["loss, last", run.stage !== "rl" && known(last(run, "loss")) ? number(last(run, "loss")) : null],
+    ["held-out pairs right", known(last(run, "eval_accuracy")) ? percent(last(run, "eval_accuracy")) : null],
+    ["status", run.status],
+  ];
+  return el("dl", { class: "facts" }, facts.filter(([, v]) => v !== null).map(([k, v]) => el("div", {}, el("dt", {}, k), el("dd", {}, v))));
+}
+
+function intervalOf(low, middle, high, from, to) {
+  const at = (x) => 4 + 172 * Math.min(Math.max((x - from) / (to - from), 0), 1);
+  return svg("svg", { class: "interval c0", viewBox: "0 0 180 16", "aria-hidden": "true" },
+    from < 0 ? svg("line", { class: "grid", x1: at(0), x2: at(0), y1: 0, y2: 16 }) : null,
+    svg("line", { x1: at(low), x2: at(high), y1: 8, y2: 8 }), svg("circle", { cx: at(middle), cy: 8, r: 3.5 }));
+}
+
+function evaluationOf(job) {
+  const found = job && job.eval;
+  if (!found || !found.evaluations.length) return null;
+  const rows = [];
+  for (const domain of Object.keys(found.evaluations[0].domains || {})) {
+    for (const e of found.evaluations) {
+      const d = (e.domains || {})[domain], m = d && d.mean, p = (e.against_first || {})[domain];
+      if (!m) continue;
+      const rates = Object.entries(d).filter(([k]) => k.includes("@")).map(([k, v]) => `${k} ${percent(v)}`).join(", ");
+      rows.push([domain, visible(e.model + (known(e.thinking) ? ` (thinking ${e.thinking})` : "")), percent(m.mean),
+        intervalOf(m.low, m.mean, m.high, 0, 1), `${percent(m.low)} – ${percent(m.high)}`,
+        p ? el("span", { class: p.low > 0 ? "good" : p.high < 0 ? "bad" : "" }, `${signed(100 * p.difference)} points [${signed(100 * p.low)}, ${signed(100 * p.high)}], p ${number(p.p)}`) : "", rates]);
+    }
+  }
+  return section("evaluation", "Before and after, on held-out tasks",
+    el("div", { class: "panel" }, table(["domain", "model", "accuracy", "", "95 % interval", "against the first", "of several answers"], rows, [2])));
+}
+
+function tree(value) {
+  return el("dl", { class: "evidence" }, Object.entries(value).map(([k, v]) => [el("dt", {}, visible(k.replaceAll("_", " "))),
+    v && typeof v === "object" && !Array.isArray(v) ? el("dd", {}, tree(v)) : el("dd", {}, visible(plainly(v)))]));
+}
+
+function rewardModelOf(run) {
+  const files = Object.entries(run.evaluations || {});
+  const lengths = {};
+  for (const name of Object.keys(run.curves.values)) {
+    const found = name.match(/^eval_by_length\/(.*)\/(pairs|accuracy)$/);
+    if (found) (lengths[found[1]] = lengths[found[1]] || {})[found[2]] = last(run, name);
+  }
+  const parts = [];
+  if (Object.keys(lengths).length) {
+    parts.push(el("div", { class: "panel" }, el("h3", {}, "Accuracy by which answer is longer"),
+      table(["the better answer", "pairs", "accuracy"], Object.entries(lengths).map(([k, v]) => [k, number(v.pairs), percent(v.accuracy)]), [1, 2])));
+  }
+  const told = [["held-out accuracy", "eval_accuracy", percent], ["mean margin", "eval_difference", number], ["calibration error", "eval_ece", percent],
+    ["… after temperature scaling", "eval_ece_scaled", percent], ["temperature", "eval_temperature", number], ["correlation with length", "eval_length_correlation", number]]
+    .filter(([, k]) => known(last(run, k)));
+  if (told.length) parts.push(el("div", { class: "panel" }, el("h3", {}, "On held-out pairs, last"), table(["", ""], told.map(([n, k, f]) => [n, f(last(run, k))]), [1])));
+  for (const [name, value] of files) parts.push(el("div", { class: "panel" }, el("h3", {}, visible(name)), tree(value)));
+  return parts.length ? section("reward-model", "Reward model", el("div", { class: "cards" }, parts)) : null;
+}
+
+function stageCard(r, current) {
+  const results = Object.entries(r.results || {}).filter(([, v]) => known(v)).slice(0, 4);
+  return el("div", { class: "panel" }, el("h3", {}, current ? `${r.stage || "?"} (this run)` : r.stage || "a model"),
+    el("p", { class: "faint mono" }, visible(r.address || "")),
+    el("p", { class: "faint" }, [r.steps ? `${number(r.steps)} steps` : null, r.seconds ? duration(r.seconds) : null, r.finished_at].filter(Boolean).join(", ")),
+    results.map(([k, v]) => el("p", { class: "faint" }, `${k.replaceAll("_", " ")} ${number(v)}`)));
+}
+
+function lineageOf(data, run) {
+  const own = { stage: run.stage, address: run.dir, ...(run.manifest || {}), steps: run.steps };
+  const chain = [...run.ancestors].reverse();
+  const flow = [];
+  for (const [i, r] of [...chain, own].entries()) {
+    if (i) flow.push(el("span", { class: "arrow", "aria-hidden": "true" }, "→"));
+    flow.push(stageCard(r, r === own));
+  }
+  const stages = data.job && data.job.stages;
+  const rows = data.differences.map((d) => [el("td", { class: "mono" }, d.key), ...d.values.map((v) => el("td", { class: "mono wrap" }, v === null ? "" : visible(v)))]);
+  return section("lineage", "Lineage", el("div", { class: "flow" }, flow),
+    stages ? el("details", {}, el("summary", {}, `Commands of the job's ${Object.keys(stages).length} stages`), el("div", { class: "in" },
+      table(["stage", "seconds", "command"], Object.entries(stages).map(([n, s]) => [n, number(Math.round(s.seconds)), el("td", { class: "mono wrap" }, visible(`cabochon ${(s.command || []).join(" ")}`))]), [1]))) : null,
+    rows.length ? el("details", { open: data.runs.length > 1 && rows.length <= 25 }, el("summary", {}, `${rows.length} settings that differ between the runs`),
+      el("div", { class: "in" }, table(["setting", ...data.runs.map((r) => r.name)], rows))) : null);
+}
+
+function eventsOf(run, frame) {
+  if (!run.events.length) return null;
+  const rows = run.events.map((e) => [
+    known(e.time) ? new Date(1000 * e.time).toISOString().slice(0, 19).replace("T", " ") : "",
+    known(e.step) && e.step > 0 ? el("button", { type: "button", class: "link", onclick: () => frame.choose(e.step) }, number(e.step)) : "",
+    el("td", { class: e.event === "alarm" || e.event === "failed" ? "bad" : "" }, visible(String(e.event))), el("td", { class: "wrap", dir: "auto" }, visible(String(e.message || "")))]);
+  return section("events", "Events", el("div", { class: "panel" }, table(["time (UTC)", "step", "what", ""], rows, [1])));
+}
+
+function environmentOf(run) {
+  const m = run.manifest || {};
+  const versions = Object.entries(m.versions || {}).map(([k, v]) => [k, visible(plainly(v))]);
+  const files = (m.data || []).map((f) => [visible(f.path), `${number(Math.round(f.bytes / 1000))} kB`, el("td", { class: "mono" }, String(f.sha256).slice(0, 16))]);
+  return section("environment", "Environment", el("div", { class: "cards" },
+    versions.length ? el("div", { class: "panel" }, el("h3", {}, "Versions"), table(["", ""], versions)) : null,
+    files.length ? el("div", { class: "panel" }, el("h3", {}, "Data, by content"), table(["file", "size", "sha-256"], files, [1])) : null,
+    el("div", { class: "panel" }, el("h3", {}, "Settings"), el("details", {}, el("summary", {}, "config.yaml, as it was resolved"), el("pre", { class: "in", tabindex: "0" }, visible(JSON.stringify(run.config, null, 1)))))));
+}

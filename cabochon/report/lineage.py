@@ -1,0 +1,97 @@
+"""Where a result came from: the runs of a job in order, ancestors by their manifests, settings that differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cabochon.errors import UserError
+from cabochon.report.files import Row, read_object
+
+KEPT = ("stage", "finished_at", "steps", "seconds", "results", "seed", "data", "versions")
+
+
+def is_run(place: Path) -> bool:
+    return (place / "config.yaml").is_file()
+
+
+def runs_in(place: Path) -> list[tuple[str, Path]]:
+    """(name, directory) of the run at `place`, or of a job's in the order they were run.
+
+    Raises UserError where there is none.
+    """
+    if is_run(place):
+        return [(place.name or str(place), place)]
+    if not place.is_dir():
+        raise UserError(f"{place}: no such directory; expected a run's (it holds config.yaml) or a job's")
+    found = {p.name: p for p in sorted(place.iterdir()) if p.is_dir() and is_run(p)}
+    if not found:
+        below = sorted(str(p.parent) for p in place.glob("*/*/config.yaml"))[:1]
+        nearest = f"; did you mean {below[0]}?" if below else ""
+        raise UserError(f"{place}: no run in here: expected config.yaml, or directories that hold one{nearest}")
+    stages = list(read_object(place / "pipeline.json") or {})
+    begun = {name: (p / "config.yaml").stat().st_mtime for name, p in found.items()}
+    order = sorted(found, key=lambda name: (stages.index(name) if name in stages else len(stages), begun[name]))
+    return [(name, found[name]) for name in order]
+
+
+def config_of(place: Path) -> Row:
+    """config.yaml as plain data; empty where it cannot be read."""
+    try:
+        value = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return json.loads(json.dumps(value, default=str)) if isinstance(value, dict) else {}
+
+
+def ancestors(place: Path, config: Mapping[str, Any]) -> list[Row]:
+    """The runs this one began from, nearest first, as their manifests have them."""
+    manifest = read_object(place / "manifest.json")
+    parents = (manifest or {}).get("parents")
+    if not isinstance(parents, list):
+        model = config.get("model")
+        address = model.get("address") if isinstance(model, Mapping) else None
+        parents = [{"address": address, "manifest": _beside(address)}] if address else []
+    out: list[Row] = []
+    for parent in parents:
+        if isinstance(parent, Mapping):
+            about = parent.get("manifest") or {}
+            out.append({"address": str(parent.get("address")), **{k: about.get(k) for k in KEPT}})
+            out += _nested(about)
+    return out
+
+
+def _nested(manifest: Mapping[str, Any], depth: int = 8) -> Iterator[Row]:
+    for parent in manifest.get("parents") or []:
+        if isinstance(parent, Mapping) and depth:
+            about = parent.get("manifest") or {}
+            yield {"address": str(parent.get("address")), **{k: about.get(k) for k in KEPT}}
+            yield from _nested(about, depth - 1)
+
+
+def _beside(address: str) -> Row | None:
+    path = Path(address)
+    return read_object(path.parent / "manifest.json") if path.name == "final" else None
+
+
+def differences(configs: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Settings that several of the configs have and that are not the same in all: `key`, `values` (null: not there)."""
+    flat = [dict(_leaves(config)) for config in configs]
+    out: list[Row] = []
+    for key in dict.fromkeys(k for one in flat for k in one):
+        have = [one[key] for one in flat if key in one]
+        if len(have) > 1 and len(set(have)) > 1:
+            out.append({"key": key, "values": [one.get(key) for one in flat]})
+    return out
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, json.dumps(value, ensure_ascii=False)
