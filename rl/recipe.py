@@ -72,6 +72,8 @@ class EngineConfig(Frozen):
     """sequences decoded together by each worker"""
     length: int = Field(256, ge=8)
     """prompt and completion of one sequence, in tokens"""
+    tensor: int = Field(1, ge=1)
+    """devices that share one engine, each with a part of every layer; a Ray worker needs them all (`ray.resources`)"""
     ray: RayConfig = RayConfig()
     """not used by `local`"""
 

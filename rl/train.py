@@ -269,14 +269,20 @@ def learners_of(cfg: RlConfig, update: Update, mesh: Mesh | None) -> Learners:
     return Learners(policy=Learner(shape, update.loss, mesh), critic=critic)
 
 
-def engine_of(cfg: RlConfig, policy: Policy, weights: Weights, run: Run, stack: ExitStack) -> StreamingEngine:
-    """Ray's workers, which end with the stack, or this process."""
-    slots = SlotConfig(
+def slot_config(cfg: RlConfig) -> SlotConfig:
+    """Of each engine that samples."""
+    return SlotConfig(
         slots=cfg.engine.slots,
         length=cfg.engine.length,
         dtype=cfg.precision.compute,
         cache_dtype=cfg.precision.compute,
+        tensor=cfg.engine.tensor,
     )
+
+
+def engine_of(cfg: RlConfig, policy: Policy, weights: Weights, run: Run, stack: ExitStack) -> StreamingEngine:
+    """Ray's workers, which end with the stack, or this process."""
+    slots = slot_config(cfg)
     if cfg.engine.kind == "local":
         return LocalStream(LocalEngine(policy.config, policy.tokenizer, weights, slots))
     from cabochon.rollouts.ray_engine import RayEngine

@@ -23,13 +23,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from cabochon import parallel
 from cabochon.model import native
 from cabochon.model import transformer as tf
 from cabochon.model.config import LayerKind, ModelConfig
 from cabochon.model.layers import RMSNorm, rope_tables
 from cabochon.rollouts import thinking
 from cabochon.rollouts.filters import draw
-from cabochon.rollouts.slots import Prefix, Row, SlotConfig, Slots
+from cabochon.rollouts.slots import Prefix, Row, SlotConfig, Slots, cache_sharding
 
 EngineParams = dict[str, Any]
 """`layers`: a list of parameter trees, one a layer; `embed`, `final_norm` and, untied, `head` as in the policy"""
@@ -69,6 +70,8 @@ def engine_params(model: ModelConfig, params: Mapping[str, Any], cfg: SlotConfig
 
     For the native kernels matrices are packed, biases and norms stay f32, and `head` is packed beside the table.
     """
+    if cfg.mesh is not None:
+        return _spread(model, params, cfg)
     if not cfg.native:
         return _split(model, cfg.dtype, dict(params))
     host = jax.tree.map(np.asarray, dict(params))
@@ -100,6 +103,38 @@ def _split(model: ModelConfig, dtype: str, params: dict[str, Any]) -> EnginePara
     return tf.cast({"layers": _layers(model, params), **rest}, dtype)
 
 
+def _spread(model: ModelConfig, params: Mapping[str, Any], cfg: SlotConfig) -> EngineParams:
+    """Split and cast on the host, so that each device gets its part and nothing else."""
+    host = jax.tree.map(np.asarray, dict(params))
+    rest = {name: host[name] for name in host if name != "blocks"}
+    return jax.device_put(tf.cast({"layers": _layers(model, host), **rest}, cfg.dtype), engine_shardings(model, cfg))
+
+
+def engine_shardings(model: ModelConfig, cfg: SlotConfig) -> Any:
+    """Where each of the engine's weights lies on `cfg.mesh`."""
+    assert cfg.mesh is not None
+    axes, shapes = tf.logical_axes(model), abstract_params(model, cfg)
+    whole = {name: axes[name] for name in axes if name != "blocks"}
+    named = jax.tree.map(lambda a: _Axes(a), axes["blocks"], is_leaf=lambda a: isinstance(a, tuple))
+    layers = jax.tree.map(lambda a: a.names, _layers(model, {"blocks": named}), is_leaf=lambda a: isinstance(a, _Axes))
+    return parallel.param_shardings({"layers": layers, **whole}, shapes, cfg.mesh)
+
+
+class _Axes:
+    """Names of a stacked array's axes; one of its layers has all but the first."""
+
+    def __init__(self, names: tuple[str | None, ...]):
+        self.names = names
+
+    def __getitem__(self, layer: int) -> _Axes:
+        return _Axes(self.names[1:])
+
+
+def abstract_params(model: ModelConfig, cfg: SlotConfig) -> EngineParams:
+    """`engine_params` as shapes; not for the native kernels."""
+    return jax.eval_shape(lambda params: _split(model, cfg.dtype, params), tf.abstract(model))
+
+
 def _packed(layer: Any, dtype: str, path: tuple[str, ...] = ()) -> Any:
     """A layer's tree with its matrices packed; `path` is where in it `layer` stands."""
     if isinstance(layer, Mapping):
@@ -124,7 +159,7 @@ def programs(model: ModelConfig, cfg: SlotConfig) -> Programs:
     def counted(name: str, fn: Callable) -> Callable:
         def traced(*args: Any) -> Any:
             traces[name] += 1
-            return fn(model, cfg, *args)
+            return _in_place(cfg, fn(model, cfg, *args))
 
         return traced
 
@@ -135,6 +170,13 @@ def programs(model: ModelConfig, cfg: SlotConfig) -> Programs:
         decode=jax.jit(counted("decode", _decode), donate_argnums=1),
         traces=traces,
     )
+
+
+def _in_place(cfg: SlotConfig, out: Any) -> Any:
+    """What a program returns lies where it lay when it was given, so that the next call is the same program."""
+    if (mesh := cfg.mesh) is None:
+        return out
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, cache_sharding(mesh, x)), out)
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -230,7 +272,7 @@ def _forward(
         if kind == "dense":
             x = x + b.mlp(h)
         else:
-            y, used_BTC, _ = b.moe(h, real_BT, None, "native" if cfg.native else "auto", None)
+            y, used_BTC, _ = b.moe(h, real_BT, None, "native" if cfg.native else "auto", cfg.mesh)
             x, routes = x + y, [*routes, used_BTC]
     none = jnp.zeros((*token_BT.shape, 0, model.moe.top_k if model.moe else 1), jnp.int32)
     return x, tuple(keys), tuple(values), jnp.stack(routes, 2).astype(jnp.int32) if routes else none

@@ -11,7 +11,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
+from cabochon import parallel, target
+from cabochon.config import MeshConfig
 from cabochon.errors import UserError
 from cabochon.model import native
 from cabochon.model.config import ModelConfig
@@ -52,13 +56,25 @@ class SlotConfig:
     """prompt tokens that a request must share with a sequence that ended lately for its keys and values to be taken
     from there instead of being computed (multi-turn); 0: never. What is taken agrees with a fresh reading to 1e-5, not
     to the last bit, so where it is on, company can move a draw that falls on the edge between two tokens"""
+    tensor: int = 1
+    """devices that share one engine: each holds its part of the heads, feed-forward columns and vocabulary"""
 
     @property
     def native(self) -> bool:
         """Does this engine run the native kernels? Raises UserError where they are asked for and cannot run."""
         if self.kernels == "native" and (why := native.missing()):
             raise UserError(f"kernels=native cannot run here: {why}; expected xla or auto")
-        return self.kernels != "xla" and not native.missing()
+        return self.kernels != "xla" and self.tensor == 1 and not native.missing()
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Of the first `tensor` devices; None for one. Raises UserError where there are fewer."""
+        if self.tensor == 1:
+            return None
+        devices = target.devices()
+        if len(devices) < self.tensor:
+            raise UserError(f"tensor={self.tensor} needs as many devices for one engine, here are {len(devices)}")
+        return parallel.make_mesh(MeshConfig(fsdp=1, tensor=self.tensor), list(devices[: self.tensor]))
 
     @property
     def positions(self) -> int:
@@ -114,7 +130,7 @@ def empty_slots(model: ModelConfig, cfg: SlotConfig) -> Slots:
         token=0, position=0, left=0, key=np.zeros(2, np.uint32), stop_ids=(), sampling=Sampling(),
         thought=thinking.idle(), vocab=model.vocab_size,
     )._replace(live_B=np.bool_(False))  # fmt: skip
-    rows = jax.tree.map(lambda x: jnp.asarray(np.repeat(np.asarray(x)[None], cfg.slots, 0)), row)
+    rows = jax.tree.map(lambda x: _put(np.repeat(np.asarray(x)[None], cfg.slots, 0), cfg), row)
     return Slots(*_cache(model, cfg, cfg.slots, cfg.positions), rows)
 
 
@@ -126,8 +142,21 @@ def _cache(model: ModelConfig, cfg: SlotConfig, rows: int, positions: int) -> tu
     shape = (rows, model.num_kv_heads, positions, model.head_dim)
     held = "uint16" if cfg.cache_dtype == "bfloat16" else cfg.cache_dtype
     zeros = np.zeros(shape, jnp.dtype(held))  # copied to the device: nothing to compile
-    k, v = (tuple(jnp.array(zeros) for _ in range(model.num_layers)) for _ in "kv")
+    k, v = (tuple(_put(zeros, cfg) for _ in range(model.num_layers)) for _ in "kv")
     return k, v
+
+
+def _put(x: np.ndarray, cfg: SlotConfig) -> jax.Array:
+    place = cache_sharding(cfg.mesh, x)
+    return jnp.array(x) if place is None else jax.device_put(x, place)
+
+
+def cache_sharding(mesh: Mesh | None, x: Leaf) -> NamedSharding | None:
+    """Keys and values [B, K, S, H] are split by kv heads where the devices divide them; all else is everywhere."""
+    if mesh is None:
+        return None
+    by_head = x.ndim == 4 and x.shape[1] % mesh.shape["tensor"] == 0
+    return NamedSharding(mesh, Spec(None, "tensor") if by_head else Spec())
 
 
 def make_row(

@@ -151,7 +151,7 @@ def logits(cfg: ModelConfig, params: Mapping[str, Any], hidden: Float[Array, "*B
 def cast(params: Params, dtype: DTypeLike) -> Params:
     """Parameters in a compute dtype; the router and a value head stay f32."""
 
-    def one(path: tuple[Any, ...], x: Array) -> Array:
+    def one(path: tuple[Any, ...], x: Any) -> Any:
         kept = any(getattr(p, "key", None) in ("router", value.KEY) for p in path)
         return x if kept else x.astype(dtype)
 
