@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from cabochon import overrides
-from cabochon.cli_stages import DryRun, Parts, ResumeAnyway, run_stage
+from cabochon.cli_stages import DryRun, Parts, ResumeAnyway, TrainsByDefault, run_stage
 from cabochon.errors import MachineError, UserError
 
 if TYPE_CHECKING:
@@ -32,16 +31,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="the JSONL file to writ
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
 
 
-class _TrainsByDefault(TyperGroup):
-    """`rm RECIPE` is `rm train RECIPE`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
-            args = ["train", *args]
-        return super().parse_args(ctx, args)
-
-
-app = typer.Typer(cls=_TrainsByDefault, no_args_is_help=True, help="Reward models: `cabochon rm RECIPE` trains one.")
+app = typer.Typer(cls=TrainsByDefault, no_args_is_help=True, help="Reward models: `cabochon rm RECIPE` trains one.")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`cabochon sft`, `data check`, `tasks make`: stages and what prepares them. Heavy imports happen on use."""
+"""`cabochon sft`, `distill`, `data check`, `tasks make`: stages and what prepares them. Heavy imports happen on use."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cabochon import overrides
 from cabochon.errors import MachineError, UserError
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from cabochon.config import StageConfig
-    from cabochon.sft.config import SftConfig
+    from cabochon.learner import LossFn
+    from cabochon.model.config import ModelConfig
+    from cabochon.protocols import PolicyEngine, Weights
+    from cabochon.sft.config import DistillConfig, ExamplesConfig
+    from cabochon.tokenizer import Tokenizer
 
 Parts = Annotated[
     list[str],
@@ -32,7 +37,7 @@ ResumeAnyway = Annotated[
 ON, OFF = "\x1b[1;32m", "\x1b[0m"
 """trained text on a terminal"""
 
-STAGES = ("judge", "rl", "rm", "run", "sft", "tasks")
+STAGES = ("distill", "judge", "rl", "rm", "run", "sft", "tasks")
 
 
 def schema_of(stage: object) -> type[BaseModel]:
@@ -43,11 +48,13 @@ def schema_of(stage: object) -> type[BaseModel]:
     from cabochon.reward.config import RewardModelConfig
     from cabochon.reward.open import JudgeRun
     from cabochon.rl.recipe import RlConfig
-    from cabochon.sft.config import SftConfig
+    from cabochon.sft.config import DistillConfig, SftConfig
 
     match stage:
         case None:
             return TrainConfig
+        case "distill":
+            return DistillConfig
         case "judge":
             return JudgeRun
         case "rl":
@@ -71,7 +78,20 @@ def load_recipe(parts: list[str]) -> BaseModel:
     return overrides.load(schema_of(overrides.peek(recipes, settings, "stage")), recipes, settings)
 
 
-def sft(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = False) -> None:
+class TrainsByDefault(TyperGroup):
+    """A group whose `train` need not be said: `sft RECIPE` is `sft train RECIPE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["train", *args]
+        return super().parse_args(ctx, args)
+
+
+sft = typer.Typer(cls=TrainsByDefault, no_args_is_help=True, help="Fine-tuning: `cabochon sft RECIPE` trains.")
+
+
+@sft.command("train")
+def sft_train(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = False) -> None:
     """Fine-tune a model on examples. The same command again goes on where it stopped; Ctrl-C saves first.
 
     Example: cabochon sft gsm8k-sft data.train=gsm8k_train.jsonl run.dir=runs/gsm8k
@@ -80,7 +100,10 @@ def sft(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = Fal
 
     cfg = overrides.load(SftConfig, *overrides.split(parts))
     if dry_run:
-        _describe_sft(cfg)
+        from cabochon.learner import cross_entropy
+        from cabochon.policy import open_tokenizer
+
+        _describe(cfg, cross_entropy, open_tokenizer(cfg.model))
         return
     from cabochon.sft.train import main
 
@@ -97,26 +120,120 @@ def run_stage(main: Callable[..., Path], cfg: StageConfig, resume_anyway: bool, 
         raise MachineError(f"{cfg.run.dir}: {error}; {hint}") from error
 
 
-def _describe_sft(cfg: SftConfig) -> None:
+@sft.command("select")
+def sft_select(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the directory of a run of sft or distill")],
+    tasks: Annotated[list[Path], typer.Option(help="JSONL of tasks; may be given several times")],
+    samples: Annotated[int, typer.Option(min=1, help="completions of each task")] = 8,
+    most: Annotated[int, typer.Option(min=1, help="tasks at most, the first of each domain alike")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="new tokens at most")] = 256,
+    low: Annotated[float, typer.Option(min=0.0, help="nats: least entropy of a sampled token")] = 0.3,
+    high: Annotated[float, typer.Option(min=0.0, help="nats: most entropy of a sampled token")] = 0.5,
+    slots: Annotated[int, typer.Option(min=1, help="sequences decoded together")] = 32,
+    seed: Annotated[int, typer.Option(help="the same seed asks the same")] = 0,
+    sandbox: Annotated[str, typer.Option(help="bubblewrap or docker, for `code` tasks")] = "bubblewrap",
+) -> None:
+    """Choose the checkpoint to begin RL with: entropy of its samples in a range, then pass@n; it becomes RUN/selected.
+    A run keeps as many checkpoints to choose from as run.keep_last says.
+
+    Example: cabochon sft select runs/demo/sft --tasks runs/demo/tasks/test.jsonl
+    """
+    from cabochon.rl.evaluate import first_of_each
+    from cabochon.rollouts.prompts import encode_prompt
+    from cabochon.sft.select import Asked, select, table
+    from cabochon.verifiers.build import probes_for, verifier_for
+    from cabochon.verifiers.pool import VerifierPool
+    from cabochon.verifiers.tasks import read_tasks
+
+    cfg: Any = load_recipe([str(run / "config.yaml")])
+    if cfg.stage not in ("sft", "distill"):
+        raise UserError(f"{run}: a run of {cfg.stage}; expected one of sft or distill")
+    cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": str(run)})})
+    chosen_tasks = first_of_each([task for path in tasks for task in read_tasks(str(path))], most)
+    asked = Asked(samples=samples, max_tokens=max_tokens, low=low, high=high, seed=seed)
+
+    def engine(model: ModelConfig, tokenizer: Tokenizer, weights: Weights) -> PolicyEngine:
+        longest = max(len(encode_prompt(tokenizer, task.prompt)) for task in chosen_tasks)
+        return local_engine(model, tokenizer, weights, slots, longest + max_tokens)
+
+    verifier = verifier_for(chosen_tasks, sandbox="docker" if sandbox == "docker" else "bubblewrap")
+    with VerifierPool(verifier=verifier, probes=probes_for(chosen_tasks)) as verifiers:
+        found, chosen, inside = select(cfg, chosen_tasks, engine, verifiers.verify, asked,
+                                       told=lambda line: print(line, file=sys.stderr))  # fmt: skip
+    print(table(found, chosen, asked))
+    where = "" if inside else f"; no entropy lies in {low} to {high}, it is the nearest"
+    print(f"{run / 'selected'}: step {chosen.step}{where}")
+
+
+def local_engine(model: ModelConfig, tokenizer: Tokenizer, weights: Weights, slots: int, length: int) -> PolicyEngine:
+    """A sampler in this process."""
+    from cabochon.rollouts.local import LocalEngine
+    from cabochon.rollouts.slots import SlotConfig
+
+    return LocalEngine(model, tokenizer, weights, SlotConfig(slots=slots, length=length))
+
+
+def distill(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = False) -> None:
+    """Teach a small model what a large one thinks of each token, or of what the small one writes itself.
+
+    Example: cabochon distill demo-distill teacher.address=runs/demo/sft/final teacher.cache=runs/demo/teacher
+    """
+    from cabochon.sft.config import DistillConfig
+
+    cfg = overrides.load(DistillConfig, *overrides.split(parts))
+    if dry_run:
+        _describe_distill(cfg)
+        return
+    from functools import partial
+
+    from cabochon.sft.distill import main
+
+    hint = "lower optim.learning_rate, or look at the data of that step"
+    run_stage(partial(main, engine=local_engine), cfg, resume_anyway, hint)
+
+
+def _describe_distill(cfg: DistillConfig) -> None:
+    from cabochon.policy import model_config
+    from cabochon.sft.distill import shared_tokenizer
+    from cabochon.sft.divergence import distillation
+
+    _describe(cfg, distillation(cfg.divergence), shared_tokenizer(cfg, model_config(cfg.model)), cfg.teacher.top_k)
+    each = 4 * cfg.teacher.top_k + 2
+    place = cfg.teacher.cache
+    where = f"in {place}, at most {each} bytes a trained token" if place else "asked at each step"
+    own = f"{cfg.on_policy.fraction:.0%} of the steps on the student's own samples"
+    print(f"teacher {cfg.teacher.address}: the likeliest {cfg.teacher.top_k} tokens, {where}; {own}", file=sys.stderr)
+
+
+def _describe(cfg: ExamplesConfig, loss: LossFn, tokenizer: Tokenizer, candidates: int = 0) -> None:
+    from dataclasses import replace
+
+    import jax
+    import jax.numpy as jnp
+
     from cabochon.cli_weights import describe
-    from cabochon.learner import Learner, cross_entropy
+    from cabochon.learner import Learner
     from cabochon.parallel import mesh_of
-    from cabochon.plan import memory_lines
-    from cabochon.policy import learner_config, open_tokenizer
+    from cabochon.plan import abstract_batch, memory_lines
+    from cabochon.policy import learner_config
     from cabochon.sft.data import read_splits
     from cabochon.sft.train import feed_of, told
 
     print(overrides.dump(cfg), end="")
-    tokenizer = open_tokenizer(cfg.model)
     train, held = read_splits(cfg.data, tokenizer, cfg.step.sequence_length)
-    learner = Learner(learner_config(cfg), cross_entropy, mesh_of(cfg.mesh))
+    learner = Learner(learner_config(cfg), loss, mesh_of(cfg.mesh))
+    batch = abstract_batch(learner)
+    if candidates:
+        shape, sharding = (*batch.tokens_BT.shape, candidates), batch.tokens_BT.sharding
+        ids, logp = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.int32, jnp.float32))
+        batch = replace(batch, candidates_BTK=ids, teacher_BTK=logp)
     step = cfg.step
     lines = [
         describe(learner.cfg.model),
         told(cfg, train, held, len(feed_of(cfg, train, tokenizer).rows(0))),
         f"a step: {step.batch_size} rows x {step.sequence_length} tokens = {step.batch_size * step.sequence_length:,}, "
         f"in {step.micro_batches} micro-batches",
-        *memory_lines(learner),
+        *memory_lines(learner, batch),
     ]
     print("\n".join(lines), file=sys.stderr)
 

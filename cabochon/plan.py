@@ -33,14 +33,15 @@ def abstract_batch(learner: Learner) -> Batch:
     )
 
 
-def memory_lines(learner: Learner) -> list[str]:
+def memory_lines(learner: Learner, batch: Batch | None = None) -> list[str]:
     """Bytes of weights, optimiser and, from the compiled step, everything that lives only while it runs.
 
-    Compiles the step for the devices that are there, so that the numbers are the compiler's and not a guess.
+    Compiles the step for the devices that are there, so that the numbers are the compiler's and not a guess. `batch`:
+    as shapes, where the loss needs more of it than tokens and masks.
     """
     state = learner.abstract_state()
     weights, optimizer = device_bytes(state.params), device_bytes(state.opt_state)
-    compiled = learner.step.lower(state, abstract_batch(learner)).compile().memory_analysis()
+    compiled = learner.step.lower(state, batch or abstract_batch(learner)).compile().memory_analysis()
     during = int(compiled.temp_size_in_bytes) if compiled is not None else 0
     devices = 1 if learner.mesh is None else learner.mesh.size
     parts = {"weights": weights, "optimiser state": optimizer, "gradients, activations, logits": during}

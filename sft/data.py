@@ -196,7 +196,10 @@ class Feed:
     """the rows of the epochs in use, as lists of examples"""
 
     def take(self, position: Position) -> tuple[Batch, list[Encoded], Position]:
-        """The batch that begins there, the examples in it, and where the next one begins. Epochs follow seamlessly."""
+        """The batch that begins there, the examples as they lie in it (row by row), and where the next one begins.
+
+        Epochs follow seamlessly.
+        """
         rows: list[list[int]] = []
         while len(rows) < self.batch_size:
             plan = self.rows(position.epoch)
@@ -218,10 +221,14 @@ class Feed:
         return self._plan[epoch]
 
     def all_once(self) -> list[Batch]:
-        """Every example once, in order, the last batch filled up with empty rows: for evaluation."""
+        """Every example once, the last batch filled up with empty rows: for evaluation."""
+        return [batch for batch, _ in self.all_with_examples()]
+
+    def all_with_examples(self) -> list[tuple[Batch, list[Encoded]]]:
+        """The same, with the examples as they lie in each batch."""
         rows = pack(self.split, np.arange(len(self.split.examples)), self.length, self.packing)
         rows += [[]] * (-len(rows) % self.batch_size)
-        return [self._batch(rows[i : i + self.batch_size])[0] for i in range(0, len(rows), self.batch_size)]
+        return [self._batch(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> tuple[Batch, list[Encoded]]:
         used = [self.split.examples[i] for row in rows for i in row]
