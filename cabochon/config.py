@@ -253,6 +253,8 @@ class RunConfig(Frozen):
     """steps between printed lines; metrics.jsonl has a row for every step"""
     tensorboard: bool = True
     """write TensorBoard event files to DIR/tensorboard"""
+    trackers: tuple[Literal["mlflow", "trackio", "wandb"], ...] = ()
+    """who else gets the numbers, such as [wandb]; each is an extra to install"""
     peak_tflops: float = Field(0.0, ge=0)
     """of one device, what utilisation is measured against; 0 measures a matrix product at the start"""
 

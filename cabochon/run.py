@@ -57,6 +57,7 @@ from cabochon.console import Console, duration
 from cabochon.errors import MachineError, UserError
 from cabochon.files import sync
 from cabochon.metrics import EventFile, Journal, plain, scalars, writing
+from cabochon.trackers import Trackers, start_trackers, tracker_named
 
 PACKAGES = ("cabochon", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 """whose versions the manifest names"""
@@ -82,6 +83,7 @@ class Run:
         self._metrics, self._events = Journal(self.dir / "metrics.jsonl"), Journal(self.dir / "events.jsonl")
         self._experts: Journal | None = None
         self._scalars: EventFile | None = None
+        self._trackers: Trackers | None = None
         self._mark = time.perf_counter()
 
     # -- going on ------------------------------------------------------------------------------------------------------
@@ -100,6 +102,8 @@ class Run:
             saved = saved._replace(meta=saved.meta["stage"])
         if self.config.run.tensorboard:
             self._scalars = EventFile(self.dir / "tensorboard", purge_from=step + 1)
+        if names := self.config.run.trackers:
+            self._trackers = start_trackers(names, self.dir, self.config.model_dump(mode="json"))
         return saved
 
     def steps(self, done: int, total: int) -> Iterator[int]:
@@ -147,8 +151,13 @@ class Run:
         if experts is not None:
             self._expert_file().append({"step": step, **experts})
         self._metrics.append({**values, "clock": clock})
+        numbers = list(scalars({k: v for k, v in values.items() if k != "step"} | {"clock": clock}))
         if self._scalars is not None:
-            self._scalars.add(step, list(scalars({k: v for k, v in values.items() if k != "step"} | {"clock": clock})))
+            self._scalars.add(step, numbers)
+        if self._trackers is not None:
+            self._trackers.log(step, dict(numbers))
+            for line in self._trackers.news():
+                self.event("tracker", line, step=step)
         self.console.step(step, {**clock, **values}, seconds)
 
     def event(self, kind: str, message: str, *, step: int | None = None, data: Mapping[str, Any] | None = None) -> None:
@@ -209,6 +218,9 @@ class Run:
 
     def close(self) -> None:
         self.console.stop()
+        for line in self._trackers.finish() if self._trackers else ():
+            with contextlib.suppress(MachineError):
+                self.event("tracker", line)
         self._metrics.close()
         self._events.close()
         if self._experts is not None:
@@ -236,6 +248,8 @@ def open_run(
     `resume_anyway` is off.
     """
     place = Path(config.run.dir)
+    for name in config.run.trackers:
+        tracker_named(name)
     inputs = {"data": [_identity(Path(path)) for path in data]}
     with _locked(place), contextlib.ExitStack() as stack:
         differences = _differences(place, config, inputs)
