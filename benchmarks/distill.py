@@ -92,7 +92,7 @@ def main() -> None:
     models = [teacher, *(str(place / "final") for places in runs.values() for place in places)]
     report = compare(models, asked, told=lambda line: print(line, flush=True))
     accuracy = {e["model"]: e["domains"]["all"]["mean"]["mean"] for e in report["evaluations"]}
-    whole, part = (parameter_counts(read_config(Path(model)))[0] for model in models[:2])
+    whole, part = (parameter_counts(read_config(Path(model))).total for model in models[:2])
     print(f"\nteacher {whole:,} parameters, student {part:,} ({part / whole:.0%}); {a.steps} steps on "
           f"{a.rows or len(lines):,} rows; seeds {a.seeds}; {a.questions} held-out tasks answered")  # fmt: skip
     print(f"{'':22} {'held-out loss':>26}  {'greedy accuracy':>28}  bytes a token")

@@ -172,6 +172,8 @@ def sampled_entropy(cfg: ExamplesConfig, params: tf.Params, completions: Sequenc
     step = StepConfig(batch_size=size, sequence_length=length, logit_chunk=cfg.step.logit_chunk)
     shape = replace(learner_config(cfg, entropy=True), step=step, lora=None)
     learner = Learner(shape, cross_entropy, mesh)
+    if mesh is not None:
+        params = jax.device_put(params, learner.state_shardings().params)
     rows = best_fit([len(t) for t in tokens], length)
     rows += [[]] * (-len(rows) % size)
     total = count = 0.0
