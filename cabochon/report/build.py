@@ -54,13 +54,13 @@ class RunReader:
         return True
 
     def snapshot(self) -> Row:
-        """Everything but completions, as plain data."""
+        """Everything but the verdict and completions, as plain data."""
         config, manifest = lineage.config_of(self.place), read_object(self.place / "manifest.json")
         curves = self._curves.columns()
         before: Row = next((e["held_out"] for e in self._told if isinstance(e.get("held_out"), dict)), {})
         tasks = next((e["tasks"] for e in self._told if isinstance(e.get("tasks"), int)), None)
         asked = config.get("eval")
-        out: Row = {
+        return {
             "name": self.name, "dir": str(self.place), "stage": str(config.get("stage", "")), "config": config,
             "steps": curves["step"][-1] if curves["step"] else 0,
             "planned": config.get("steps") if isinstance(config.get("steps"), int) else None,
@@ -71,7 +71,7 @@ class RunReader:
             "manifest": {k: v for k, v in (manifest or {}).items() if k in lineage.KEPT} or None,
             "evaluations": self._evaluations(), "left_out": self._left_out(),
         }  # fmt: skip
-        return out | {"verdict": verdict(out)}
+        return out
 
     def groups(self, step: int, groups: int = GROUPS, completions: int = COMPLETIONS) -> Row:
         """Completions of a step; empty where there are none."""
@@ -151,11 +151,14 @@ class Readers:
     def snapshot(self) -> Row:
         runs = [run.snapshot() for run in self.runs]
         job = self.places[0] if len(self.places) == 1 and not lineage.is_run(self.places[0]) else None
+        evaluation = _evaluation(job) if job else None
+        for run in runs:
+            run["verdict"] = verdict(run, _paired(evaluation, run["dir"]))
         return {
             "title": str(self.places[0]) if len(self.places) == 1 else f"{len(runs)} runs",
             "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "live": False, "runs": runs,
             "differences": lineage.differences([run["config"] for run in runs]),
-            "job": None if job is None else {"stages": read_object(job / "pipeline.json"), "eval": _evaluation(job)},
+            "job": None if job is None else {"stages": read_object(job / "pipeline.json"), "eval": evaluation},
         }  # fmt: skip
 
 
@@ -169,6 +172,16 @@ def _evaluation(job: Path) -> Row | None:
         "asked": found.get("asked"),
         "evaluations": [{k: e.get(k) for k in kept} for e in found["evaluations"] if isinstance(e, dict)],
     }
+
+
+def _paired(evaluation: Row | None, place: str) -> dict[str, float] | None:
+    """The test of this run's result against the first model of the evaluation."""
+    for entry in (evaluation or {}).get("evaluations", []):
+        found = (entry.get("against_first") or {}).get("all")
+        same = os.path.normpath(str(entry.get("model"))) == os.path.normpath(f"{place}/final")
+        if same and isinstance(found, dict) and {"difference", "low", "high"} <= set(found):
+            return found
+    return None
 
 
 def report(places: Sequence[Path]) -> str:
@@ -191,7 +204,7 @@ def _embed(reader: RunReader, run: Row, room: int) -> None:
         found = reader.groups(step)
         size = len(page.embedded(found).encode())
         if size > room:
-            continue
+            break
         room -= size
         kept[step] = found
     run["rollouts"] = dict(sorted(kept.items()))

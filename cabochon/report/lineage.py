@@ -82,7 +82,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Settings that several of the configs have and that are not the same in all: `key`, `values` (null: not there)."""
     flat = [dict(_leaves(config)) for config in configs]
     out: list[Row] = []
-    for key in dict.fromkeys(k for one in flat for k in one):
+    for key in dict.fromkeys(k for one in flat for k in one if not k.startswith("run.") and k != "stage"):
         have = [one[key] for one in flat if key in one]
         if len(have) > 1 and len(set(have)) > 1:
             out.append({"key": key, "values": [one.get(key) for one in flat]})

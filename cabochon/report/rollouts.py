@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -122,9 +123,10 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The text of each token, special ones with it; together they are the whole text. Where a character takes several
     tokens, the last of them has it and the others are empty."""
     out: list[str] = []
+    decode = cache(tokenizer.decode)  # short runs of tokens come again and again
     begin = done = 0  # tokens of context before the next piece; tokens whose text is told
     for end in range(1, len(ids) + 1):
-        before, now = tokenizer.decode(ids[begin:done]), tokenizer.decode(ids[begin:end])
+        before, now = decode(tuple(ids[begin:done])), decode(tuple(ids[begin:end]))
         if (now.endswith("\ufffd") and end < len(ids) and end - done < 4) or len(now) < len(before):
             out.append("")
             continue

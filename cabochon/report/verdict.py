@@ -62,8 +62,11 @@ def shares(first: float, last: float, tasks: int) -> Change:
     return Change(first, last, last - first - 1.96 * error, last - first + 1.96 * error)
 
 
-def verdict(run: Mapping[str, Any]) -> dict[str, Any]:
-    """`state`, `title`, `because`: of a run as `build.RunReader.snapshot` has it."""
+def verdict(run: Mapping[str, Any], paired: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """`state`, `title`, `because`: of a run as `build.RunReader.snapshot` has it.
+
+    `paired`: what `cabochon eval` found of its result against the model it began from, which outweighs the rest.
+    """
     match run["stage"]:
         case "rl":
             state, because = _rl(run)
@@ -72,6 +75,12 @@ def verdict(run: Mapping[str, Any]) -> dict[str, Any]:
             because += _accuracy(run)
         case _:
             state, because = _descent(run, ("eval_loss", "loss"), "loss")
+    if paired:
+        change = Change(0.0, paired["difference"], paired["low"], paired["high"])
+        state = state if state == "collapsed" else _direction(change)
+        d, low, high = (100 * x for x in (change.last, change.low, change.high))
+        because.insert(0, f"evaluated afterwards against the first model, on the same held-out tasks: {d:+.1f} points, "
+                          f"95 % interval {low:+.1f} to {high:+.1f}")  # fmt: skip
     alarms = [e for e in run["events"] if e["event"] == "alarm"]
     if alarms:
         names = sorted({str(e.get("alarm", "alarm")) for e in alarms})

@@ -7,14 +7,14 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from cabochon.errors import UserError
 from cabochon.report import page
@@ -53,8 +53,11 @@ class Watcher:
             return await asyncio.to_thread(self._readers.runs[run].groups, step)
 
 
-def application(places: Sequence[Path]) -> FastAPI:
-    """Raises UserError where a directory holds no run. Answers only requests that name this machine as their host."""
+def application(places: Sequence[Path], leaving: Callable[[], bool]) -> FastAPI:
+    """Answers only requests that name this machine as their host; streams end once `leaving`.
+
+    Raises UserError where a directory holds no run.
+    """
     watcher = Watcher(places)
     app = FastAPI(title="cabochon view", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
@@ -81,7 +84,7 @@ def application(places: Sequence[Path]) -> FastAPI:
     async def events() -> Response:
         async def changes() -> AsyncIterator[str]:
             told, silent = -1, 0.0
-            while True:
+            while not leaving():
                 version = await watcher.look()
                 if version != told:
                     told, silent = version, 0.0
@@ -99,7 +102,7 @@ def application(places: Sequence[Path]) -> FastAPI:
 
 def serve(places: Sequence[Path], port: int) -> None:
     """Until Ctrl-C. Raises UserError where the port is taken, or a directory holds no run."""
-    app = application(places)
+    app = application(places, leaving=lambda: server.should_exit)
     taken = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     with taken:
@@ -108,9 +111,11 @@ def serve(places: Sequence[Path], port: int) -> None:
         except OSError as error:
             said = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be had: {os.strerror(error.errno or 0)}"
             raise UserError(f"--port {port} {said}; give another, or 0 for any that is free") from None
+        taken.listen()  # whoever reads the address may come at once
         print(f"http://{HOST}:{taken.getsockname()[1]}/   (Ctrl-C ends it; the runs are only read)", flush=True)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, lifespan="off")
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, lifespan="off")
+        server = uvicorn.Server(config)
         try:
-            uvicorn.Server(config).run(sockets=[taken])
+            server.run(sockets=[taken])
         except KeyboardInterrupt:
             print("closed", file=sys.stderr)

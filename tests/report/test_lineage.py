@@ -1,8 +1,8 @@
 import json
 
 import pytest
-
 import runs
+
 from cabochon.errors import UserError
 from cabochon.report import lineage
 

@@ -3,9 +3,9 @@ import subprocess
 import sys
 
 import runs
+
 from cabochon.report import rollouts
 from cabochon.tokenizer import ByteTokenizer, Tokenizer
-from cabochon.verifiers import cli as verifiers_cli  # noqa: F401  (the command below is this one)
 
 
 def test_pieces_join_to_the_text_and_a_character_of_several_tokens_is_in_its_last():
@@ -47,7 +47,8 @@ def test_long_things_are_cut_and_said_to_be(tmp_path):
     text = "x" * 2000
     row = runs.completion(0, 0, text, 1.0) | {"evidence": {"list": list(range(99)), "deep": {"a": "y" * 9000}}}
     runs.lines(tmp_path / "s.jsonl", [row])
-    (c,) = rollouts.groups_of(tmp_path / "s.jsonl", ByteTokenizer(), groups=1, completions=1)["groups"][0]["completions"]
+    found = rollouts.groups_of(tmp_path / "s.jsonl", ByteTokenizer(), groups=1, completions=1)
+    (c,) = found["groups"][0]["completions"]
     assert c["skipped"] == [400, 2001 - 600]
     assert len(c["pieces"]) == len(c["logprobs"]) == len(c["mask"]) == 600
     assert c["evidence"]["list"][-1] == "… 69 more"
@@ -59,7 +60,7 @@ def test_the_command_of_a_completion_judges_it_again(tmp_path):
     place = runs.rl_run(tmp_path / "a run's", 3, texts=("4", "5"), rollouts=2)
     found = rollouts.groups_of(rollouts.steps_of(place)[3], None, groups=1, completions=2)["groups"][0]
     command = found["completions"][1]["again"].replace("cabochon", f"{sys.executable} -m cabochon.cli")
-    subprocess.run(["sh", "-c", f"{command} --out out.jsonl"], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    subprocess.run(["sh", "-c", f"{command} --out out.jsonl"], cwd=tmp_path, check=True, timeout=120)
     judged = json.loads((tmp_path / "out.jsonl").read_text())
     assert (judged["id"], judged["status"]) == ("completion/0", "wrong"), "5 is not 4"
 

@@ -117,14 +117,17 @@ function stacked(title, x, parts, frame) {
   const canvas = svg("svg", { role: "img", height: HEIGHT });
   box.append(canvas);
   const sums = x.map((_, i) => names.reduce((t, n) => t + (parts[n][i] || 0), 0));
-  const top = Math.max(...sums) || 1;
+  const sorted = [...sums].sort((a, b) => a - b);
+  const most = sorted[sorted.length - 1] || 1, usual = 1.6 * sorted[Math.floor(0.97 * (sorted.length - 1))];
+  const top = usual > 0 && usual < most ? usual : most; // a compile or a pause would flatten all the rest
+  if (top < most) box.querySelector("h3").append(el("span", { class: "key" }, ` peaks to ${duration(most)}`));
   let atLine = null, scaleX = null;
   box.draw = () => {
     const width = Math.max(canvas.clientWidth || 290, 120);
     canvas.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     const inner = width - LEFT - RIGHT, tall = HEIGHT - TOP - BOTTOM;
     scaleX = (s) => LEFT + (frame.last > frame.first ? (s - frame.first) / (frame.last - frame.first) : 0.5) * inner;
-    const scaleY = (v) => TOP + (1 - v / top) * tall;
+    const scaleY = (v) => TOP + (1 - Math.min(v / top, 1)) * tall;
     const below = x.map(() => 0), out = [];
     names.forEach((n, c) => {
       const lower = x.map((s, i) => `${scaleX(s).toFixed(1)} ${scaleY(below[i]).toFixed(1)}`).reverse();
@@ -152,14 +155,14 @@ function stacked(title, x, parts, frame) {
 // -- what is drawn of a run: [title, keys or a pattern of them, options] ------------------------------------------------
 
 const PANELS = [
-  ["Reward", ["reward", "score"], {}],
+  ["Reward", ["reward", "score"], { only: "rl" }],
   ["Reward by component", /^parts\/(.*)/, {}],
   ["Score by domain", /^domains\/(.*)\/score$/, { share: true }],
   ["Held-out accuracy", /^held_out_domains\/(.*)/, { share: true, before: true }],
   ["Groups", /^groups_(solved|mixed|failed)$/, { share: true }],
   ["Loss", ["eval_loss", "loss", "ranking", "centring"], {}],
   ["Accuracy on pairs", ["accuracy", "eval_accuracy"], { share: true }],
-  ["Margin and score", ["difference", "eval_difference", "score_mean"], {}],
+  ["Margin and score", ["difference", "eval_difference", "score"], { only: "rm" }],
   ["Calibration error", ["eval_ece", "eval_ece_scaled"], { share: "tight" }],
   ["KL, nats per token", ["kl_reference", "kl_reward", "kl_proximal"], {}],
   ["Entropy, nats per token", ["entropy"], { zero: true }],
@@ -207,7 +210,8 @@ function curvesOf(run, others, frame) {
     for (const s of own) {
       const same = others.map((o, i) => ({ ...panelSeries(o, keys, options).find((t) => t.label === s.label), label: o.name, color: i + 1 }));
       const head = own.length > 1 ? `${title}: ${s.label}` : title;
-      out.push(chart(head, [{ ...s, label: run.name, color: 0 }, ...same.filter((t) => t.y)], frame, options));
+      const all = [{ ...s, label: run.name, color: 0 }, ...same.filter((t) => t.y)];
+      out.push(chart(head, all.map((t) => ({ ...t, low: null, high: null })), frame, options));
     }
   };
   for (const [title, keys, options] of PANELS) make(title, keys, options);

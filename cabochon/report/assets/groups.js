@@ -38,7 +38,7 @@ function evidenceOf(value) {
   const rows = Object.entries(value).filter(([, v]) => v !== null && v !== "" && !(typeof v === "object" && !Object.keys(v).length));
   return el("dl", { class: "evidence" }, rows.map(([name, v]) => [
     el("dt", {}, visible(name.replaceAll("_", " "))),
-    v && typeof v === "object" && !Array.isArray(v) ? el("dd", {}, evidenceOf(v)) : el("dd", { dir: "auto" }, visible(plainly(v))),
+    v && typeof v === "object" && !Array.isArray(v) ? el("dd", { class: "nest" }, evidenceOf(v)) : el("dd", { dir: "auto" }, visible(plainly(v))),
   ]));
 }
 
@@ -70,7 +70,7 @@ function cardOf(c, n) {
     c.verdict && c.verdict.detail ? el("p", { class: "faint", dir: "auto" }, visible(c.verdict.detail)) : null,
     el("details", {}, el("summary", {}, "Evidence"), el("div", { class: "in" },
       evidenceOf({ ...(parts.length > 1 ? { components: c.components } : {}), ...(c.evidence || {}), ...(c.scores ? { "reward models": c.scores } : {}),
-        seconds: c.verdict && c.verdict.seconds, versions: c.versions && c.versions.join(" to ") }),
+        seconds: c.verdict && c.verdict.seconds, "policy version": c.versions && [...new Set(c.versions)].join(" to ") }),
       c.again ? [el("p", { class: "faint" }, "Judge it again:"), copyable(c.again)] : null)));
 }
 

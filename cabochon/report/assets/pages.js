@@ -51,11 +51,6 @@ function evaluationOf(job) {
     el("div", { class: "panel" }, table(["domain", "model", "accuracy", "", "95 % interval", "against the first", "of several answers"], rows, [2])));
 }
 
-function tree(value) {
-  return el("dl", { class: "evidence" }, Object.entries(value).map(([k, v]) => [el("dt", {}, visible(k.replaceAll("_", " "))),
-    v && typeof v === "object" && !Array.isArray(v) ? el("dd", {}, tree(v)) : el("dd", {}, visible(plainly(v)))]));
-}
-
 function rewardModelOf(run) {
   const files = Object.entries(run.evaluations || {});
   const lengths = {};
@@ -72,7 +67,7 @@ function rewardModelOf(run) {
     ["… after temperature scaling", "eval_ece_scaled", percent], ["temperature", "eval_temperature", number], ["correlation with length", "eval_length_correlation", number]]
     .filter(([, k]) => known(last(run, k)));
   if (told.length) parts.push(el("div", { class: "panel" }, el("h3", {}, "On held-out pairs, last"), table(["", ""], told.map(([n, k, f]) => [n, f(last(run, k))]), [1])));
-  for (const [name, value] of files) parts.push(el("div", { class: "panel" }, el("h3", {}, visible(name)), tree(value)));
+  for (const [name, value] of files) parts.push(el("div", { class: "panel" }, el("h3", {}, visible(name)), evidenceOf(value)));
   return parts.length ? section("reward-model", "Reward model", el("div", { class: "cards" }, parts)) : null;
 }
 
@@ -113,7 +108,7 @@ function eventsOf(run, frame) {
 function environmentOf(run) {
   const m = run.manifest || {};
   const versions = Object.entries(m.versions || {}).map(([k, v]) => [k, visible(plainly(v))]);
-  const files = (m.data || []).map((f) => [visible(f.path), `${number(Math.round(f.bytes / 1000))} kB`, el("td", { class: "mono" }, String(f.sha256).slice(0, 16))]);
+  const files = (m.data || []).map((f) => [el("td", { class: "wrap" }, visible(String(f.path))), `${number(Math.round(f.bytes / 1000))} kB`, el("td", { class: "mono" }, String(f.sha256).slice(0, 16))]);
   return section("environment", "Environment", el("div", { class: "cards" },
     versions.length ? el("div", { class: "panel" }, el("h3", {}, "Versions"), table(["", ""], versions)) : null,
     files.length ? el("div", { class: "panel" }, el("h3", {}, "Data, by content"), table(["file", "size", "sha-256"], files, [1])) : null,

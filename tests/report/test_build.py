@@ -1,0 +1,115 @@
+"""Runs of every stage and state; long ones in little memory; looking changes nothing."""
+
+import json
+import os
+import tracemalloc
+
+import pytest
+import runs
+from typer.testing import CliRunner
+
+from cabochon.cli import app
+from cabochon.report.build import Readers, RunReader
+
+
+def snapshot(place):
+    reader = RunReader(place.name, place)
+    reader.refresh()
+    return reader.snapshot()
+
+
+def test_memory_does_not_grow_with_the_run(tmp_path):
+    peaks = []
+    for steps in (800, 1600):
+        place = runs.rl_run(tmp_path / str(steps), steps, rollouts=2)
+        tracemalloc.start()
+        found = snapshot(place)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(found["curves"]["step"]) == 400
+        assert found["steps"] == steps
+    assert peaks[1] < 1.15 * peaks[0], "twice the rows"
+
+
+def test_looking_again_reads_what_is_new_and_ends_as_if_read_at_once(tmp_path):
+    whole = runs.rl_run(tmp_path / "whole", 900)
+    part = runs.rl_run(tmp_path / "part", 900)
+    reader = RunReader("part", part)
+    for name in ("metrics.jsonl", "moe.jsonl"):
+        data = (part / name).read_bytes()
+        (part / name).write_bytes(b"")
+        for i in range(0, len(data), 100_001):  # never at a line's end
+            with (part / name).open("ab") as file:
+                file.write(data[i : i + 100_001])
+            assert reader.refresh()
+    assert not reader.refresh(), "nothing new"
+    a, b = reader.snapshot(), snapshot(whole)
+    assert a["curves"] == b["curves"]
+    assert a["moe"] == b["moe"]
+
+
+def test_a_run_that_went_back_to_a_checkpoint_is_followed(tmp_path):
+    place = runs.rl_run(tmp_path / "run", 50)
+    reader = RunReader("run", place)
+    reader.refresh()
+    for name in ("metrics.jsonl", "moe.jsonl"):
+        lines = (place / name).read_bytes().splitlines(keepends=True)
+        (place / name).write_bytes(b"".join(lines[:20]))
+    reader.refresh()
+    assert reader.snapshot()["steps"] == 20
+    assert reader.snapshot()["moe"]["step"][-1] == 20
+
+
+def test_files_that_are_missing_or_strange_leave_the_rest(tmp_path):
+    place = tmp_path / "run"
+    place.mkdir()
+    (place / "config.yaml").write_text("stage: rl\nsteps: 5\n")
+    found = snapshot(place)
+    assert (found["steps"], found["moe"], found["events"]) == (0, None, [])
+    (place / "config.yaml").write_text("{{ not yaml")
+    (place / "metrics.jsonl").write_text('{"step": "x"}\n{"step": -1}\n{"step": 2, "reward": 1}\n{"st')
+    (place / "moe.jsonl").write_text('{"step": 1, "used": []}\n')
+    (place / "events.jsonl").write_text('{"event": 3, "message": {"a": 1}}\n{"time": "x", "event": "alarm"}\n')
+    (place / "manifest.json").write_text('{"parents": ["x", {"manifest": 3}], "data": 5')
+    (place / "rollouts").mkdir()
+    (place / "rollouts" / "step_000002.jsonl").write_text('{"group": 1}\n{"prompt": 3, "group": 1, "tokens": [1]}\n7\n')
+    readers = Readers([place])
+    readers.refresh()
+    assert readers.snapshot()["runs"][0]["steps"] == 2
+    assert readers.runs[0].groups(2)["of"] == 1
+
+
+@pytest.mark.parametrize(("last", "status"), [("stopped", "stopped"), ("failed", "failed"), ("started", "killed")])
+def test_what_became_of_a_run(tmp_path, last, status):
+    place = runs.rl_run(tmp_path / "run", 5, events=({"time": 1.8e9, "event": last, "message": ""},))
+    assert snapshot(place)["status"] == status
+    (place / ".lock").write_text(str(os.getpid()))
+    assert snapshot(place)["status"] == "running"
+    runs.finish(place)
+    assert snapshot(place)["status"] == "finished"
+
+
+def test_the_evaluation_of_a_job_decides_its_verdict(tmp_path):
+    runs.rl_run(tmp_path / "rl", 40, level=lambda x: 0.5)
+    test = {"difference": 0.2, "low": 0.1, "high": 0.3, "p": 0.001}
+    entries = [{"model": "x", "domains": {}}, {"model": f"{tmp_path}/rl/final", "against_first": {"all": test}}]
+    (tmp_path / "eval.json").write_text(json.dumps({"evaluations": entries}))
+    readers = Readers([tmp_path])
+    readers.refresh()
+    found = readers.snapshot()["runs"][0]["verdict"]
+    assert found["state"] == "learning"
+    assert "+20.0 points, 95 % interval +10.0 to +30.0" in found["because"][0]
+
+
+def test_looking_changes_nothing_in_the_run(tmp_path):
+    place = runs.rl_run(tmp_path / "run", 20)
+
+    def state():
+        return {(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in [place, *place.rglob("*")]}
+
+    before = state()
+    done = CliRunner().invoke(app, ["report", str(place), "-o", str(tmp_path / "out" / "page.html")])
+    assert done.exit_code == 0, done.output
+    assert "page.html" in done.output
+    assert state() == before
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["page.html"]
