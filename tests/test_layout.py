@@ -188,6 +188,8 @@ ON_USE = {
     "reasoning-gym": "its verifier, which names the extra to install where it is missing",
     "pyarrow": "parquet files of rows, the same",
     "datasets": "Hugging Face dataset directories, the same",
+    "fastapi": "`cabochon serve` and `cabochon view`, the same",
+    "uvicorn": "the same",
 }
 """optional dependencies that a module imports, and which"""
 NOT_A_DEPENDENCY = {"cabochon", "pydantic_core"}
