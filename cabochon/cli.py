@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cabochon import cli_report, cli_reward, cli_rl, cli_serve, cli_stages, cli_weights
+from cabochon import cli_import, cli_report, cli_reward, cli_rl, cli_serve, cli_stages, cli_weights
 from cabochon.errors import MachineError, UserError
 from cabochon.heap import keep_pages
 from cabochon.rollouts import cli as rollouts_cli
@@ -71,6 +71,9 @@ def config(parts: RecipeAndSettings = None) -> None:
     print(overrides.dump(cli_stages.load_recipe(parts)), end="")
 
 
+app.command("import-config", rich_help_panel=CONFIGS)(cli_import.import_config)
+
+
 @app.command(rich_help_panel=STAGES)
 def run(parts: StagesAndSettings) -> None:
     """Run a job's stages in order, going on where it stopped: SFT, reward models, RL, evaluation.
@@ -105,13 +108,9 @@ def _data() -> None:
 data.command("check")(cli_stages.data_check)
 app.add_typer(data, name="data", rich_help_panel=STAGES)
 app.add_typer(cli_reward.app, name="rm", rich_help_panel=STAGES)
-tasks = typer.Typer(no_args_is_help=True, help="Verifiable tasks: make them.")
-@tasks.callback()
-def _tasks() -> None:
-    """Keeps `tasks` a group while it has one command only."""
-
-
+tasks = typer.Typer(no_args_is_help=True, help="Verifiable tasks: make them, or bring them along.")
 tasks.command("make")(cli_stages.tasks_make)
+tasks.command("import")(cli_import.tasks_import)
 app.add_typer(tasks, name="tasks", rich_help_panel=STAGES)
 
 app.command("verify", rich_help_panel=REWARDS)(verifiers_cli.verify_command)

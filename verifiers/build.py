@@ -1,7 +1,7 @@
 """Verifiers by name, each with a probe that proves it works where it runs.
 
 Names are those of `Task.verifier`: `math`, `instructions`, `reasoning`, `thinking`, `verdict`, `code`; anything with a
-colon is the address of a reward function (see `functions`).
+colon is the address of a reward function (see `functions`), in TRL's form, or behind `verl:` or `rubric:` in theirs.
 """
 
 from __future__ import annotations
@@ -48,8 +48,11 @@ def verifier_named(name: str, *, sandbox: SandboxName = "bubblewrap") -> Verifie
         case "code":
             return _code(sandbox)
     if ":" in name:
-        from cabochon.verifiers.functions import FunctionVerifier
+        from cabochon.verifiers.functions import FunctionVerifier, RubricVerifier, VerlVerifier
 
+        form, _, rest = name.partition(":")
+        if form in ("verl", "rubric") and ":" in rest:
+            return VerlVerifier(address=rest) if form == "verl" else RubricVerifier(address=rest)
         return FunctionVerifier(address=name)
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
     raise UserError(

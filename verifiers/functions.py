@@ -1,4 +1,5 @@
-"""Reward functions from elsewhere, unchanged: TRL's `f(prompts, completions, **columns)` and verl's `compute_score`.
+"""Reward functions from elsewhere, unchanged: TRL's `f(prompts, completions, **columns)`, verl's `compute_score`, and
+those of a verifiers (v0) rubric.
 
 A function is addressed as `module:function`, `path.py:function` or `trl.rewards:name`. It runs in a killable worker
 with a clean environment: one that hangs, crashes or eats memory costs its item, and one that raises gives an
@@ -92,6 +93,25 @@ class VerlVerifier(_AtAddress):
             {
                 "data_source": str(task.payload.get("data_source", task.domain)), "text": text,
                 "ground_truth": task.payload["ground_truth"], "extra_info": task.payload.get("extra_info"),
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RubricVerifier(_AtAddress):
+    """A function of a verifiers (v0) rubric: one completion a call, by the names it takes of `prompt`, `completion`,
+    `answer`, `state`, `task` and `info`; plain or async."""
+
+    def verify(self, task: Task, text: str) -> Verdict:
+        """Raises ValueError where the task's payload is not plain data."""
+        plain = isinstance(task.prompt, str)
+        prompt = [{"role": "user", "content": task.prompt}] if plain else [dict(m) for m in task.prompt]  # type: ignore[arg-type]
+        return self._called(
+            "rubric",
+            {
+                "prompt": prompt,
+                "completion": [{"role": "assistant", "content": text}],
+                "columns": {"answer": "", "info": {}, "task": task.domain, **task.payload},
             },
         )
 

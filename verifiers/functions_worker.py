@@ -73,6 +73,14 @@ def verl(address: str, data_source: str, text: str, ground_truth: Any, extra_inf
     return {"value": _number(address, result), "extra": extra}
 
 
+def rubric(address: str, prompt: Any, completion: Any, columns: dict[str, Any]) -> dict[str, Any]:
+    """Call a function of a verifiers (v0) rubric with what it asks for by name; `state` holds all of it."""
+    offered = {"prompt": prompt, "completion": completion, **columns}
+    function = load(address)
+    result = _finished(function(**_accepted(function, {**offered, "state": dict(offered)})))
+    return {"value": _number(address, result), "extra": {}}
+
+
 def _number(address: str, reward: Any) -> float | None:
     if reward is None:
         return None
