@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cabochon import cli_import, cli_report, cli_reward, cli_rl, cli_serve, cli_stages, cli_weights
+from cabochon import (
+    cli_import,
+    cli_plan,
+    cli_report,
+    cli_reward,
+    cli_rl,
+    cli_serve,
+    cli_stages,
+    cli_submit,
+    cli_weights,
+)
 from cabochon.errors import MachineError, UserError
 from cabochon.heap import keep_pages
 from cabochon.rollouts import cli as rollouts_cli
@@ -97,6 +107,8 @@ app.add_typer(cli_stages.sft, name="sft", rich_help_panel=STAGES)
 app.command(rich_help_panel=STAGES)(cli_stages.distill)
 app.command(rich_help_panel=STAGES)(cli_rl.rl)
 app.command("eval", rich_help_panel=STAGES)(cli_rl.eval_command)
+app.command(rich_help_panel=STAGES)(cli_submit.submit)
+app.command(rich_help_panel=CONFIGS)(cli_plan.plan)
 app.command(rich_help_panel=LOOK)(cli_report.report)
 app.command(rich_help_panel=LOOK)(cli_report.view)
 data = typer.Typer(no_args_is_help=True, help="Training data: look at it before a run does.")

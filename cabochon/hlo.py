@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -64,6 +64,12 @@ def collectives(text: str) -> list[Collective]:
     return [Collective(kind, count[kind], moved[kind]) for kind in KINDS if count[kind]]
 
 
+def kernels(text: str) -> dict[str, int]:
+    """Hand-written TPU kernels in the program's text, by name, such as the grouped matmul of `lax.ragged_dot`."""
+    names = re.findall(r'%?([\w.\-]+) = [^\n]*? custom-call\([^\n]*custom_call_target="tpu_custom_call"', text)
+    return dict(sorted(Counter(re.sub(r"[.\d]+$", "", name) for name in names).items()))
+
+
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
     entry, name = "", ""
@@ -93,7 +99,8 @@ def _instruction(into: _Computation, name: str, line: str) -> None:
         into.loops.append((called["body"], called["condition"], rest))
     else:
         into.calls += [(callee, 1) for callee in called.values()]
-        into.calls += [(c.strip().lstrip("%"), 1) for m in _MANY_CALLED.findall(rest) for c in m.split(",") if c.strip()]
+        branches = ",".join(_MANY_CALLED.findall(rest))
+        into.calls += [(callee, 1) for callee in re.findall(r"[\w.\-]+", branches)]
     base = opcode.removesuffix("-start")
     if base in KINDS and (n := _group(base, rest)) > 1:
         # a TPU fuses "reduce, keep my part" into one operation, which still says all-reduce inside

@@ -13,7 +13,7 @@ from cabochon.learner import Learner, cross_entropy
 from cabochon.model.upcycle import parameter_counts
 from cabochon.overrides import RECIPES, load, peek, recipe_names, summary
 from cabochon.parallel import make_mesh
-from cabochon.policy import learner_config
+from cabochon.policy import learner_config, model_config
 
 STAGES = [name for name in recipe_names() if peek([name], [], "stage") is not None]
 """recipes of one command; the others are of a model alone"""
@@ -50,9 +50,9 @@ def test_a_recipe_says_what_it_is(name):
     assert (RECIPES / f"{name}.yaml").read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "qwen3-30b-a3b-v5p"])
 def test_parameter_counts(name):
-    counts = parameter_counts(learner_config(load(TrainConfig, [name])).model)
+    counts = parameter_counts(model_config(load_recipe([name]).model))
     assert (counts.total, counts.active) == PARAMETERS[name]
 
 
