@@ -6,20 +6,29 @@ import json
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cabochon.metrics import plain, writing
-from cabochon.types import Rollout
+from cabochon.types import Rollout, Score
 
 
 def rollout_row(
-    rollout: Rollout, reward: float, components: Mapping[str, float | None], advantage: np.ndarray
+    rollout: Rollout,
+    reward: float,
+    components: Mapping[str, float | None],
+    advantage: np.ndarray,
+    scores: Mapping[str, Score | None] | None = None,
 ) -> dict[str, Any]:
-    """One completion with all that was decided about it. `advantage`: [t], at its tokens; written token by token only
-    where tokens differ. With `verifier` and `payload` a line is what `cabochon verify --column text` judges again."""
+    """One completion with all that was decided about it. With `verifier` and `payload` a line is what `cabochon verify
+    --column text` judges again.
+
+    `advantage`: [t], at its tokens; written token by token only where tokens differ. `scores`: what each reward model
+    said of it, a judge's critique included.
+    """
     c, v = rollout.completion, rollout.verdict
     row: dict[str, Any] = {
         "task": rollout.task.id,
@@ -42,6 +51,8 @@ def rollout_row(
     if v is not None:
         row["verdict"] = {"score": v.score, "status": v.status, "detail": v.detail, "seconds": round(v.seconds, 4)}
         row["evidence"] = json.loads(json.dumps(v.evidence, default=str))
+    if said := {name: s for name, s in (scores or {}).items() if s is not None}:
+        row["scores"] = {name: json.loads(json.dumps(asdict(s), default=str)) for name, s in said.items()}
     if c.routes is not None and len(c.routes) > 1:
         row["experts"] = expert_counts(c.routes)
     return plain(row)

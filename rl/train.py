@@ -152,7 +152,8 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 )
             rollouts = got.rollouts
             with watch("score"):
-                models = {name: scored(scorer.score(rollouts)) for name, scorer in scorers.items()}
+                said = {name: scorer.score(rollouts) for name, scorer in scorers.items()}
+                models = {name: scored(scores) for name, scores in said.items()}
                 rewards = compose(
                     rollouts, verified(rollouts), models, cfg.reward, format_=formats(cfg, rollouts),
                     overlong=update.overlong,
@@ -190,7 +191,9 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                     accuracy = held_out()
                 row |= {"held_out": accuracy["all"], "held_out_domains": accuracy}
             rows = [
-                journal.rollout_row(r, reward, {name: x[i] for name, x in rewards.parts.items()}, a)
+                journal.rollout_row(
+                    r, reward, {name: x[i] for name, x in rewards.parts.items()}, a, {n: s[i] for n, s in said.items()}
+                )
                 for i, (r, reward, a) in enumerate(zip(rollouts, rewards.reward_N, advantages.tokens, strict=True))
             ]
             journal.write_rollouts(run.dir / "rollouts", step, rows)

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from cabochon.cli import app
 from cabochon.rl import journal
-from cabochon.types import Completion, Rollout, Task, Verdict
+from cabochon.types import Completion, Rollout, Score, Task, Verdict
 
 
 def rollout(text, group=0, score=1.0, domain="d"):
@@ -72,3 +72,10 @@ def test_advantages_are_written_token_by_token_only_where_they_differ():
     r = rollout("ab")
     assert "advantages" not in journal.rollout_row(r, 1.0, {}, np.array([0.5, 0.5]))
     assert journal.rollout_row(r, 1.0, {}, np.array([0.5, -0.25]))["advantages"] == [0.5, -0.25]
+
+
+def test_what_a_judge_wrote_is_kept_beside_the_verifiers_evidence():
+    said = {"judge": Score(value=0.5, model_id="m", evidence={"critique": "good, but"}), "other": None}
+    found = journal.rollout_row(rollout("a"), 1.0, {}, np.array([0.5]), said)
+    assert found["scores"]["judge"]["evidence"] == {"critique": "good, but"}
+    assert set(found["scores"]) == {"judge"}, "who was not asked said nothing"
