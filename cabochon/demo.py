@@ -1,4 +1,4 @@
-"""`make demo`: what works, on real weights, in a few minutes on a laptop without a network.
+"""`make tour`: the parts at work, on real weights, in a few minutes on a laptop without a network.
 
 1. the doctor's report; 2. SmolLM2-135M becomes a mixture of four experts and is written as a Hugging Face directory;
 3. read back, it computes the dense model's logits; 4. both answer a question, greedily; 5. answers are judged: maths in

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from cabochon.config import Frozen
@@ -55,6 +56,10 @@ class TasksConfig(Frozen):
     """what is asked; begins with {question}, by which an answer's judge knows the puzzle"""
     completion: str = "<answer>{answer}</answer>"
     """what is to be said; {answer} is the right answer, or a right program"""
+    gives_up: float = Field(0.0, ge=0, lt=1)
+    """expected share of train.jsonl whose completion is `excuse`: imperfect demonstrations, for RL to correct"""
+    excuse: str = "I give up."
+    """what they say"""
 
     @field_validator("completion")
     @classmethod
@@ -93,16 +98,20 @@ def make(cfg: TasksConfig, *, overwrite: bool = False) -> tuple[int, int]:
     if not training or not unique:
         raise UserError(f"{len(tasks)} items leave {len(training)} to train on and {len(unique)} held out; make more")
     with replaced_directory(Path(cfg.out), overwrite=overwrite) as place:
-        _write(place / "train.jsonl", training, cfg)
+        _write(place / "train.jsonl", training, cfg, gives_up=cfg.gives_up)
         _write(place / "test.jsonl", unique, cfg)
     return len(training), len(unique)
 
 
-def _write(path: Path, tasks: Sequence[Task], cfg: TasksConfig) -> None:
+def _write(path: Path, tasks: Sequence[Task], cfg: TasksConfig, *, gives_up: float = 0.0) -> None:
+    draws = np.random.default_rng(len(tasks)).random(len(tasks))
     try:
         with path.open("w", encoding="utf-8") as file:
-            for task in tasks:
-                file.write(json.dumps(row_of(task, cfg), ensure_ascii=False) + "\n")
+            for task, draw in zip(tasks, draws, strict=True):
+                row = row_of(task, cfg)
+                if draw < gives_up:
+                    row["completion"] = cfg.excuse
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
     except OSError as error:
         raise MachineError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -130,7 +130,7 @@ def _unjudged(row: Row, state: State, limits: AlarmLimits) -> str | None:
 
 def _violation(row: Row, state: State, limits: AlarmLimits) -> str | None:
     now, first = _read(row, "moe.max_violation"), state.get("first.max_violation")
-    if now is None or first is None or now <= limits.violation * max(first, 0.5):
+    if now is None or first is None or now <= limits.violation * max(first, 1.0):
         return None
     return f"the busiest expert's load is {now:.1f} above the mean, {first:.1f} at the first step"
 

@@ -44,6 +44,17 @@ def test_every_completion_is_judged_right_and_sides_do_not_overlap(tmp_path, cha
         assert judge.verify(tasks[i], "nothing of the kind").score == 0
 
 
+def test_a_share_of_the_demonstrations_gives_up_and_no_task_does(tmp_path):
+    make(config(tmp_path / "whole"))
+    made = make(config(tmp_path / "out", gives_up=0.4, excuse="No idea."))
+    train, whole = rows(tmp_path / "out" / "train.jsonl"), rows(tmp_path / "whole" / "train.jsonl")
+    excuses = [row["completion"] == "No idea." for row in train]
+    assert 0.25 < sum(excuses) / made[0] < 0.55
+    for row, same, excuse in zip(train, whole, excuses, strict=True):
+        assert row == (same | {"completion": "No idea."} if excuse else same)
+    assert rows(tmp_path / "out" / "test.jsonl") == rows(tmp_path / "whole" / "test.jsonl")
+
+
 def test_what_cannot_be_made_is_said_and_nothing_is_written(tmp_path):
     place = tmp_path / "out"
     with pytest.raises(UserError, match="has no dataset 'chain_sums'; the nearest is 'chain_sum'"):
