@@ -6,6 +6,7 @@ need beforehand is what cabochon depends on, and everything too large to send, o
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
@@ -141,17 +142,15 @@ def connect(address: str) -> JobSubmissionClient:
     except (requests.RequestException, ValueError, KeyError) as error:
         why = "not Ray's job server" if not isinstance(error, requests.ConnectionError) else "nothing answers there"
         raise MachineError(f"--address {address}: {why}; expected one such as http://head-node:8265") from None
-    try:
-        import aiohttp  # noqa: F401  (Ray's client says nothing of use where it is missing)
-    except ImportError:
-        raise UserError("Ray's job client is not installed: pip install 'cabochon[cluster]'") from None
+    if importlib.util.find_spec("aiohttp") is None:  # of which Ray's client says nothing that is of use
+        raise UserError("Ray's job client is not installed: pip install 'cabochon[cluster]'")
     os.environ.pop("RAY_ADDRESS", None)  # would win over the address that was given
     os.environ.pop("RAY_API_SERVER_ADDRESS", None)
     from ray.dashboard.modules.job.sdk import JobSubmissionClient
     from ray.exceptions import AuthenticationError
 
-    for name in ("job.sdk", "dashboard_sdk"):  # each sets its own level as it is imported
-        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
+    for name in ("", ".dashboard.modules.job.sdk", ".dashboard.modules.dashboard_sdk"):  # each sets a level of its own
+        logging.getLogger(f"ray{name}").setLevel(logging.ERROR)
 
     class Client(JobSubmissionClient):  # Ray's asks without a deadline
         def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> Any:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from cabochon.model.config import ModelConfig
-from cabochon.rollouts.programs import abstract_params, engine_shardings, programs
+from cabochon.rollouts.engine_params import abstract_params, engine_shardings
+from cabochon.rollouts.programs import programs
 from cabochon.rollouts.slots import SlotConfig, cache_sharding, empty_prefix, empty_slots
 
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from cabochon.model.config import ModelConfig
 from cabochon.rollouts import prefix, thinking
-from cabochon.rollouts.programs import EngineParams, Programs, Steps, engine_params, programs
+from cabochon.rollouts.engine_params import EngineParams, engine_params
+from cabochon.rollouts.programs import Programs, Steps, programs
 from cabochon.rollouts.prompts import Prepared, pieces, prepare, stopped, text_of
 from cabochon.rollouts.slots import SlotConfig, empty_prefix, empty_slots, make_row, sample_key
 from cabochon.tokenizer import Tokenizer

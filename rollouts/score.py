@@ -19,7 +19,8 @@ from jaxtyping import Array
 from cabochon.model import native
 from cabochon.model import transformer as tf
 from cabochon.model.config import ModelConfig
-from cabochon.rollouts.programs import EngineParams, bound, read_chunk
+from cabochon.rollouts.engine_params import EngineParams
+from cabochon.rollouts.programs import bound, read_chunk
 from cabochon.rollouts.prompts import pieces
 from cabochon.rollouts.sampler import Sampler
 from cabochon.rollouts.slots import Prefix, SlotConfig, empty_prefix

@@ -14,8 +14,8 @@ from cabochon.errors import UserError
 from cabochon.model import transformer as tf
 from cabochon.ops import token_outputs
 from cabochon.protocols import Weights
+from cabochon.rollouts.engine_params import engine_params
 from cabochon.rollouts.local import LocalEngine, check_tree, requests_for
-from cabochon.rollouts.programs import engine_params
 from cabochon.rollouts.sampler import Sampler, SamplerError
 from cabochon.rollouts.slots import SlotConfig
 from cabochon.testing import tiny_config, tiny_moe
