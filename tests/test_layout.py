@@ -190,6 +190,8 @@ ON_USE = {
     "datasets": "Hugging Face dataset directories, the same",
     "fastapi": "`cabochon serve` and `cabochon view`, the same",
     "uvicorn": "the same",
+    "wandb": "`run.trackers`, the same",
+    "mlflow-skinny": "the same",
 }
 """optional dependencies that a module imports, and which"""
 NOT_A_DEPENDENCY = {"cabochon", "pydantic_core"}

@@ -11,12 +11,13 @@ import hmac
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from cabochon.serve.asked import Asked, Served, asked_chat, asked_completion
 from cabochon.serve.bodies import ApiError, ChatBody, CompletionBody, parse
@@ -180,7 +181,8 @@ def make_app(served: Served, engine: ServingEngine, limits: Limits, key: str | N
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     app.add_exception_handler(ApiError, _as_answer)
-    app.add_exception_handler(HTTPException, _as_answer)
+    for status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+        app.add_exception_handler(status, partial(_no_such_route, status))
     app.add_exception_handler(Exception, _as_answer)
 
     def check_key(request: Request) -> None:
@@ -249,10 +251,11 @@ async def _body(request: Request, limit: int) -> bytes:
 
 
 async def _as_answer(request: Request, error: Exception) -> Response:
-    match error:
-        case ApiError():
-            headers = {"Retry-After": "1"} if error.status == 429 else {}
-            return JSONResponse(error.body, error.status, headers)
-        case HTTPException():
-            return JSONResponse(ApiError(error.status_code, str(error.detail)).body, error.status_code)
+    if isinstance(error, ApiError):
+        headers = {"Retry-After": "1"} if error.status == 429 else {}
+        return JSONResponse(error.body, error.status, headers)
     return JSONResponse(ApiError(500, "a fault of this server; its log has more").body, 500)
+
+
+async def _no_such_route(status: HTTPStatus, request: Request, error: Exception) -> Response:
+    return JSONResponse(ApiError(status, status.phrase).body, status)
