@@ -1,19 +1,25 @@
 """An SFT step against transformers + AdamW on torch, and packing against padding.
 
     python benchmarks/sft.py [--model smollm2-135m-instruct --rows 8 --length 256 --rounds 3 --data gsm8k.jsonl]
+                             [--tunix PYTHON]      the interpreter of an environment with google-tunix
 
 The steps run in one process, one of each per round in random order; ratios of medians, above 1 ours is faster. The same
-weights and tokens, no padding, AdamW, clipping at 1. Peers: torch in f32, and in f32 with bf16 autocast. `--data` (rows
-of `question` and `answer`) adds what packing gains on real lengths. torch is a development dependency; without it the
-peer rows are left out and said so. Peak memory is the process's, so run one peer at a time (`--only`) to compare it.
+weights and tokens, no padding, AdamW, clipping at 1. Peers: torch in f32, and in f32 with bf16 autocast; Tunix in f32.
+`--data` (rows of `question` and `answer`) adds what packing gains on real lengths. torch is a development dependency;
+without it the peer rows are left out and said so. Peak memory is the process's, so run one peer at a time (`--only`) to
+compare it; Tunix's is not in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
+import json
+import os
 import random
 import resource
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +36,7 @@ from cabochon.learner import Learner, LearnerConfig, cross_entropy
 from cabochon.metrics import flops_per_token, measured_peak
 from cabochon.model import convert
 from cabochon.model.address import open_model
+from cabochon.model.config import ModelConfig
 from cabochon.sft.config import DataConfig
 from cabochon.sft.data import encode_split, pack
 from cabochon.tokenizer import Tokenizer
@@ -82,6 +89,27 @@ def torch_step(model: str, ids: np.ndarray, autocast: bool) -> Call:
     return call
 
 
+def tunix_step(python: str, config: ModelConfig, ids: np.ndarray) -> Call:
+    """Tunix's trainer in a process of its own, which works when it is asked to and waits otherwise."""
+    shape = {"layers": config.num_layers, "vocab": config.vocab_size, "dim": config.dim, "ffn": config.ffn_dim,
+             "heads": config.num_heads, "head_dim": config.head_dim, "kv_heads": config.num_kv_heads,
+             "rope_theta": config.rope.theta}  # fmt: skip
+    script = str(Path(__file__).with_name("sft_tunix.py"))
+    words = [python, script, json.dumps(shape), *map(str, ids.shape)]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    atexit.register(child.kill)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    ask, told = child.stdin, child.stdout
+
+    def call() -> object:
+        print(file=ask, flush=True)
+        return float(told.readline())
+
+    return call
+
+
 def measure(calls: dict[str, Call], rounds: int) -> dict[str, float]:
     """Median seconds of each, after one call that warms up."""
     for call in calls.values():
@@ -108,6 +136,8 @@ def packing(path: str, tokenizer: Tokenizer, length: int) -> None:
     packed = pack(split, order, length, True)
     took = time.perf_counter() - start
     tokens = split.counts.tokens
+    if not packed:
+        raise SystemExit(f"{path}: no example fits into {length} tokens")
     print(f"\npacking {len(order):,} examples of {tokens / len(order):.0f} tokens into rows of {length} "
           f"({len(order) / encoded:,.0f} examples/s to encode, {took:.2f} s to pack)")  # fmt: skip
     for name, rows in (("packed", len(packed)), ("padded", len(order))):
@@ -123,7 +153,8 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data")
-    parser.add_argument("--only", choices=("ours", "torch f32", "torch bf16"))
+    parser.add_argument("--only", choices=("ours", "torch f32", "torch bf16", "tunix"))
+    parser.add_argument("--tunix", metavar="PYTHON")
     a = parser.parse_args()
     keep_pages()
     config, _, tokenizer = open_model(a.model)
@@ -137,6 +168,8 @@ def main() -> None:
                      "torch bf16": lambda: torch_step(a.model, ids, True)}  # fmt: skip
     except ImportError:
         print("torch is not installed: no peers")
+    if a.tunix:
+        builders["tunix"] = lambda: tunix_step(a.tunix, config, ids)
     calls = {name: build() for name, build in builders.items() if a.only in (None, name)}
     found = measure(calls, a.rounds)
     tokens = a.rows * a.length

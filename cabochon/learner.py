@@ -316,8 +316,8 @@ class Learner:
     def _counts(self, batch: Batch) -> Mapping[str, Array]:
         """Each term's divisor over the whole batch, at least a safe 1: from a dry call of the loss on zeros."""
         zero = jnp.zeros(batch.tokens_BT.shape, jnp.float32)
-        asked = (zero if on else None for on in (self.cfg.entropy, self.cfg.value))
-        terms = self.loss_fn(TokenOutputs(zero, zero, *asked, batch.teacher_BTK), batch).terms
+        entropy, head = (zero if on else None for on in (self.cfg.entropy, self.cfg.value))
+        terms = self.loss_fn(TokenOutputs(zero, zero, entropy, head, batch.teacher_BTK), batch).terms
         return {k: jnp.where(m.count == 0, 1.0, m.count) for k, m in terms.items()}
 
     @property

@@ -72,7 +72,7 @@ def distillation(cfg: DivergenceConfig, *, labels: float | None = None) -> LossF
         nll = masked_mean(-outputs.logp_BT, batch.mask_BT)
         both = Mean((1 - hard) * gap.total + hard * nll.total, gap.count)
         mass = [
-            masked_mean(jnp.where(kept_BTK, jnp.exp(logp_BTK), 0.0).sum(-1), batch.mask_BT)
+            masked_mean(jnp.where(kept_BTK, jnp.exp(jnp.asarray(logp_BTK)), 0.0).sum(-1), batch.mask_BT)
             for logp_BTK in (batch.teacher_BTK, outputs.candidates_BTK)
         ]
         metrics = {"divergence": gap, "nll": nll, "teacher_mass": mass[0], "student_mass": mass[1]}

@@ -230,7 +230,7 @@ def read_shard(file: Path) -> tuple[Shard | None, str]:
         return None, "too short" if file.exists() else ""
     raw = np.memmap(file, np.uint8, mode="r")
     data = raw[:-DIGEST]
-    if hashlib.sha256(data).digest() != raw[-DIGEST:].tobytes():
+    if hashlib.sha256(data.data).digest() != raw[-DIGEST:].tobytes():
         return None, "its checksum differs from what was written"
     length = int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8 : 8 + length].tobytes())
