@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -41,6 +40,8 @@ SHARD = 256
 """examples"""
 DIGEST = 32
 FORMAT = "1"
+KINDS = {"uint16": "U16", "uint32": "U32", "float16": "F16"}
+"""numpy's names and safetensors'"""
 
 
 class Top(NamedTuple):
@@ -205,7 +206,18 @@ def encode_shard(examples: Sequence[Encoded], cfg: TeacherConfig, feed: Feed, sc
         "ids": ids[kept].astype(np.uint16 if ids.max(initial=0) < 1 << 16 else np.uint32),
         "logp": logp[kept].astype(np.float16),
     }
-    return safetensors.numpy.save(arrays)
+    return pack_arrays(arrays)
+
+
+def pack_arrays(arrays: dict[str, np.ndarray]) -> bytes:
+    """In the safetensors format: the header's length, the header, the arrays one after the other."""
+    header, end = {}, 0
+    for name, x in arrays.items():
+        header[name] = {"dtype": KINDS[x.dtype.name], "shape": list(x.shape), "data_offsets": [end, end + x.nbytes]}
+        end += x.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *(x.tobytes() for x in arrays.values())])
 
 
 def write_shard(file: Path, data: bytes) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from cabochon.config import PrecisionConfig
 from cabochon.errors import MachineError
@@ -99,6 +100,8 @@ def test_the_cache_gives_what_the_teacher_says_in_any_packing(tmp_path, params, 
         # in another packing log-probs differ in their last bits: two tokens that tie may change places
         np.testing.assert_allclose(found.logp, top.logp[trained], atol=2e-3)
         assert (found.ids == top.ids[trained]).mean() > 0.99
+    arrays = safetensors.numpy.load((tmp_path / "00000.shard").read_bytes()[:-32])
+    assert arrays["counts"].sum() == len(arrays["ids"]) == len(arrays["logp"]), "readable by others"
     entries = 4 * size.entries + 2 * size.tokens + 4 * len(examples)
     assert entries < size.bytes < entries + 4 * 500, "4 bytes an entry, 2 a token, a header a shard"
 
