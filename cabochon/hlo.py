@@ -24,8 +24,8 @@ class Collective(NamedTuple):
     """All collectives of one kind in a program."""
 
     kind: str
-    count: int
-    """runs"""
+    runs: int
+    """times it is run, by each device"""
     bytes: int
     """moved in and out of one device by a ring: (n - 1)/n of what is gathered or scattered, twice that to reduce"""
 

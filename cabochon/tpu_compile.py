@@ -258,7 +258,7 @@ def measure(program: Program, hbm: int) -> dict[str, Any]:
     memory["program"] = compiler["generated_code"]
     memory |= program.beside
     total = sum(memory.values())
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     return {
         **out, "fits": not hbm or total <= hbm, "needed": total, "memory": memory, "compiler": compiler,
         "beside": program.beside, "compile_seconds": seconds,

@@ -182,7 +182,7 @@ def as_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"  {'together':56}{least + _gb(p['needed']):>13}  {p['needed'] / hbm:.0%} of memory, {verdict}"
                      if hbm else f"  {'together':56}{_gb(p['needed']):>13}")  # fmt: skip
         for c in p.get("collectives", []):
-            lines.append(f"  {c['kind']:42}{c['count']:>7} times{_gb(c['bytes']):>14}")
+            lines.append(f"  {c['kind']:42}{c['runs']:>7} times{_gb(c['bytes']):>14}")
         if named := p.get("kernels"):
             lines.append(f"  kernels: {', '.join(f'{n} x {name}' for name, n in named.items())}")
         lines.append(f"  {'operations per token':56}{p['flops_per_token'] / 1e9:>7.2f} GFLOP")

@@ -54,10 +54,10 @@ class Steps(NamedTuple):
 class Programs(NamedTuple):
     """The jitted functions and how often each was traced, by name: a count that grows in steady state is a bug."""
 
-    prefill: Callable[..., tuple[Prefix, Array]]
+    prefill: jax.stages.Wrapped
     start: Callable[..., Slots]
     recall: Callable[..., Prefix]
-    decode: Callable[..., tuple[Slots, Steps]]
+    decode: jax.stages.Wrapped
     traces: Counter[str]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,6 +14,10 @@ import ray
 
 from cabochon.config import RayConfig
 from cabochon.errors import MachineError, UserError
+
+
+CONNECT_SECONDS = 10.0
+"""for a cluster's head to accept a connection"""
 
 
 def cores() -> int:
@@ -41,10 +46,20 @@ class RaySession:
             raise
 
     def _join(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        if "://" not in address and port.isdigit():  # Ray itself would try for minutes
+            try:
+                socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+            except OSError as error:
+                raise MachineError(f"no Ray cluster answers at {address}: {error}") from None
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise MachineError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
+            # Ray does not say so, but a cluster that wants a token "cannot be connected to"
+            raise MachineError(
+                f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; where it wants a token, set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN where the token is not in its usual place"
+            ) from None
 
     def _start(self, log_dir: Path) -> None:
         """Ray writes its logs below the directory it also puts sockets in, whose paths may have 107 bytes: so it gets a

@@ -52,14 +52,14 @@ def test_loops_in_loops_multiply():
 
         return lax.scan(turn, x, length=5)[0]
 
-    assert found(outer)[0].count == 15
+    assert found(outer)[0].runs == 15
 
 
 def test_a_loop_that_the_run_ends_counts_once():
     def until(x):
         return lax.while_loop(lambda c: c.sum() < 1e6, lambda c: c + lax.psum(c * c, "b"), x)
 
-    assert found(until)[0].count == 1
+    assert found(until)[0].runs == 1
 
 
 def test_a_program_without_collectives():

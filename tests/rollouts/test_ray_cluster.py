@@ -27,7 +27,8 @@ SLOTS = SlotConfig(slots=4, length=64, block=32, chunks=(16,), steps=2)
 
 @pytest.fixture(scope="module")
 def head():
-    with ray_head(cpus=2, jobs=False) as head:
+    with pytest.MonkeyPatch.context() as patch, ray_head(cpus=2, jobs=False) as head:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
         yield head
 
 
