@@ -15,7 +15,6 @@ import ray
 from cabochon.config import RayConfig
 from cabochon.errors import MachineError, UserError
 
-
 CONNECT_SECONDS = 10.0
 """for a cluster's head to accept a connection"""
 
