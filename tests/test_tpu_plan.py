@@ -150,12 +150,15 @@ def test_small_recipes_on_small_slices(recipe, topology):
 @needs_libtpu
 @pytest.mark.timeout(900)
 def test_a_recipe_that_is_too_large_is_refused_with_what_does_fit():
-    wide = ["step.batch_size=8192", "step.sequence_length=2048"]
-    done = cabochon("tiny-dense", *wide, "--topology", "v6e:2x2", "--json", seconds=800)
+    # 10 billion parameters: weights, moments and gradients alone are 39 GB on each of four chips, so nothing but a larger
+    # slice is compiled
+    large = ["model.scratch.dim=8192", "model.scratch.ffn_dim=32768", "model.scratch.num_layers=12"]
+    short = ["step.batch_size=8", "step.sequence_length=128", "step.remat=full", "step.logit_chunk=1024"]
+    done = cabochon("tiny-dense", *large, *short, "--topology", "v6e:2x2", "--json", seconds=800)
     assert done.returncode == 2, done.stderr
     found = json.loads(done.stdout)
     assert not found["fits"]
-    assert found["remedies"]["step"]["settings"]
+    assert (found["remedies"]["step"]["topology"], found["remedies"]["step"]["settings"]) == ("v6e:2x4", [])
     assert done.stderr.strip().splitlines()[-1].startswith("cabochon: does not fit v6e:2x2: step needs ")
 
 
