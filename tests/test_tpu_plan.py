@@ -150,7 +150,7 @@ def test_small_recipes_on_small_slices(recipe, topology):
 @needs_libtpu
 @pytest.mark.timeout(900)
 def test_a_recipe_that_is_too_large_is_refused_with_what_does_fit():
-    # 10 billion parameters: weights, moments and gradients alone are 39 GB on each of four chips, so nothing but a larger
+    # 10 billion parameters: weights, moments, gradients alone are 39 GB on each of four chips, so nothing but a larger
     # slice is compiled
     large = ["model.scratch.dim=8192", "model.scratch.ffn_dim=32768", "model.scratch.num_layers=12"]
     short = ["step.batch_size=8", "step.sequence_length=128", "step.remat=full", "step.logit_chunk=1024"]
