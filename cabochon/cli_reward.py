@@ -165,9 +165,11 @@ def sample(
     tasks: Annotated[Path, typer.Argument(metavar="TASKS", help="tasks with verifiers")],
     out: Out,
     n: Annotated[int, typer.Option("--n", min=1, help="completions per task")] = 8,
-    limit: Annotated[int, typer.Option(min=1, help="tasks at most")] = 10_000,
+    limit: Annotated[int, typer.Option(min=1, help="tasks at most, of each domain alike")] = 10_000,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    slots: Annotated[int, typer.Option(min=1, help="sequences decoded together")] = 8,
+    length: Annotated[int, typer.Option(min=8, help="prompt and completion of one sequence, in tokens")] = 2048,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -176,14 +178,15 @@ def sample(
     Example: cabochon rm sample runs/sft/final tasks.jsonl labelled.jsonl --n 8
     """
     from cabochon.model.address import open_model
+    from cabochon.rl.evaluate import first_of_each
     from cabochon.rollouts.local import requests_for
     from cabochon.types import Sampling
     from cabochon.verifiers.build import probes_for, verifier_for
     from cabochon.verifiers.pool import VerifierPool
     from cabochon.verifiers.tasks import read_tasks
 
-    wanted = read_tasks(tasks)[:limit]
-    engine = make_engine(*open_model(model), length=2048)
+    wanted = first_of_each(read_tasks(tasks), limit)
+    engine = make_engine(*open_model(model), length=length, slots=slots)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, n=n)
     drawn = engine.generate(requests_for([task.prompt for task in wanted], sampling, seed))
     each = [task for task in wanted for _ in range(n)]
@@ -213,14 +216,14 @@ def judge_run(parts: Sequence[str] | None) -> JudgeRun:
 
 
 def make_engine(
-    config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer, length: int = 1024
+    config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer, length: int = 1024, slots: int = 8
 ) -> PolicyEngine:
     """Our sampler on weights that do not change."""
     from cabochon.protocols import Weights
     from cabochon.rollouts.local import LocalEngine
     from cabochon.rollouts.slots import SlotConfig
 
-    return LocalEngine(config, tokenizer, Weights(version=0, params=params), SlotConfig(length=length))
+    return LocalEngine(config, tokenizer, Weights(version=0, params=params), SlotConfig(slots=slots, length=length))
 
 
 def open_asker(address: str, run: JudgeRun) -> Asker:

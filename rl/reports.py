@@ -15,7 +15,8 @@ from cabochon.types import Rollout
 
 def rollout_row(rollouts: Sequence[Rollout], rewards: Rewards, step: int) -> dict[str, Any]:
     """Means over a step's completions. `score` is the verifier's alone, before any shaping; both it and the reward also
-    by domain, where there are several. `lag`: updates between drawing a token and training on it."""
+    by domain, where there are several. `agreement`: of reward models with the verifier. `lag`: updates between drawing a
+    token and training on it."""
     statuses = [r.verdict.status for r in rollouts if r.verdict is not None]
     completions = [r.completion for r in rollouts]
     tokens = np.array([int(c.mask.sum()) for c in completions])
@@ -35,6 +36,8 @@ def rollout_row(rollouts: Sequence[Rollout], rewards: Rewards, step: int) -> dic
         if len(versions)
         else {},
     }
+    if agreed := agreement(rollouts, rewards):
+        row["agreement"] = agreed
     domains = [r.task.domain for r in rollouts]
     if len(set(domains)) > 1:
         at = {d: np.array([x == d for x in domains]) for d in sorted(set(domains))}
@@ -42,6 +45,29 @@ def rollout_row(rollouts: Sequence[Rollout], rewards: Rewards, step: int) -> dic
             d: {"score": mean(rewards.parts["verifier"][m]), "reward": mean(rewards.reward_N[m])} for d, m in at.items()
         }
     return row
+
+
+SHAPING = ("verifier", "quality", "length", "format", "overlong")
+"""parts of a reward that are not a model's score"""
+
+
+def agreement(rollouts: Sequence[Rollout], rewards: Rewards) -> dict[str, float]:
+    """By reward model: of the pairs of a better and a worse completion, as the verifier has it, of one prompt, the share
+    that the model orders alike; equal scores count half, and a model that has no such pair is left out."""
+    group_N, verified_N = np.array([r.group for r in rollouts]), rewards.parts["verifier"]
+    out = {}
+    for name in rewards.parts.keys() - set(SHAPING):
+        known_N = ~np.isnan(verified_N) & ~np.isnan(rewards.parts[name])
+        wins = pairs = 0.0
+        for group in np.unique(group_N):
+            at = known_N & (group_N == group)
+            v, q = verified_N[at], rewards.parts[name][at]
+            better = v[:, None] > v[None, :] + 1e-6
+            wins += ((q[:, None] > q[None, :]) + 0.5 * (q[:, None] == q[None, :]))[better].sum()
+            pairs += better.sum()
+        if pairs:
+            out[name] = float(wins / pairs)
+    return dict(sorted(out.items()))
 
 
 def group_row(rollouts: Sequence[Rollout], score_N: np.ndarray) -> dict[str, float]:

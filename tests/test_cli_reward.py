@@ -2,18 +2,24 @@
 
 import json
 
+import jax
 import pytest
 from typer.testing import CliRunner
 
 from cabochon.cli import app
 from cabochon.errors import UserError
+from cabochon.model import convert
+from cabochon.model import transformer as tf
 from cabochon.overrides import load
 from cabochon.reward.config import RewardModelConfig
 from cabochon.reward.judge import COT
 from cabochon.reward.open import JudgeRun
+from cabochon.testing import tiny_config
+from cabochon.tokenizer import ByteTokenizer
 from cabochon.types import Task
 from cabochon.verifiers.build import verifier_named
 
+TOK = ByteTokenizer()
 TINY = [
     "model.scratch.dim=16", "model.scratch.num_layers=2", "model.scratch.num_heads=2", "model.scratch.num_kv_heads=1",
     "model.scratch.head_dim=8", "model.scratch.moe={num_experts: 4, top_k: 2, ffn_dim: 16}",
@@ -58,6 +64,27 @@ def test_rows_for_each_stage(tmp_path, labelled):
     assert set(rm[0]) == {"prompt", "chosen", "rejected"}
     with pytest.raises(UserError, match=r"sft\.jsonl: exists"):
         cabochon("rm", "rows", labelled, tmp_path / "sft.jsonl", "judge-terse")
+
+
+def test_a_policy_s_own_answers_are_labelled_by_their_verifiers_of_each_domain_alike(tmp_path):
+    config = tiny_config(vocab_size=TOK.vocab_size, max_positions=64, eos_ids=TOK.eos_ids)
+    convert.save(tmp_path / "model", config, tf.init(config, jax.random.key(0)), tokenizer=TOK)
+    kinds = {"a": 6, "b": 2}
+    verifier = {"verifier": f"{__file__}:even", "payload": {"by": 2}}
+    tasks = [{"id": f"{d}{i}", "prompt": f"{d}{i}", "domain": d, **verifier} for d, n in kinds.items() for i in range(n)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    small = ["--n", 3, "--limit", 4, "--max-tokens", 8, "--slots", 4, "--length", 32]
+    said = cabochon("rm", "sample", tmp_path / "model", tmp_path / "tasks.jsonl", tmp_path / "out.jsonl", *small)
+    rows = lines(tmp_path / "out.jsonl")
+    assert [row["prompt"] for row in rows[::3]] == ["a0", "a1", "b0", "b1"]
+    assert [row["label"] for row in rows] == [sum(map(ord, row["completion"])) % 2 == 0 for row in rows]
+    assert len({row["label"] for row in rows}) == 2
+    assert "12 completions" in said
+
+
+def even(completions, by, **_):
+    """A reward function as a user would write one: nothing to know, so an untrained model is right half the time."""
+    return [float(sum(map(ord, text)) % n == 0) for text, n in zip(completions, by, strict=True)]
 
 
 def test_train_and_evaluate_a_scalar_model(tmp_path, labelled):

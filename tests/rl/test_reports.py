@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from cabochon.rl import reports
-from cabochon.rl.rewards import RewardConfig, compose, verified
+from cabochon.rl.rewards import Component, RewardConfig, compose, verified
 from cabochon.types import Completion, Rollout, Task, Verdict
 
 
@@ -32,6 +32,18 @@ def test_a_failure_of_the_machine_is_counted_and_is_in_no_mean():
     assert row["lag"]["max"] == 2
     assert row["lag"]["mean"] == pytest.approx((15 * 1 + 3 * 2) / 18)
     assert row["domains"]["b"] == {"score": 1.0, "reward": 1.0}
+
+
+def test_agreement_is_of_pairs_of_one_prompt_as_the_verifier_orders_them():
+    some = [rollout(0, 1.0), rollout(0, 0.0), rollout(0, 0.0), rollout(1, 1.0), rollout(1, 1.0), rollout(1, None)]
+    said = {
+        "judge": [0.5, 0.5, 0.9, 0.1, 0.2, 0.3],  # against the first of group 0: one tie, one lost; group 1 has no pair
+        "scalar": [2.0, -1.0, None, 0.0, 0.0, 0.0],
+        "silent": [None] * 6,
+    }
+    models = {n: Component(value_N=np.array(v, float), asked_N=np.ones(6, bool)) for n, v in said.items()}
+    row = reports.rollout_row(some, compose(some, verified(some), models, RewardConfig()), step=3)
+    assert row["agreement"] == {"judge": 0.25, "scalar": 1.0}
 
 
 def test_groups_by_what_they_teach():
