@@ -53,9 +53,11 @@ def _yaml(settings: list[str]) -> list[str]:
 
 def ours(kind: str, start: Path, out: Path, work: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     lag = 1 if kind == "ray" else 0
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text("stage: rl\nengine: {slots: 64, length: 160}\nstep: {sequence_length: 512}\n")
     cabochon(
-        "rl", "demo-rl", f"model.address={start}", f"tasks.train=[{start.parents[1]}/tasks/train.jsonl]",
-        "tasks.held_out=[]", "tasks.shares={}", "models={}", "reward.combine=route", f"engine.kind={kind}",
+        "rl", recipe, f"model.address={start}", f"tasks.train=[{start.parents[1]}/tasks/train.jsonl]",
+        "tasks.held_out=[]", f"engine.kind={kind}",
         f"rollout.max_lag={lag}", f"rollout.prompts={work['prompts']}", f"rollout.group_size={work['group_size']}",
         f"sampling.max_tokens={work['max_tokens']}", f"steps={work['steps']}", "step.batch_size=96",
         "step.micro_batches=48", "optim.schedule=constant", "optim.warmup_steps=0", "update.minibatches=1",
@@ -90,7 +92,8 @@ def main() -> None:
     for round_ in range(args.rounds):
         for kind in kinds[:: 1 if round_ % 2 == 0 else -1]:
             place, begin = out / f"{kind}{round_}", time.perf_counter()
-            steps = trl(start, place, args.workload, round_) if kind == "trl" else ours(kind, start, place, work, round_)
+            peer = kind == "trl"
+            steps = trl(start, place, args.workload, round_) if peer else ours(kind, start, place, work, round_)
             warm = steps[work["warm_steps"] :]
             seconds = [s["seconds"] for s in warm]
             timed[kind].append(statistics.median(seconds))

@@ -1,4 +1,4 @@
-"""The reward of benchmarks/rl.py, in TRL's form, which cabochon takes as it is: 1 for the right answer and nothing else."""
+"""The reward of benchmarks/rl.py, in TRL's form, which cabochon takes as it is: 1 for the right answer, else 0."""
 
 
 def exact(prompts, completions, answer, **_):

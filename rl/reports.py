@@ -15,8 +15,8 @@ from cabochon.types import Rollout
 
 def rollout_row(rollouts: Sequence[Rollout], rewards: Rewards, step: int) -> dict[str, Any]:
     """Means over a step's completions. `score` is the verifier's alone, before any shaping; both it and the reward also
-    by domain, where there are several. `agreement`: of reward models with the verifier. `lag`: updates between drawing a
-    token and training on it."""
+    by domain, where there are several. `agreement`: of reward models with the verifier. `lag`: updates between drawing
+    a token and training on it."""
     statuses = [r.verdict.status for r in rollouts if r.verdict is not None]
     completions = [r.completion for r in rollouts]
     tokens = np.array([int(c.mask.sum()) for c in completions])
@@ -52,8 +52,8 @@ SHAPING = ("verifier", "quality", "length", "format", "overlong")
 
 
 def agreement(rollouts: Sequence[Rollout], rewards: Rewards) -> dict[str, float]:
-    """By reward model: of the pairs of a better and a worse completion, as the verifier has it, of one prompt, the share
-    that the model orders alike; equal scores count half, and a model that has no such pair is left out."""
+    """By reward model: of the pairs of a better and a worse completion (as the verifier has it) of one prompt, the share
+    that the model orders alike. Equal scores count half; a model without such a pair is left out."""
     group_N, verified_N = np.array([r.group for r in rollouts]), rewards.parts["verifier"]
     out = {}
     for name in rewards.parts.keys() - set(SHAPING):

@@ -71,7 +71,8 @@ def test_a_policy_s_own_answers_are_labelled_by_their_verifiers_of_each_domain_a
     convert.save(tmp_path / "model", config, tf.init(config, jax.random.key(0)), tokenizer=TOK)
     kinds = {"a": 6, "b": 2}
     verifier = {"verifier": f"{__file__}:even", "payload": {"by": 2}}
-    tasks = [{"id": f"{d}{i}", "prompt": f"{d}{i}", "domain": d, **verifier} for d, n in kinds.items() for i in range(n)]
+    some = [(domain, f"{domain}{i}") for domain, n in kinds.items() for i in range(n)]
+    tasks = [{"id": name, "prompt": name, "domain": domain, **verifier} for domain, name in some]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     small = ["--n", 3, "--limit", 4, "--max-tokens", 8, "--slots", 4, "--length", 32]
     said = cabochon("rm", "sample", tmp_path / "model", tmp_path / "tasks.jsonl", tmp_path / "out.jsonl", *small)
