@@ -52,8 +52,8 @@ SHAPING = ("verifier", "quality", "length", "format", "overlong")
 
 
 def agreement(rollouts: Sequence[Rollout], rewards: Rewards) -> dict[str, float]:
-    """By reward model: of the pairs of a better and a worse completion (as the verifier has it) of one prompt, the share
-    that the model orders alike. Equal scores count half; a model without such a pair is left out."""
+    """By reward model: the share of pairs of one prompt's completions, one better than the other by the verifier, that
+    the model orders alike. Equal scores count half; a model without such a pair is left out."""
     group_N, verified_N = np.array([r.group for r in rollouts]), rewards.parts["verifier"]
     out = {}
     for name in rewards.parts.keys() - set(SHAPING):
