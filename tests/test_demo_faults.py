@@ -14,8 +14,8 @@ import pytest
 from cabochon.overrides import find_recipe
 
 SMALL = [
-    "tasks.puzzles=[{name: letter_counting, size: 300, seed: 1}, {name: spell_backward, size: 100, seed: 1}, "
-    "{name: basic_arithmetic, size: 100, seed: 1}]",
+    "tasks.puzzles=[{name: letter_counting, size: 300, seed: 1, config: {min_words: 1, max_words: 2}}, "
+    "{name: spell_backward, size: 100, seed: 1}, {name: basic_arithmetic, size: 100, seed: 1}]",
     "tasks.programs=[{size: 60}]", "tasks.gives_up=0.2",
     "sft.steps=60", "sft.optim.total_steps=60", "sft.run.save_every=10", "sft.step.batch_size=4",
     "rm.steps=6", "rm.run.save_every=2", "rm.step.batch_size=2", "rm.optim.total_steps=12",
@@ -79,7 +79,8 @@ def test_the_demo_survives_kills_of_any_of_its_processes(tmp_path, seed):
                 pytest.fail("hung:\n" + (tmp_path / "log").read_text()[-4000:])
             if code == 0:
                 break
-            assert starts < 20, (tmp_path / "log").read_text()[-4000:]
+            if code == 2 or starts == 20:
+                pytest.fail("does not go on:\n" + (tmp_path / "log").read_text()[-4000:])
             time.sleep(3)  # what belonged to the killed one ends
     said = (tmp_path / "log").read_text()
     assert "Traceback" not in said, said[-6000:]
