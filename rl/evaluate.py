@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def answer(
 ) -> list[Answered]:
     """`sampling.n` answers to each task, judged. The same seed asks the same, whatever else the engine does."""
     n = sampling.n
-    completions = engine.generate(requests_for([task.prompt for task in tasks], sampling, seed))
+    requests = requests_for([task.prompt for task in tasks], sampling, seed)
+    completions = engine.generate([replace(r, task=t) for r, t in zip(requests, tasks, strict=True)])
     verdicts = verifiers.verify([task for task in tasks for _ in range(n)], [c.text for c in completions])
     out = []
     for i, task in enumerate(tasks):

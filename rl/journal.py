@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from cabochon.metrics import plain, writing
+from cabochon.rl.advantages import Advantages
+from cabochon.rl.rewards import Rewards
 from cabochon.types import Rollout, Score
 
 
@@ -56,6 +58,19 @@ def rollout_row(
     if c.routes is not None and len(c.routes) > 1:
         row["experts"] = expert_counts(c.routes)
     return plain(row)
+
+
+def rollout_rows(
+    rollouts: Sequence[Rollout], rewards: Rewards, advantages: Advantages, said: Mapping[str, Sequence[Score | None]]
+) -> list[dict[str, Any]]:
+    """A line for each completion of a step. `said`: by reward model, what it said of each."""
+    return [
+        rollout_row(
+            r, rewards.reward_N[i], {name: x[i] for name, x in rewards.parts.items()}, advantages.tokens[i],
+            {name: scores[i] for name, scores in said.items()},
+        )
+        for i, r in enumerate(rollouts)
+    ]  # fmt: skip
 
 
 def _varies(x: np.ndarray) -> bool:

@@ -90,6 +90,15 @@ def kl_penalties(known: Known, rollouts: Sequence[Rollout], coef: float) -> tupl
     return [-coef * k for k in k1], float(sum(k.sum() for k in k1)) / max(tokens, 1)
 
 
+def kl_of(
+    cfg: UpdateConfig, known: Known, rollouts: Sequence[Rollout], coef: float
+) -> tuple[list[np.ndarray] | None, float | None]:
+    """The penalties of a KL in the reward and its mean; (None, None) where it is not there."""
+    if not (cfg.kl.coef and cfg.kl.placement == "reward"):
+        return None, None
+    return kl_penalties(known, rollouts, coef)
+
+
 def advantages_of(
     rollouts: Sequence[Rollout], reward_N: np.ndarray, known: Known, update: Update,
     penalties: Sequence[np.ndarray] | None,

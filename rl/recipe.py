@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from cabochon.config import Frozen, RayConfig, StageConfig
 from cabochon.rl.alarms import AlarmLimits
 from cabochon.rl.config import UpdateConfig
-from cabochon.rl.rewards import RewardConfig
+from cabochon.rl.feed import CurriculumConfig
+from cabochon.rl.rewards import LengthReward, RewardConfig
 from cabochon.types import Sampling, Thinking
 
 
@@ -51,8 +52,10 @@ class TasksConfig(Frozen):
     """for evaluation only; a prompt that is also in `train` is refused"""
     shares: Mapping[str, float] = Field(default_factory=dict)
     """domain -> its share of the prompts, relative to the others'; a domain that is not named has its tasks' number"""
+    curriculum: CurriculumConfig | None = None
+    """draw within a domain by how often tasks are solved, instead of each in turn"""
     sandbox: Literal["bubblewrap", "docker"] = "bubblewrap"
-    """where programs of `code` tasks run"""
+    """where programs of `code` tasks, and those of the `python` tool, run"""
     verifying: int = Field(2, ge=1)
     """completions judged at the same time"""
 
@@ -107,6 +110,51 @@ class EvalConfig(Frozen):
     """completions per task, drawn as in training"""
 
 
+class EnvironmentConfig(Frozen):
+    """Episodes of several turns in place of single completions (docs/episodes.md). `sampling` is of one turn,
+    `engine.length` of the whole episode; the verifier judges the last turn."""
+
+    tools: tuple[Literal["calculator", "python"], ...] = ()
+    """that the policy may call; a turn without a call is its answer"""
+    system: str = ""
+    """`tools` only: the message the conversation begins with"""
+    address: str = ""
+    """or an environment of your own, `path.py:Class` or `module:Class`, made anew for each episode"""
+    turns: int = Field(8, ge=1)
+    """of the policy, at most"""
+    seconds: float = Field(120.0, gt=0)
+    """an episode may spend in its environment"""
+    observation_chars: int = Field(4000, ge=1)
+    """of one message; the middle of a longer one is left out"""
+    parallel: int = Field(8, ge=1)
+    """environments that answer at the same time"""
+
+    @model_validator(mode="after")
+    def _check(self) -> EnvironmentConfig:
+        if bool(self.tools) == bool(self.address):
+            raise ValueError("expected either tools or an address")
+        if self.system and self.address:
+            raise ValueError("system is for tools; an environment of your own begins the conversation itself")
+        return self
+
+
+class PhaseConfig(Frozen):
+    """What is otherwise from a step on. What it does not name is as in the recipe, not as in the phase before."""
+
+    name: str
+    """for the log"""
+    start: int = Field(ge=2)
+    """its first step; it lasts until the next phase"""
+    shares: Mapping[str, float] | None = None
+    """as `tasks.shares`: a domain that is not named has its tasks' number, so give 0 to those to leave out"""
+    max_tokens: int | None = Field(None, ge=1)
+    """as `sampling.max_tokens`"""
+    thinking: ThinkingConfig | None = None
+    """as `sampling.thinking`: budgets that grow or shrink are phases"""
+    length: LengthReward | None = None
+    """as `reward.length`"""
+
+
 class ScorerConfig(Frozen):
     """A reward model beside the verifiers; `reward.combine` says what its scores do."""
 
@@ -127,7 +175,11 @@ class RlConfig(StageConfig):
     engine: EngineConfig = EngineConfig()
     rollout: RolloutConfig = RolloutConfig()
     sampling: SamplingConfig = SamplingConfig()
+    environment: EnvironmentConfig | None = None
+    """what answers the policy between its turns; none: a completion is one turn"""
     reward: RewardConfig = RewardConfig()
+    phases: tuple[PhaseConfig, ...] = ()
+    """a schedule of mixtures, lengths and budgets, in order"""
     models: Mapping[str, ScorerConfig] = Field(default_factory=dict)
     """reward models by name, in order of preference"""
     update: UpdateConfig
@@ -138,15 +190,40 @@ class RlConfig(StageConfig):
     samples_every: int = Field(10, ge=0)
     """steps between tables of completions on the console, 0 for none; rollouts/ has them all"""
 
+    def phase(self, step: int) -> int:
+        """Which phase a step is in; 0 is what comes before the first of `phases`."""
+        return sum(p.start <= step for p in self.phases)
+
+    def in_phase(self, phase: int) -> RlConfig:
+        """The recipe as that phase has it."""
+        if phase == 0:
+            return self
+        p = self.phases[phase - 1]
+        drawn = {"max_tokens": p.max_tokens, "thinking": p.thinking}
+        sampling = self.sampling.model_copy(update={k: v for k, v in drawn.items() if v is not None})
+        tasks = self.tasks if p.shares is None else self.tasks.model_copy(update={"shares": p.shares})
+        reward = self.reward if p.length is None else self.reward.model_copy(update={"length": p.length})
+        return self.model_copy(update={"tasks": tasks, "sampling": sampling, "reward": reward})
+
     @model_validator(mode="after")
     def _check(self) -> RlConfig:
-        if self.sampling.max_tokens >= self.engine.length:
-            raise ValueError(
-                f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in engine.length="
-                f"{self.engine.length}"
-            )
+        starts = [p.start for p in self.phases]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"phases: starts {starts}; expected each after the one before")
+        for i in range(len(self.phases) + 1):
+            s, where = self.in_phase(i).sampling, f"phases[{i - 1}]" if i else "sampling"
+            if s.max_tokens >= self.engine.length:
+                raise ValueError(
+                    f"{where}.max_tokens={s.max_tokens} leaves no room for a prompt in engine.length="
+                    f"{self.engine.length}"
+                )
+            if s.thinking and s.thinking.max_tokens >= s.max_tokens:
+                raise ValueError(
+                    f"{where}.thinking.max_tokens={s.thinking.max_tokens} leaves nothing for the answer in max_tokens="
+                    f"{s.max_tokens}"
+                )
         if self.engine.kind == "local" and self.rollout.max_lag:
             raise ValueError("engine.kind=local samples and learns in turn: set rollout.max_lag to 0, or kind to ray")
-        if "verifier" in self.models:
-            raise ValueError("models.verifier: that name is the verifiers' own; choose another")
+        if taken := sorted({"verifier", "environment"} & set(self.models)):
+            raise ValueError(f"models.{taken[0]}: that name is not a model's; choose another")
         return self

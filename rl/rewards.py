@@ -36,13 +36,15 @@ class RewardConfig(Frozen):
     """How components become a reward. What a task has no such component for is passed over."""
 
     combine: Literal["route", "gated", "weighted", "normalized"] = "route"
-    """`route`: the verifier where the task has one, else the first model that scored. `gated`: the same, but a judge
-    re-orders right answers: v (1 + quality (q - 1/2)). `weighted`: the weighted sum. `normalized`: the weighted sum of
-    components normalised within their group (GDPO: choose scale=batch for the advantage)"""
+    """`route`: the verifier where the task has one, else the environment, else the first model that scored. `gated`:
+    the same, but a judge (or environment) re-orders right answers: v (1 + quality (q - 1/2)). `weighted`: the weighted
+    sum. `normalized`: the weighted sum of components normalised within their group (GDPO: choose scale=batch for the
+    advantage)"""
     quality: float = Field(0.1, ge=0, lt=2)
     """`gated` only; below 2 no wrong answer can beat a right one"""
     weights: Mapping[str, float] = Field(default_factory=dict)
-    """component (verifier, or a model's name) -> its weight in `weighted` and `normalized`; 1 where not named"""
+    """component (verifier, environment, or a model's name) -> its weight in `weighted` and `normalized`; 1 where not
+    named"""
     format_penalty: float = Field(0.0, ge=0, lt=1)
     """taken off where the completion's format is wrong, in proportion; tasks without a format check lose nothing"""
     length: LengthReward | None = None
@@ -82,6 +84,12 @@ def verified(rollouts: Sequence[Rollout]) -> Component:
     value = [np.nan if v is None or v.score is None else v.score for v in verdicts]
     asked = [v is not None and (v.score is not None or v.status == "infra_error") for v in verdicts]
     return Component(value_N=np.array(value, float), asked_N=np.array(asked, bool))
+
+
+def earned(rollouts: Sequence[Rollout]) -> Component:
+    """What environments gave for whole episodes; an episode that earned nothing has no such part."""
+    value = np.array([np.nan if r.completion.reward is None else r.completion.reward for r in rollouts], float)
+    return Component(value_N=value, asked_N=~np.isnan(value))
 
 
 def scored(scores: Sequence[Score | None]) -> Component:

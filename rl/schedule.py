@@ -17,21 +17,22 @@ class Schedule:
     """An endless order of tasks: domains mixed by share, each domain in a new random order whenever it is through.
 
     `shares`: domain -> relative share; a domain that is not named counts with its number of tasks, one with 0 is left
-    out. Raises UserError for a domain there is none of, or shares that leave nothing.
+    out. Raises UserError for a domain there is none of, or shares that leave nothing; `where`: their place in the
+    recipe.
     """
 
-    def __init__(self, tasks: Sequence[Task], shares: Mapping[str, float], seed: int):
+    def __init__(self, tasks: Sequence[Task], shares: Mapping[str, float], seed: int, where: str = "tasks.shares"):
         self._seed = seed
         domains: dict[str, list[Task]] = {}
         self._by_id = {task.id: task for task in tasks}
         for task in tasks:
             domains.setdefault(task.domain, []).append(task)
         if unknown := sorted(set(shares) - set(domains)):
-            raise UserError(f"tasks.shares.{unknown[0]}: there are tasks of the domains {', '.join(domains)} only")
+            raise UserError(f"{where}.{unknown[0]}: there are tasks of the domains {', '.join(domains)} only")
         weights = {d: shares.get(d, float(len(t))) for d, t in domains.items()}
         self._domains = [t for d, t in domains.items() if weights[d] > 0]
         if not self._domains:
-            raise UserError("tasks.shares: every domain has share 0")
+            raise UserError(f"{where}: every domain has share 0")
         total = sum(weights.values())
         counts = [max(1, round(_BLOCK * w / total)) for w in weights.values() if w > 0]
         self._block = np.repeat(np.arange(len(counts)), counts)
@@ -39,13 +40,21 @@ class Schedule:
 
     def __getitem__(self, index: int) -> Task:
         """The task of the group with this index, counted from 0."""
-        block, place = divmod(index, len(self._block))
-        order = np.random.default_rng((self._seed, 0, block)).permutation(self._block)
-        domain = int(order[place])
-        nth = block * self._counts[domain] + int((order[:place] == domain).sum())
+        domain, nth = self._domain(index)
         tasks = self._domains[domain]
         turn, which = divmod(nth, len(tasks))
         return tasks[int(np.random.default_rng((self._seed, 1 + domain, turn)).permutation(len(tasks))[which])]
+
+    def domain(self, index: int) -> list[Task]:
+        """The tasks of the domain whose turn it is at this index."""
+        return self._domains[self._domain(index)[0]]
+
+    def _domain(self, index: int) -> tuple[int, int]:
+        """Which domain's turn it is, and how many it had before."""
+        block, place = divmod(index, len(self._block))
+        order = np.random.default_rng((self._seed, 0, block)).permutation(self._block)
+        domain = int(order[place])
+        return domain, block * self._counts[domain] + int((order[:place] == domain).sum())
 
     def by_id(self, task: str) -> Task:
         """Raises KeyError."""

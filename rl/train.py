@@ -9,8 +9,8 @@ This and `evaluate.py` are the only files of `rl` that know other rooms.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,20 +35,24 @@ from cabochon.rl.advantages import informative
 from cabochon.rl.alarms import check as check_alarms
 from cabochon.rl.batching import rows_needed
 from cabochon.rl.evaluate import accuracies, answer, first_of_each
-from cabochon.rl.learning import Known, Learners, States, advantages_of, fingerprint, kl_penalties, learn, measure
+from cabochon.rl.feed import Feed
+from cabochon.rl.learning import Learners, States, advantages_of, fingerprint, kl_of, learn, measure
 from cabochon.rl.losses import adapted_coef
 from cabochon.rl.recipe import RlConfig
-from cabochon.rl.rewards import Component, compose, scored, verified
-from cabochon.rl.schedule import Schedule
+from cabochon.rl.rewards import Component, compose, earned, scored, verified
 from cabochon.rl.update import Update, plan_update
 from cabochon.rollouts.collect import Collector, Completions, Group, room
+from cabochon.rollouts.environment import EpisodeLimits
+from cabochon.rollouts.episodes import EpisodeEngine
 from cabochon.rollouts.local import LocalEngine
+from cabochon.rollouts.named import environment_at
 from cabochon.rollouts.slots import SlotConfig
 from cabochon.rollouts.stream import LocalStream
+from cabochon.rollouts.tools import Tool, ToolEnvironment, calculator, python
 from cabochon.run import Run, open_run
 from cabochon.tokenizer import Tokenizer
 from cabochon.types import Rollout, Task
-from cabochon.verifiers.build import probes_for, verifier_for
+from cabochon.verifiers.build import probes_for, python_runner, sandbox_named, verifier_for
 from cabochon.verifiers.format import ThinkingFormat
 from cabochon.verifiers.pool import VerifierPool
 from cabochon.verifiers.tasks import content_hash, read_tasks
@@ -61,8 +65,10 @@ SHOWN = ("reward", "score", "entropy", "tokens", "truncated", "w_gap", "held_out
 class Progress:
     """What a checkpoint holds besides the weights."""
 
-    next_task: int = 0
-    """place in the schedule"""
+    places: list[int] = field(default_factory=list)
+    """in the schedule of each phase"""
+    rates: dict[str, float] = field(default_factory=dict)
+    """running solve rates of the curriculum"""
     next_group: int = 0
     unfinished: list[str] = field(default_factory=list)
     """ids of tasks that were in flight: they are started again after a resume, so that none is lost"""
@@ -102,40 +108,40 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             fresh = critic.init_state(_copy(policy.params)) if critic else None
             states, done = States(learners.policy.init_state(_copy(policy.params)), fresh), 0
             progress = Progress(kl_coef=cfg.update.kl.coef)
-        verifiers = stack.enter_context(
-            VerifierPool(
-                verifier=verifier_for([*tasks, *held], sandbox=cfg.tasks.sandbox),
-                probes=probes_for([*tasks, *held]),
-                concurrency=cfg.tasks.verifying,
-            )
-        )
+        verifiers = stack.enter_context(verifiers_of(cfg, [*tasks, *held]))
         policy.tokenizer.save(run.dir / "tokenizer")  # for those who read rollouts/
+        phases = [cfg.in_phase(i) for i in range(len(cfg.phases) + 1)]
+        feed = Feed(
+            tasks, [p.tasks.shares for p in phases], cfg.seed, curriculum=cfg.tasks.curriculum,
+            places=progress.places, rates=progress.rates, unfinished=progress.unfinished,
+        )  # fmt: skip
         engine = engine_of(cfg, policy, weights_of(learners.policy, states, done), run, stack)
-        sampling = cfg.sampling.drawn(cfg.rollout.group_size, routes=update.replays_sampler)
+        source = Completions(engine, cfg.sampling.drawn(cfg.rollout.group_size, routes=update.replays_sampler))
         collector = stack.enter_context(
             Collector(
-                Completions(engine, sampling), verifiers, seed=cfg.seed, first_group=progress.next_group,
-                threads=cfg.tasks.verifying,
+                source, verifiers, seed=cfg.seed, first_group=progress.next_group, threads=cfg.tasks.verifying
             )
         )  # fmt: skip
         scorers = scorers_of(cfg, run)
-        feed = Feed(Schedule(tasks, cfg.tasks.shares, cfg.seed), progress.next_task, progress.unfinished)
         watch, kl_coef, alarmed = reports.Stopwatch(), progress.kl_coef, progress.alarms
         published = np.asarray(fingerprint(states.policy.params))
 
-        def held_out() -> dict[str, float]:
+        def held_out(now: RlConfig) -> dict[str, float]:
             some = first_of_each(held, cfg.eval.tasks)
-            return accuracies(answer(engine, verifiers, some, cfg.sampling.drawn(cfg.eval.samples), cfg.seed))
+            return accuracies(answer(engine, verifiers, some, now.sampling.drawn(cfg.eval.samples), cfg.seed))
 
         before = progress.before
         if held and done == 0:
-            before = held_out()
+            before = held_out(cfg)
             some = len(first_of_each(held, cfg.eval.tasks))
             run.event("held out", told(before), step=0, data={"held_out": before, "tasks": some})
 
         # -- the loop --------------------------------------------------------------------------------------------------
         for step in run.steps(done, cfg.steps):
+            feed.phase = cfg.phase(step)
+            now = phases[feed.phase]
             with watch("rollouts"):
+                source.sampling = now.sampling.drawn(cfg.rollout.group_size, routes=update.replays_sampler)
                 want = room(
                     max_lag=cfg.rollout.max_lag, batch=cfg.rollout.prompts, waiting=collector.waiting,
                     running=collector.in_flight, most=(cfg.rollout.max_lag + 1) * cfg.rollout.prompts,
@@ -151,15 +157,17 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                     "learnt: choose easier or harder tasks, more samples (rollout.group_size), or another algorithm"
                 )
             rollouts = got.rollouts
+            feed.observe([r for g in (*got.groups, *got.dropped, *got.stale) for r in g.rollouts])
             with watch("score"):
                 said = {name: scorer.score(rollouts) for name, scorer in scorers.items()}
                 models = {name: scored(scores) for name, scores in said.items()}
+                given = {"environment": earned(rollouts)} if cfg.environment else {}
                 rewards = compose(
-                    rollouts, verified(rollouts), models, cfg.reward, format_=formats(cfg, rollouts),
+                    rollouts, verified(rollouts), given | models, now.reward, format_=formats(cfg, rollouts),
                     overlong=update.overlong,
                 )  # fmt: skip
                 known = measure(learners, states, reference, rollouts, cfg.update, update)
-                penalties, kl = kl_of(cfg, known, rollouts, kl_coef)
+                penalties, kl = kl_of(cfg.update, known, rollouts, kl_coef)
                 advantages = advantages_of(rollouts, rewards.reward_N, known, update, penalties)
             with watch("update"):
                 rng = np.random.default_rng((cfg.seed, step))
@@ -175,9 +183,12 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 **reports.rollout_row(rollouts, rewards, step),
                 **reports.group_row(rollouts, rewards.parts["verifier"]),
                 **learnt.row,
+                **feed.row(),
                 "groups_dropped": len(got.dropped),
                 "groups_stale": len(got.stale),
             }
+            if cfg.phases:
+                row["phase"] = cfg.phases[feed.phase - 1].name if feed.phase else "first"
             if not warming:
                 row["weights_change"] = float((published != before_update).mean())
             replayed = update.replays_sampler or update.needs_routes
@@ -188,14 +199,9 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 kl_coef = adapted_coef(kl_coef, kl, cfg.update.kl, len(rollouts))
             if held and (step == cfg.steps or (cfg.eval.every and step % cfg.eval.every == 0)):
                 with watch("eval"):
-                    accuracy = held_out()
+                    accuracy = held_out(now)
                 row |= {"held_out": accuracy["all"], "held_out_domains": accuracy}
-            rows = [
-                journal.rollout_row(
-                    r, reward, {name: x[i] for name, x in rewards.parts.items()}, a, {n: s[i] for n, s in said.items()}
-                )
-                for i, (r, reward, a) in enumerate(zip(rollouts, rewards.reward_N, advantages.tokens, strict=True))
-            ]
+            rows = journal.rollout_rows(rollouts, rewards, advantages, said)
             journal.write_rollouts(run.dir / "rollouts", step, rows)
             if cfg.samples_every and (step == 1 or step % cfg.samples_every == 0):
                 run.console.line(journal.table(rows))
@@ -207,8 +213,8 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 run.event("alarm", str(alarm), step=step, data={"alarm": alarm.name})
             if step == cfg.steps or run.save_due(step):
                 progress = Progress(
-                    next_task=feed.place, next_group=collector.next_group, unfinished=collector.unfinished,
-                    kl_coef=kl_coef, alarms=alarmed, before=before,
+                    places=feed.places, rates=feed.rates, next_group=collector.next_group,
+                    unfinished=collector.unfinished, kl_coef=kl_coef, alarms=alarmed, before=before,
                 )  # fmt: skip
                 run.save(step, states._asdict(), asdict(progress))
             if alarms and cfg.fail_on_alarm:
@@ -240,6 +246,12 @@ def tasks_of(cfg: RlConfig) -> tuple[list[Task], list[Task]]:
                 f"tasks.held_out: {task.id!r} has the prompt of the training task {same!r}; remove one of them"
             )
     return train, held
+
+
+def verifiers_of(cfg: RlConfig, tasks: Sequence[Task]) -> VerifierPool:
+    """Those the tasks ask for, proved. Raises GradingBroken."""
+    verifier = verifier_for(tasks, sandbox=cfg.tasks.sandbox)
+    return VerifierPool(verifier=verifier, probes=probes_for(tasks), concurrency=cfg.tasks.verifying)
 
 
 def check_shapes(cfg: RlConfig, update: Update) -> None:
@@ -284,6 +296,30 @@ def slot_config(cfg: RlConfig) -> SlotConfig:
 
 
 def engine_of(cfg: RlConfig, policy: Policy, weights: Weights, run: Run, stack: ExitStack) -> StreamingEngine:
+    """Who draws completions, or episodes where there is an environment; what it starts ends with the stack."""
+    engine = turns_of(cfg, policy, weights, run, stack)
+    if (env := cfg.environment) is None:
+        return engine
+    limits = EpisodeLimits(
+        turns=env.turns, tokens=cfg.engine.length, seconds=env.seconds, observation_chars=env.observation_chars,
+        parallel=env.parallel,
+    )  # fmt: skip
+    if env.address:
+        return stack.enter_context(
+            closing(EpisodeEngine(engine, policy.tokenizer, environment_at(env.address), limits))
+        )
+    tools: list[Tool] = []
+    for name in env.tools:
+        if name == "python":
+            sandbox = stack.enter_context(closing(sandbox_named(cfg.tasks.sandbox)))
+            tools.append(python(python_runner(sandbox)))
+        else:
+            tools.append(calculator())
+    made = EpisodeEngine(engine, policy.tokenizer, lambda task: ToolEnvironment(tools, system=env.system), limits)
+    return stack.enter_context(closing(made))
+
+
+def turns_of(cfg: RlConfig, policy: Policy, weights: Weights, run: Run, stack: ExitStack) -> StreamingEngine:
     """Ray's workers, which end with the stack, or this process."""
     slots = slot_config(cfg)
     if cfg.engine.kind == "local":
@@ -336,19 +372,6 @@ def _copy(params: tf.Params) -> tf.Params:
 # -- parts of a step ---------------------------------------------------------------------------------------------------
 
 
-class Feed(Iterator[Task]):
-    """The tasks to start next: first those a killed run had in flight, then the schedule from `place` on."""
-
-    def __init__(self, schedule: Schedule, place: int, unfinished: Sequence[str]):
-        self._schedule, self.place, self._again = schedule, place, list(unfinished)
-
-    def __next__(self) -> Task:
-        if self._again:
-            return self._schedule.by_id(self._again.pop(0))
-        self.place += 1
-        return self._schedule[self.place - 1]
-
-
 def worth_learning(group: Group) -> bool:
     """Dynamic sampling: not all right and not all wrong."""
     return informative(
@@ -358,15 +381,6 @@ def worth_learning(group: Group) -> bool:
 
 def _anything(group: Group) -> bool:
     return True
-
-
-def kl_of(
-    cfg: RlConfig, known: Known, rollouts: Sequence[Rollout], coef: float
-) -> tuple[list[np.ndarray] | None, float | None]:
-    """The penalties of a KL in the reward and its mean; (None, None) where it is not there."""
-    if not (cfg.update.kl.coef and cfg.update.kl.placement == "reward"):
-        return None, None
-    return kl_penalties(known, rollouts, coef)
 
 
 def told(accuracy: dict[str, float]) -> str:

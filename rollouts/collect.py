@@ -64,8 +64,8 @@ class Completions:
     """By an engine: single turns, or multi-turn episodes where it is an EpisodeEngine."""
 
     def __init__(self, engine: StreamingEngine, sampling: Sampling):
-        """`sampling.n` is the size of a group."""
-        self._engine, self._sampling = engine, sampling
+        """`sampling.n` is the size of a group. `sampling` may be changed between calls, except for that size."""
+        self._engine, self.sampling = engine, sampling
 
     @property
     def version(self) -> int:
@@ -73,11 +73,11 @@ class Completions:
 
     @property
     def samples(self) -> int:
-        return self._sampling.n
+        return self.sampling.n
 
     def start(self, tasks: Sequence[Task], seeds: Sequence[int]) -> list[int]:
         requests = [
-            Request(prompt=t.prompt, sampling=self._sampling, seed=s, task=t)
+            Request(prompt=t.prompt, sampling=self.sampling, seed=s, task=t)
             for t, s in zip(tasks, seeds, strict=True)
         ]
         return self._engine.submit(requests)
