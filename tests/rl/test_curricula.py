@@ -168,6 +168,18 @@ def test_it_learns_to_heed_what_the_environment_says(place):
 
 
 @pytest.mark.slow
+def test_tools_are_shown_to_the_policy(place):
+    """The calculator and Python by name; what the policy reads has their schemas."""
+    big = {"kind": "local", "slots": 16, "length": 1536}
+    main(turns(place, environment={"tools": ["calculator", "python"], "system": "Be brief."}, engine=big, steps=1,
+               reward={}, step={"batch_size": 16, "sequence_length": 1536, "micro_batches": 2}))  # fmt: skip
+    some = lines(place / "run", 1)
+    assert {x["finish"] for x in some} <= {"stop", "length"}
+    assert any(x["finish"] == "stop" for x in some), "a turn without a call is the answer"
+    assert all(x["reward"] == pytest.approx(x["components"]["verifier"]) for x in some), "the tools pay nothing"
+
+
+@pytest.mark.slow
 def test_episodes_by_rays_workers(place):
     ray = {"kind": "ray", "slots": 16, "length": 128, "ray": {"workers": 1}}
     main(turns(place, engine=ray, rollout={"prompts": 4, "group_size": 4, "max_lag": 1}))
