@@ -190,10 +190,7 @@ def sample(
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, n=n)
     drawn = engine.generate(requests_for([task.prompt for task in wanted], sampling, seed))
     each = [task for task in wanted for _ in range(n)]
-    probes = probes_for(wanted)
-    verifier = verifier_for(wanted)
-    made = VerifierPool(verifier=verifier, probes=probes) if probes else VerifierPool.unproven(verifier=verifier)
-    with made as pool:
+    with VerifierPool(verifier=verifier_for(wanted), probes=probes_for(wanted)) as pool:
         verdicts = pool.verify(each, [c.text for c in drawn])
     kept = [
         {"prompt": task.prompt, "completion": c.text, "label": v.score == 1.0, "payload": dict(task.payload)}

@@ -19,7 +19,8 @@ class Probe:
     """
 
     task: Task
-    gold: str
+    gold: str | None
+    """None where nobody knows one, as of a user's reward function: it then only has to judge, whatever it says"""
     blank: str = ""
     garbage: str = "zq \\boxed{%%% never an answer ~~}"
 

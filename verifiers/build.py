@@ -89,12 +89,14 @@ def verifier_for(tasks: Iterable[Task], *, sandbox: SandboxName = "bubblewrap") 
 
 
 def probes_for(tasks: Iterable[Task]) -> list[Probe]:
-    """A probe for each name these tasks ask for, except reward functions, whose right answers nobody knows here."""
+    """A probe for each name these tasks ask for; of a reward function one without gold, which nobody knows here."""
     first: dict[str, Task] = {}
     for task in tasks:
         if task.verifier not in first and (task.verifier != "reasoning" or task.payload.get("answer")):
             first[task.verifier] = task
-    return [_probe(name, task) for name, task in sorted(first.items()) if name in NAMES]
+    return [
+        _probe(name, task) if name in NAMES else Probe(task=task, gold=None) for name, task in sorted(first.items())
+    ]
 
 
 def _probe(name: str, task: Task) -> Probe:

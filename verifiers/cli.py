@@ -32,7 +32,7 @@ def verify_command(
 
     tasks, texts = _rows(file, column, reward)
     verifier = verifier_for(tasks, sandbox=_sandbox(sandbox))
-    probes = probes_for(tasks)
+    probes = [probe for probe in probes_for(tasks) if probe.gold is not None]
     pool = (
         VerifierPool(verifier=verifier, probes=probes, concurrency=concurrency)
         if probes else VerifierPool.unproven(verifier=verifier, concurrency=concurrency)

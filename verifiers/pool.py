@@ -108,17 +108,24 @@ class VerifierPool:
         return verdict
 
     def prove(self, probes: Sequence[Probe]) -> None:
-        """Gold must score 1, blank and garbage 0, through the same threads and workers as the run's items."""
+        """Gold must score 1, blank and garbage 0, through the same threads and workers as the run's items. Where no
+        gold is known, both must get a verdict that is no failure of the machine."""
         wanted = [
             (probe, what, text, score)
             for probe in probes
             for what, text, score in (
                 ("gold", probe.gold, 1.0), ("blank", probe.blank, 0.0), ("garbage", probe.garbage, 0.0)
             )
+            if text is not None
         ]
         verdicts = self.verify([probe.task for probe, *_ in wanted], [text for _, _, text, _ in wanted])
         for (probe, what, _, score), verdict in zip(wanted, verdicts, strict=True):
-            if verdict.score != score:
+            if probe.gold is None:
+                if verdict.status == "infra_error":
+                    raise GradingBroken(
+                        f"{probe.task.verifier} fails on the {what} answer of task {probe.task.id}: {verdict.detail}"
+                    )
+            elif verdict.score != score:
                 raise GradingBroken(
                     f"grading does not work in this process: the {what} answer of task {probe.task.id} must score "
                     f"{score:g}, got {verdict.score} ({verdict.status}: {verdict.detail})"

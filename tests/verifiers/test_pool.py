@@ -12,6 +12,7 @@ import pytest
 
 from cabochon.types import Task, Verdict
 from cabochon.verifiers.base import Probe
+from cabochon.verifiers.build import probes_for, verifier_for
 from cabochon.verifiers.math import MATH_WORKERS, MathVerifier
 from cabochon.verifiers.pool import GradingBroken, VerifierPool
 from cabochon.verifiers.workers import shared_pool
@@ -84,6 +85,24 @@ def test_without_a_probe_nothing_starts() -> None:
         VerifierPool(verifier=Grader(), probes=[])
     with VerifierPool.unproven(verifier=Grader()) as pool:
         assert pool.verify_one(PROBE.task, "\\boxed{2}").score == 1.0
+
+
+def test_a_reward_function_without_a_known_gold_starts_if_it_judges_and_not_if_it_raises(tmp_path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def half(completions, **_): return [0.5] * len(completions)\n"
+        "def broken(completions, lost, **_): return [1.0]\n"
+    )
+    tasks = {name: Task(id="t", prompt="p", verifier=f"{file}:{name}") for name in ("half", "broken")}
+    for name, task in tasks.items():
+        (probe,) = probes_for([task])
+        assert probe.gold is None
+        if name == "half":
+            with VerifierPool(verifier=verifier_for([task]), probes=[probe]) as pool:
+                assert pool.verify_one(task, "anything").score == 0.5
+        else:
+            with pytest.raises(GradingBroken, match=r"broken fails on the blank answer of task t: .*lost"):
+                VerifierPool(verifier=verifier_for([task]), probes=[probe])
 
 
 def test_an_exception_is_retried_and_then_an_infra_error_without_a_score() -> None:
