@@ -171,6 +171,7 @@ const PANELS = [
   ["Sampler against learner", ["w_gap", "w_kl", "w_refused"], { zero: true }],
   ["Clipped", ["clip_fraction", "w_clipped"], { share: "tight" }],
   ["Verdicts", /^status\/(.*)/, { share: true }],
+  ["Models ordering as the verifier", /^agreement\/(.*)/, { share: true }],
   ["Policy and value loss", /^loss_(.*)/, {}],
   ["Gradient norm", ["grad_norm", "critic_grad_norm"], { zero: true }],
   ["Learning rate", ["learning_rate"], { zero: true }],
