@@ -65,7 +65,11 @@ def ours(kind: str, start: Path, out: Path, work: dict[str, Any], seed: int) -> 
         f"seed={seed}", f"run.dir={out}", f"run.save_every={work['steps']}",
     )  # fmt: skip
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{"seconds": r["clock"]["seconds"], "reward": r["reward"], "parts": r["clock"]["time"]} for r in rows]
+    out_rows = []
+    for row in rows:
+        parts = {key: s for key, s in row["clock"].items() if key.endswith("_seconds")}
+        out_rows.append({"seconds": row["clock"]["seconds"], "reward": row["reward"], "parts": parts})
+    return out_rows
 
 
 def trl(start: Path, out: Path, workload: Path, seed: int) -> list[dict[str, Any]]:
@@ -99,7 +103,7 @@ def main() -> None:
             timed[kind].append(statistics.median(seconds))
             rewards = [s["reward"] for s in steps]
             parts = {
-                f"{key}_seconds": round(statistics.median(s["parts"].get(key, 0.0) for s in warm), 3)
+                key: round(statistics.median(s["parts"].get(key, 0.0) for s in warm), 3)
                 for key in warm[0].get("parts", {})
             }  # fmt: skip
             print(json.dumps({
