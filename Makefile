@@ -65,7 +65,10 @@ test-all: setup-dev
 	@$(RUN_TESTS) -m "" || code=$$?; echo $$code > .cache/pytest-exit; exit $$code
 
 bench: setup-dev
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python -P "$$file"; done
+	@set -e; for name in load moe sft reward rollouts serve verifiers_math verifiers_code; do \
+	  echo "== $$name"; $(BIN)/python -P benchmarks/$$name.py; done
+	@set -e; for name in rl distill reward_learning; do \
+	  echo "== $$name"; rm -rf .cache/bench/$$name; $(BIN)/python -P benchmarks/$$name.py .cache/bench/$$name; done
 
 lint: setup-dev
 	$(BIN)/ruff check .

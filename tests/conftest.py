@@ -2,6 +2,12 @@
 
 import os
 import pathlib
+import signal
+import threading
+
+if threading.current_thread() is threading.main_thread():
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and so would all they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["XLA_FLAGS"] = " ".join(
     [*(f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f),
