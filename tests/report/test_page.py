@@ -76,7 +76,7 @@ def test_the_keyboard_moves_one_cursor_for_all_charts(opened):
     opened.keyboard.press("ArrowLeft")
     assert step() == "step 40", "help has the keys while it is open"
     opened.keyboard.press("Escape")
-    assert opened.query_selector("dialog") is None
+    opened.wait_for_selector("dialog", state="detached")
     opened.keyboard.press("c")
     assert opened.get_attribute('[data-way="advantage"]', "aria-pressed") == "true"
 
