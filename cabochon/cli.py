@@ -15,6 +15,7 @@ from cabochon import (
     cli_report,
     cli_reward,
     cli_rl,
+    cli_run,
     cli_serve,
     cli_stages,
     cli_submit,
@@ -51,10 +52,6 @@ RecipeAndSettings = Annotated[
     typer.Argument(metavar="[RECIPE]... [KEY=VALUE]...", help="recipe names or files, then settings (optim.b1=0.9)"),
 ]
 
-StagesAndSettings = Annotated[
-    list[str], typer.Argument(metavar="RECIPE [STAGE.KEY=VALUE]...", help="a job, then settings for its stages")
-]
-
 
 @app.command(rich_help_panel=MACHINE)
 def doctor(json: Annotated[bool, typer.Option("--json", help="one JSON object instead of lines")] = False) -> None:
@@ -84,17 +81,7 @@ def config(parts: RecipeAndSettings = None) -> None:
 app.command("import-config", rich_help_panel=CONFIGS)(cli_import.import_config)
 
 
-@app.command(rich_help_panel=STAGES)
-def run(parts: StagesAndSettings) -> None:
-    """Run a job's stages in order, going on where it stopped: SFT, reward models, RL, evaluation.
-
-    Example: cabochon run demo rl.steps=50 dir=runs/mine
-    """
-    from cabochon import pipeline
-
-    pipeline.run(pipeline.read(parts))
-
-
+app.command(rich_help_panel=STAGES)(cli_run.run)
 app.command(rich_help_panel=WEIGHTS)(cli_weights.inspect)
 app.command(rich_help_panel=WEIGHTS)(cli_weights.export)
 app.command(rich_help_panel=WEIGHTS)(cli_weights.upcycle)
@@ -112,6 +99,8 @@ app.command(rich_help_panel=CONFIGS)(cli_plan.plan)
 app.command(rich_help_panel=LOOK)(cli_report.report)
 app.command(rich_help_panel=LOOK)(cli_report.view)
 data = typer.Typer(no_args_is_help=True, help="Training data: look at it before a run does.")
+
+
 @data.callback()
 def _data() -> None:
     """Keeps `data` a group while it has one command only."""
@@ -127,6 +116,8 @@ app.add_typer(tasks, name="tasks", rich_help_panel=STAGES)
 
 app.command("verify", rich_help_panel=REWARDS)(verifiers_cli.verify_command)
 reward = typer.Typer(no_args_is_help=True, help="Rewards: test one before a run trusts it.")
+
+
 @reward.callback()
 def _reward() -> None:
     """Keeps `reward` a group while it has one command only."""

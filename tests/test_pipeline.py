@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ RECIPE = """
 dir: {dir}
 stages:
   first: [config, tiny-dense, "seed=1"]
-  second: [config, tiny-dense, "run_from={{dir}}"]
+  second: [report, "{{dir}}/absent", -o, "{{dir}}/page.html"]
 """
 
 
@@ -29,7 +30,7 @@ def recipe(tmp_path):
 def test_settings_go_to_their_stage_and_the_place_into_the_words(recipe, tmp_path):
     cfg = pipeline.read([recipe, f"dir={tmp_path / 'x'}", "first.step.batch_size=4"])
     assert cfg.stages["first"] == ("config", "tiny-dense", "seed=1", "step.batch_size=4")
-    assert cfg.stages["second"][-1] == f"run_from={tmp_path / 'x'}"
+    assert cfg.stages["second"][1] == f"{tmp_path / 'x'}/absent"
 
 
 @pytest.mark.parametrize("setting", ["third.seed=1", "seed=1"])
@@ -45,11 +46,11 @@ def cabochon(*words):
 def test_a_failed_stage_stops_the_job_with_its_code_and_what_is_done_is_skipped(recipe, tmp_path):
     failed = cabochon("run", recipe)
     assert failed.returncode == 2
-    assert "run_from" in failed.stderr, "the stage's own error line"
+    assert "absent" in failed.stderr, "the stage's own error line"
     assert "[2/2] second: stopped with exit code 2" in failed.stderr
     assert set(json.loads((tmp_path / "job" / "pipeline.json").read_text())) == {"first"}
 
-    text = (tmp_path / "job.yaml").read_text().replace("run_from={dir}", "seed=2")
+    text = re.sub("second: .*", "second: [config, tiny-dense, seed=2]", (tmp_path / "job.yaml").read_text())
     (tmp_path / "job.yaml").write_text(text)
     mended = cabochon("run", recipe)
     assert mended.returncode == 0
@@ -60,6 +61,41 @@ def test_a_failed_stage_stops_the_job_with_its_code_and_what_is_done_is_skipped(
     changed = cabochon("run", recipe, "first.seed=3")
     assert "seed: 3" in changed.stdout
     assert "seed: 2" in changed.stdout, "what follows a changed stage runs again"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("seed=1", "sed=1", "stage first: command line: unknown key sed; did you mean seed"),
+        ("[report", "[reprot", "stage second: .*No such command 'reprot'"),
+        ("-o,", "--outt,", "stage second: .*No such option: --outt"),
+        ("tiny-dense", "tiny-dens", "stage first: tiny-dens: no shipped recipe"),
+    ],
+)
+def test_a_mistake_in_a_later_stage_is_found_before_the_first_begins(recipe, tmp_path, before, after, expected):
+    file = Path(recipe)
+    file.write_text(file.read_text().replace(before, after))
+    refused = cabochon("run", recipe)
+    assert refused.returncode == 2
+    assert re.search(expected, refused.stderr), refused.stderr
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_setting_of_a_trained_stage_is_checked_by_its_recipe(tmp_path):
+    refused = cabochon("run", "demo", f"dir={tmp_path / 'job'}", "rl.stepz=3")
+    assert refused.returncode == 2
+    assert "stage rl: command line: unknown key stepz; did you mean step" in refused.stderr
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_dry_run_prints_the_commands_and_runs_none(recipe, tmp_path):
+    shown = cabochon("run", recipe, "--dry-run", "first.seed=7")
+    assert shown.returncode == 0
+    assert shown.stdout.splitlines() == [
+        "cabochon config tiny-dense seed=1 seed=7",
+        f"cabochon report {tmp_path / 'job'}/absent -o {tmp_path / 'job'}/page.html",
+    ]
+    assert not (tmp_path / "job").exists()
 
 
 def test_two_jobs_in_one_place(recipe, tmp_path):
