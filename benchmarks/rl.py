@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def cabochon(*words: object, env: dict[str, str] | None = None) -> None:
-    command = [sys.executable, "-P", "-m", "cabochon.cli", *map(str, words)]
+    command = [sys.executable, "-P", "-m", "cabochon", *map(str, words)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **(env or {})})
 
 
@@ -117,7 +117,7 @@ def main() -> None:
             ratios = [t / o for t, o in zip(timed["trl"], timed[kind], strict=True)]
             print(json.dumps({"trl_over": kind, "rounds": [round(r, 2) for r in ratios]}), flush=True)
     finals = [out / f"{kind}{r}" / "final" for r in range(args.rounds) for kind in kinds]
-    subprocess.run([sys.executable, "-P", "-m", "cabochon.cli", "eval", str(start), *map(str, finals), "--tasks",
+    subprocess.run([sys.executable, "-P", "-m", "cabochon", "eval", str(start), *map(str, finals), "--tasks",
                     str(out / "tasks" / "test.jsonl"), "--most", "300", "--samples", "4", "--max-tokens",
                     str(work["max_tokens"]), "--slots", "64"], check=True)  # fmt: skip
 

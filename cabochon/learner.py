@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from cabochon import parallel
+from cabochon import heap, parallel
 from cabochon.batch import Batch
 from cabochon.config import AuxLossConfig, LoraConfig, OptimConfig, PrecisionConfig, StepConfig
 from cabochon.errors import UserError
@@ -118,15 +118,15 @@ class Learner:
             )
         for key in ("balance", "router_z", "simbal", "bias_update_rate"):
             if getattr(cfg.aux, key) and cfg.model.moe is None:
-                raise UserError(
-                    f"aux.{key}={getattr(cfg.aux, key)} needs a sparse model, this one is dense; set it to 0"
-                )
+                value = getattr(cfg.aux, key)
+                raise UserError(f"aux.{key}={value} needs a sparse model, this one is dense; set it to 0")
         if cfg.aux.bias_update_rate and not (cfg.model.moe and cfg.model.moe.aux_free_bias):
             raise UserError(
                 f"aux.bias_update_rate={cfg.aux.bias_update_rate} needs a model with moe.aux_free_bias; set it to 0"
             )
         if cfg.freeze_router and cfg.model.moe is None:
             raise UserError("router.freeze=true needs a sparse model, this one is dense; set it to false")
+        heap.fit(self._abstract_params())
         self.step = jax.jit(self.step_fn, donate_argnums=0)
         self.score = jax.jit(self.score_fn)
 

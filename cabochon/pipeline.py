@@ -114,7 +114,7 @@ def _command(words: Sequence[str]) -> int:
             if os.getppid() != parent:
                 os._exit(1)
 
-    child = subprocess.Popen([sys.executable, "-m", "cabochon.cli", *words], preexec_fn=tie)
+    child = subprocess.Popen([sys.executable, "-m", "cabochon", *words], preexec_fn=tie)
     # a terminal sends Ctrl-C to both: the child saves and leaves, and this one waits for it
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     terminate = signal.signal(signal.SIGTERM, lambda *_: child.terminate())

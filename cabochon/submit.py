@@ -73,7 +73,7 @@ def pack(parts: list[str], into: Path) -> Parcel:
     plain = sent.gathered(cfg.model_dump(mode="json"))
     shipped = type(cfg).model_validate(plain)
     (into / "recipe.yaml").write_text(overrides.dump(shipped))
-    words = ["python", "-m", "cabochon.cli", *COMMANDS[name], "recipe.yaml"]
+    words = ["python", "-m", "cabochon", *COMMANDS[name], "recipe.yaml"]
     place = cfg.dir if isinstance(cfg, PipelineConfig) else str(getattr(getattr(cfg, "run", None), "dir", "") or "")
     return Parcel(entrypoint=shlex.join(words), stays="" if os.path.isabs(place) else place)
 

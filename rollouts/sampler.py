@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from cabochon import heap
 from cabochon.model.config import ModelConfig
 from cabochon.rollouts import prefix, thinking
 from cabochon.rollouts.engine_params import EngineParams, engine_params
@@ -105,6 +106,7 @@ class Sampler:
     def __init__(
         self, model: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer, cfg: SlotConfig, version: int = 0
     ):
+        heap.fit(params)
         self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
         self.counters = Counters()
         self._programs: Programs = programs(model, cfg)

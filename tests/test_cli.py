@@ -16,7 +16,7 @@ from cabochon.errors import UserError
 from cabochon.model.config import MoeConfig
 from cabochon.overrides import load, recipe_names
 
-MODULE = [sys.executable, "-P", "-m", "cabochon.cli"]
+MODULE = [sys.executable, "-P", "-m", "cabochon"]
 
 
 @pytest.fixture

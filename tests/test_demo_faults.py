@@ -53,7 +53,7 @@ def test_the_demo_survives_kills_of_any_of_its_processes(tmp_path, seed):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     recipe = find_recipe("demo").read_text().replace('"1000"', '"30"').replace('"300"', '"12"')
     (tmp_path / "small.yaml").write_text(recipe)
-    command = [sys.executable, "-P", "-m", "cabochon.cli", "run", "small.yaml", "dir=runs/demo", *SMALL]
+    command = [sys.executable, "-P", "-m", "cabochon", "run", "small.yaml", "dir=runs/demo", *SMALL]
     deadline = time.monotonic() + 1500
     with (tmp_path / "log").open("ab") as log:
         while True:

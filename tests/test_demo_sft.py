@@ -15,7 +15,7 @@ def test_the_first_stage_of_the_demo_learns_its_tasks_and_leaves_room(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as a user has
 
     def cabochon(*words):
-        command = [sys.executable, "-P", "-m", "cabochon.cli", *map(str, words)]
+        command = [sys.executable, "-P", "-m", "cabochon", *map(str, words)]
         subprocess.run(command, env=env, cwd=tmp_path, check=True, timeout=1200)
 
     cabochon("tasks", "make", "demo-tasks")

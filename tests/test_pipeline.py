@@ -40,7 +40,7 @@ def test_a_setting_of_no_stage_is_refused(recipe, setting):
 
 
 def cabochon(*words):
-    return subprocess.run([sys.executable, "-m", "cabochon.cli", *words], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-m", "cabochon", *words], capture_output=True, text=True, timeout=60)
 
 
 def test_a_failed_stage_stops_the_job_with_its_code_and_what_is_done_is_skipped(recipe, tmp_path):

@@ -40,7 +40,7 @@ def recipe(tmp_path):
 
 def test_what_is_sent_is_the_package_the_recipe_and_its_files(recipe, tmp_path):
     parcel = submit.pack([str(recipe), "step.batch_size=4"], tmp_path / "sent")
-    assert parcel.entrypoint == "python -m cabochon.cli sft recipe.yaml"
+    assert parcel.entrypoint == "python -m cabochon sft recipe.yaml"
     assert parcel.stays == ""
     sent = load(SftConfig, [str(tmp_path / "sent" / "recipe.yaml")])
     assert sent.step.batch_size == 4
@@ -66,7 +66,7 @@ def test_the_words_of_a_job_of_stages_are_searched_too(recipe, tmp_path):
         "  two: [rl, demo-rl, 'model.address={dir}/one/final']\n"
     )
     parcel = submit.pack([str(tmp_path / "job.yaml")], tmp_path / "sent")
-    assert parcel.entrypoint == "python -m cabochon.cli run recipe.yaml"
+    assert parcel.entrypoint == "python -m cabochon run recipe.yaml"
     sent = load(PipelineConfig, [str(tmp_path / "sent" / "recipe.yaml")])
     assert sent.stages["one"] == ("sft", "files/0/mine.yaml", "data.train=[files/1/rows.jsonl]", f"run.dir={tmp_path}")
     assert sent.stages["two"] == ("rl", "demo-rl", f"model.address={tmp_path}/out/one/final"), "not there yet"
@@ -129,7 +129,7 @@ def head():
 
 def started(*words):
     return subprocess.Popen(
-        [sys.executable, "-m", "cabochon.cli", "submit", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-m", "cabochon", "submit", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env=os.environ | {"RAY_AUTH_MODE": "disabled"},
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def test_a_job_runs_on_the_cluster_and_its_exit_code_comes_back(head, recipe, tm
     done = started(str(recipe), "--address", head.jobs)
     out, err = done.communicate(timeout=500)
     assert done.returncode == 0, out + err
-    assert "python -m cabochon.cli sft recipe.yaml" in err
+    assert "python -m cabochon sft recipe.yaml" in err
     assert f"{tmp_path}/run/final" in out, "the job's own last line, by way of its log"
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 

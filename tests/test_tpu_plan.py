@@ -101,7 +101,7 @@ needs_libtpu = pytest.mark.skipif(
 
 def cabochon(*words, seconds=1500):
     return subprocess.run(
-        [sys.executable, "-m", "cabochon.cli", "plan", *words], capture_output=True, text=True, timeout=seconds
+        [sys.executable, "-m", "cabochon", "plan", *words], capture_output=True, text=True, timeout=seconds
     )
 
 

@@ -59,7 +59,7 @@ def test_the_command_of_a_completion_judges_it_again(tmp_path):
     """As it is copied from the page, in a shell, with a path that wants quoting."""
     place = runs.rl_run(tmp_path / "a run's", 3, texts=("4", "5"), rollouts=2)
     found = rollouts.groups_of(rollouts.steps_of(place)[3], None, groups=1, completions=2)["groups"][0]
-    command = found["completions"][1]["again"].replace("cabochon", f"{sys.executable} -m cabochon.cli")
+    command = found["completions"][1]["again"].replace("cabochon", f"{sys.executable} -m cabochon")
     subprocess.run(["sh", "-c", f"{command} --out out.jsonl"], cwd=tmp_path, check=True, timeout=120)
     judged = json.loads((tmp_path / "out.jsonl").read_text())
     assert (judged["id"], judged["status"]) == ("completion/0", "wrong"), "5 is not 4"

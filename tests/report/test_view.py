@@ -21,7 +21,7 @@ from browser import watched
 @contextmanager
 def viewing(*places, port=0):
     """(process, port) of `cabochon view`."""
-    words = [sys.executable, "-m", "cabochon.cli", "view", *map(str, places), "--port", str(port)]
+    words = [sys.executable, "-m", "cabochon", "view", *map(str, places), "--port", str(port)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         found = re.match(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())
@@ -118,7 +118,7 @@ def test_a_port_that_is_taken_is_one_line(tmp_path):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        words = [sys.executable, "-m", "cabochon.cli", "view", str(place), "--port", str(port)]
+        words = [sys.executable, "-m", "cabochon", "view", str(place), "--port", str(port)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr == f"cabochon: --port {port} is taken; give another, or 0 for any that is free\n"

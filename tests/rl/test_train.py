@@ -107,7 +107,7 @@ def test_a_kill_changes_no_number(place):
     main(config(place, "whole", steps=6))
     file = place / "killed.yaml"
     file.write_text(dump(config(place, "killed", steps=6)))
-    command = [sys.executable, "-P", "-m", "cabochon.cli", "rl", str(file)]
+    command = [sys.executable, "-P", "-m", "cabochon", "rl", str(file)]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal, deadline = place / "killed" / "metrics.jsonl", time.monotonic() + 120
     while not journal.exists() or journal.read_text().count("\n") < 3:

@@ -128,7 +128,7 @@ def test_the_command_serves_and_stops_when_it_is_asked_to(on_disk, tmp_path, num
     """A stream under way when the signal comes is finished, and the exit code is 0."""
     key = tmp_path / "key"
     key.write_text("hidden\n")
-    command = [sys.executable, "-P", "-m", "cabochon.cli", "serve", str(on_disk), "--port", "0", "--name", "tiny"]
+    command = [sys.executable, "-P", "-m", "cabochon", "serve", str(on_disk), "--port", "0", "--name", "tiny"]
     options = ["--length", "256", "--slots", "2", "--queue", "4", "--max-tokens", "200", "--api-key-file", str(key)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

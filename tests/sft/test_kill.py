@@ -68,7 +68,7 @@ def start(place, recipe, stage):
     keep = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_COMPILATION_CACHE_DIR": str(recipe.parent / "jax")}  # fmt: skip
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | keep
-    words = [sys.executable, "-P", "-m", "cabochon.cli", stage, str(recipe), f"run.dir={place}"]
+    words = [sys.executable, "-P", "-m", "cabochon", stage, str(recipe), f"run.dir={place}"]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
