@@ -36,14 +36,13 @@ def _describe(cfg: RlConfig) -> None:
     from cabochon.parallel import mesh_of
     from cabochon.plan import memory_lines
     from cabochon.policy import model_config
-    from cabochon.rl.train import check_shapes, learners_of, tasks_of
+    from cabochon.rl.train import learners_of, tasks_of
     from cabochon.rl.update import plan_update
 
     print(overrides.dump(cfg), end="")
     train, held = tasks_of(cfg)
     model = model_config(cfg.model)
     update = plan_update(cfg.update, sparse=model.moe is not None)
-    check_shapes(cfg, update)
     learners = learners_of(cfg, update, mesh_of(cfg.mesh))
     r = cfg.rollout
     lines = [

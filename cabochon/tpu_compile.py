@@ -39,7 +39,7 @@ from cabochon.reward.train import scored_model
 from cabochon.rl.advantages import Advantages
 from cabochon.rl.batching import minibatches
 from cabochon.rl.recipe import RlConfig
-from cabochon.rl.train import check_shapes, learners_of, slot_config
+from cabochon.rl.train import learners_of, slot_config
 from cabochon.rl.update import Update, plan_update
 from cabochon.rollouts.engine_plan import engine_programs
 from cabochon.target import compiling_for
@@ -95,7 +95,6 @@ def programs_of(cfg: Any, devices: Sequence[jax.Device]) -> Iterator[Program]:
 def _rl(cfg: RlConfig, mesh: Mesh, devices: Sequence[jax.Device]) -> Iterator[Program]:
     sparse = learner_config(cfg).model.moe is not None
     update = plan_update(cfg.update, sparse=sparse)
-    check_shapes(cfg, update)
     learners = learners_of(cfg, update, mesh)
     policy, critic = learners.policy, learners.critic
     batch = rl_batch(policy, update)

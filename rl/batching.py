@@ -20,16 +20,6 @@ from cabochon.rl.update import Update
 from cabochon.types import Rollout
 
 
-def rows_needed(groups: int, size: int, longest: int, length: int) -> int:
-    """Rows of `length` tokens that are enough for groups of completions of up to `longest` tokens with their prompt.
-
-    The worst case, where no prompt is worth sharing and no two groups share a row.
-    """
-    if not 0 < longest <= length:
-        raise UserError(f"prompt and completion of {longest} tokens do not fit step.sequence_length={length}")
-    return groups * -(-size // (length // longest))
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
     """Where completions lie in a batch: those of one prompt share it, so that it is read once.

@@ -249,3 +249,10 @@ class UpdateConfig(Frozen):
     """updates per pass over a rollout batch, of whole groups"""
     epochs: int = Field(1, ge=1)
     """passes over a rollout batch"""
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether a sample's advantage is relative to the others of its prompt, so that one alone teaches nothing."""
+        if isinstance(self.algorithm, ReinforcePP):
+            return self.algorithm.group_baseline
+        return not isinstance(self.algorithm, Ppo)

@@ -226,4 +226,33 @@ class RlConfig(StageConfig):
             raise ValueError("engine.kind=local samples and learns in turn: set rollout.max_lag to 0, or kind to ray")
         if taken := sorted({"verifier", "environment"} & set(self.models)):
             raise ValueError(f"models.{taken[0]}: that name is not a model's; choose another")
+        self._check_shapes()
         return self
+
+    def _check_shapes(self) -> None:
+        size, algorithm = self.rollout.group_size, self.update.algorithm
+        if size < 2 and self.update.compares_samples:
+            raise ValueError(
+                f"rollout.group_size={size}: update.algorithm.kind={algorithm.kind} compares the samples of a prompt; "
+                "expected 2 or more"
+            )
+        groups = -(-self.rollout.prompts // self.update.minibatches)
+        need = rows_needed(groups, size, self.engine.length, self.step.sequence_length)
+        if need > self.step.batch_size:
+            raise ValueError(
+                f"step.batch_size={self.step.batch_size} rows of step.sequence_length={self.step.sequence_length} "
+                f"tokens may not hold {groups} groups of {size} completions of up to engine.length="
+                f"{self.engine.length}; set step.batch_size to {need} (micro-batches that stay empty cost nothing) or "
+                "raise update.minibatches"
+            )
+
+
+def rows_needed(groups: int, size: int, longest: int, length: int) -> int:
+    """Rows of `length` tokens that are enough for groups of completions of up to `longest` tokens with their prompt.
+
+    The worst case, where no prompt is worth sharing and no two groups share a row. Raises ValueError where one
+    completion does not fit a row.
+    """
+    if not 0 < longest <= length:
+        raise ValueError(f"prompt and completion of {longest} tokens do not fit step.sequence_length={length}")
+    return groups * -(-size // (length // longest))

@@ -33,7 +33,6 @@ from cabochon.reward.open import JudgeRun, open_reward
 from cabochon.rl import journal, reports
 from cabochon.rl.advantages import informative
 from cabochon.rl.alarms import check as check_alarms
-from cabochon.rl.batching import rows_needed
 from cabochon.rl.evaluate import accuracies, answer, first_of_each
 from cabochon.rl.feed import Feed
 from cabochon.rl.learning import Learners, States, advantages_of, fingerprint, kl_of, learn, measure
@@ -95,7 +94,6 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
         policy = open_policy(cfg.model, cfg.seed, mesh)
         refuse_unexportable(policy.config)
         update = plan_update(cfg.update, sparse=policy.config.moe is not None)
-        check_shapes(cfg, update)
         learners = learners_of(cfg, update, mesh)
         critic = learners.critic
         abstract = States(learners.policy.abstract_state(), critic.abstract_state() if critic else None)
@@ -252,24 +250,6 @@ def verifiers_of(cfg: RlConfig, tasks: Sequence[Task]) -> VerifierPool:
     """Those the tasks ask for, proved. Raises GradingBroken."""
     verifier = verifier_for(tasks, sandbox=cfg.tasks.sandbox)
     return VerifierPool(verifier=verifier, probes=probes_for(tasks), concurrency=cfg.tasks.verifying)
-
-
-def check_shapes(cfg: RlConfig, update: Update) -> None:
-    """Raises UserError where the recipe's numbers cannot work together, before anything is sampled."""
-    if cfg.rollout.group_size < update.group_size:
-        raise UserError(
-            f"rollout.group_size={cfg.rollout.group_size}: update.algorithm.kind={cfg.update.algorithm.kind} "
-            f"compares the samples of a prompt; expected {update.group_size} or more"
-        )
-    groups = -(-cfg.rollout.prompts // cfg.update.minibatches)
-    need = rows_needed(groups, cfg.rollout.group_size, cfg.engine.length, cfg.step.sequence_length)
-    if need > cfg.step.batch_size:
-        raise UserError(
-            f"step.batch_size={cfg.step.batch_size} rows of step.sequence_length={cfg.step.sequence_length} tokens "
-            f"may not hold {groups} groups of {cfg.rollout.group_size} completions of up to engine.length="
-            f"{cfg.engine.length}; set step.batch_size to {need} (micro-batches that stay empty cost nothing) or "
-            "raise update.minibatches"
-        )
 
 
 def learners_of(cfg: RlConfig, update: Update, mesh: Mesh | None) -> Learners:

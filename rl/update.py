@@ -53,8 +53,6 @@ class Update:
     """of a critic with a trunk of its own"""
     warmup_updates: int = 0
     """updates of the critic alone, first"""
-    group_size: int = 2
-    """least samples per prompt"""
     overlong: Overlong | None = None
     """added to the reward"""
     dynamic_sampling: bool = False
@@ -116,7 +114,6 @@ def plan_update(cfg: UpdateConfig, *, sparse: bool) -> Update:
                 lambda samples: token_returns(samples, group_baseline=algorithm.group_baseline),
                 policy(losses.token_clipped(algorithm.clip)),
                 aggregation=algorithm.aggregation,
-                group_size=2 if algorithm.group_baseline else 1,
             )
         case Dapo():
             return update(
@@ -149,7 +146,6 @@ def plan_update(cfg: UpdateConfig, *, sparse: bool) -> Update:
                 critic=algorithm.critic,
                 critic_loss=None if shared else value,
                 warmup_updates=algorithm.warmup_updates,
-                group_size=1,
             )
     assert_never(algorithm)
 

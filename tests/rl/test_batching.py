@@ -12,8 +12,9 @@ from cabochon.errors import UserError
 from cabochon.learner import Learner, LearnerConfig
 from cabochon.model import transformer as tf
 from cabochon.rl.advantages import Advantages
-from cabochon.rl.batching import layout, minibatches, rows_needed, samples, to_batch
+from cabochon.rl.batching import layout, minibatches, samples, to_batch
 from cabochon.rl.config import C3po, Clip, Grpo, Gspo, KlConfig, MismatchConfig, Ppo, UpdateConfig
+from cabochon.rl.recipe import rows_needed
 from cabochon.rl.update import plan_update
 from cabochon.testing import tiny_moe
 from cabochon.types import Completion, Rollout, Task
@@ -93,7 +94,7 @@ def test_the_worst_case_of_rows_is_never_exceeded():
         ]
         layout(data, step(rows_needed(groups, size, longest, length), length))
     assert rows_needed(2, 5, 12, 24) == 6
-    with pytest.raises(UserError, match=r"25 tokens do not fit step\.sequence_length=24"):
+    with pytest.raises(ValueError, match=r"25 tokens do not fit step\.sequence_length=24"):
         rows_needed(1, 1, 25, 24)
 
 

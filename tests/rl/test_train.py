@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from cabochon.errors import MachineError, UserError
 from cabochon.overrides import dump
@@ -141,6 +142,16 @@ def test_with_ray_and_a_lag_no_token_is_older_than_allowed(place):
     [
         ({"rollout": {"prompts": 4, "group_size": 1}}, "rollout.group_size=1: update.algorithm.kind=grpo"),
         ({"step": {"batch_size": 4, "sequence_length": 32}}, "set step.batch_size to 16"),
+    ],
+)
+def test_shapes_that_cannot_work_are_refused_with_the_recipe(place, changes, says):
+    with pytest.raises(ValidationError, match=says):
+        config(place, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
         (
             {"tasks": {"train": ["{place}/train.jsonl"], "held_out": ["{place}/train.jsonl"]}},
             "has the prompt of the training task",

@@ -173,8 +173,8 @@ def test_plans():
     assert plan(Dapo(overlong=Overlong(max_tokens=9, buffer=3))).overlong == Overlong(max_tokens=9, buffer=3)
     assert plan(Dapo()).dynamic_sampling
     assert not plan(Dapo(dynamic_sampling=False)).dynamic_sampling
-    sizes = [plan(a).group_size for a in (Grpo(), ReinforcePP(), ReinforcePP(group_baseline=True), Ppo())]
-    assert sizes == [2, 1, 2, 1]
+    kinds = (Grpo(), ReinforcePP(), ReinforcePP(group_baseline=True), Ppo())
+    assert [UpdateConfig(algorithm=a).compares_samples for a in kinds] == [True, False, True, False]
     assert plan(Ppo()).critic == "own"
     assert plan(Ppo(warmup_updates=3)).warmup_updates == 3
     assert [plan(a).aggregation for a in (Grpo(aggregation="prompt_mean"), Cispo(aggregation="prompt_mean"),
