@@ -65,7 +65,7 @@ def reward_test_command(
     from cabochon.verifiers.tasks import read_tasks
 
     verifier = verifier_named(reward, sandbox=_sandbox(sandbox))
-    found = read_tasks(tasks)[:limit] if tasks else sample_tasks(reward)
+    found = read_tasks(tasks, verifier=reward)[:limit] if tasks else sample_tasks(reward)
     findings = probe(verifier, [task if ":" in reward else replace(task, verifier=reward) for task in found])
     print(f"{'task':24} {'probe':26} {'score':>6} {'status':12} {'seconds':>8}  suspicious")
     for item in findings:
@@ -95,7 +95,7 @@ def _rows(file: pathlib.Path, column: str, reward: str | None) -> tuple[list[Tas
         text = row.pop(column, None)
         if not isinstance(text, str):
             raise UserError(f"{where}: column {column!r} must hold the completion as text; the row has {sorted(row)}")
-        task = task_of_row(where, row, f"{file.stem}/{len(tasks)}")
+        task = task_of_row(where, row, f"{file.stem}/{len(tasks)}", reward)
         tasks.append(replace(task, verifier=reward) if reward else task)
         texts.append(text)
     if not tasks:

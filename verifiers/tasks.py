@@ -1,8 +1,8 @@
 """Tasks out of JSONL files, and a split into training and held-out tasks that cannot leak.
 
-Known shapes are recognised by their columns: GSM8K (`question`, `answer` ending in `#### 72`), MATH (`problem`,
+A row has `prompt`, `verifier` and `payload`; without `payload` its other columns are that, as in TRL. Known shapes are recognised by their columns: GSM8K (`question`, `answer` ending in `#### 72`), MATH (`problem`,
 `solution` with a box, or `answer`), MBPP (`text` or `prompt`, `test_list`), HumanEval (`prompt`, `test`,
-`entry_point`). Anything else needs a `Columns` map.
+`entry_point`). In Python, a `Columns` map reads anything else.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from cabochon.types import Prompt, Task
 from cabochon.verifiers.math_extract import last_box
 
 LINE_LIMIT = 64 << 20
+OWN = frozenset({"id", "prompt", "verifier", "payload", "domain", "completion"})
+"""columns of a row that are no payload; `completion` is what supervised training reads"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +61,19 @@ def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, row
 
 
-def read_tasks(path: str | pathlib.Path, columns: Columns | None = None, *, domain: str | None = None) -> list[Task]:
-    """The tasks of a JSONL file. `domain` is by default the file's name. Raises UserError with file and line."""
+def read_tasks(
+    path: str | pathlib.Path, columns: Columns | None = None, *, domain: str | None = None, verifier: str | None = None
+) -> list[Task]:
+    """The tasks of a JSONL file. `domain` is by default the file's name; `verifier` judges rows that name none.
+
+    Raises UserError with file and line.
+    """
     path = pathlib.Path(path)
     tasks: list[Task] = []
     seen: dict[str, str] = {}
     for where, row in read_rows(path):
         name = f"{path.stem}/{len(tasks)}"
-        task = _by_columns(where, row, columns, name) if columns else task_of_row(where, row, name)
+        task = _by_columns(where, row, columns, name) if columns else task_of_row(where, row, name, verifier)
         if task.domain == "default":
             task = Task(id=task.id, prompt=task.prompt, verifier=task.verifier, payload=task.payload,
                         domain=domain or path.stem)
@@ -108,10 +115,12 @@ def _prompt(where: str, value: Any, column: str) -> Prompt:
     raise UserError(f"{where}: column {column!r} must be a text or a list of messages, got {type(value).__name__}")
 
 
-def task_of_row(where: str, row: Mapping[str, Any], name: str) -> Task:
-    """The task of a row of one of the known shapes. Raises UserError."""
+def task_of_row(where: str, row: Mapping[str, Any], name: str, verifier: str | None = None) -> Task:
+    """The task of a row of one of the known shapes; `verifier` judges one that names none. Raises UserError."""
+    if "prompt" in row and verifier and not {"verifier", "test_list", "entry_point"} & set(row):
+        row = {**row, "verifier": verifier}
     if {"prompt", "verifier"} <= set(row):
-        payload = row.get("payload", {})
+        payload = row.get("payload", {k: v for k, v in row.items() if k not in OWN})
         if not isinstance(payload, dict):
             raise UserError(f"{where}: column 'payload' must be an object, got {type(payload).__name__}")
         return Task(id=str(row.get("id", name)), prompt=_prompt(where, row["prompt"], "prompt"), payload=payload,
@@ -129,14 +138,18 @@ def task_of_row(where: str, row: Mapping[str, Any], name: str) -> Task:
                    "reference": prompt + str(row.get("canonical_solution", ""))}
         return Task(id=str(row.get("task_id", name)), prompt=prompt, verifier="code", payload=payload)
     raise UserError(
-        f"{where}: not a GSM8K, MATH, MBPP or HumanEval row (columns {sorted(row)}); give a column map"
+        f"{where}: not a task: expected `prompt`, `verifier` and what that needs in `payload`, or a GSM8K, MATH, MBPP or "
+        f"HumanEval row; this one has the columns {sorted(row)}"
     )
 
 
 def _after_hashes(where: str, answer: str) -> str:
     _, mark, gold = answer.rpartition("####")
     if not mark or not gold.strip():
-        raise UserError(f"{where}: a GSM8K answer ends in '#### NUMBER', this one in {answer[-30:]!r}")
+        raise UserError(
+            f"{where}: a GSM8K answer ends in '#### NUMBER', this one in {answer[-30:]!r}; for a reward of your own "
+            "name the columns `prompt` and `verifier`"
+        )
     return gold.strip()
 
 

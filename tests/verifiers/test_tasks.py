@@ -52,6 +52,20 @@ def test_our_own_rows(tmp_path: pathlib.Path) -> None:
     assert task == Task(id="a/1", prompt=({"role": "user", "content": "Hi"},), verifier="thinking", domain="d")
 
 
+def test_a_row_without_payload_has_its_other_columns_for_one_as_in_trl(tmp_path: pathlib.Path) -> None:
+    row = {"prompt": "A colour?", "colours": ["red"], "level": 2, "completion": "red", "id": "c"}
+    with pytest.raises(UserError, match="not a task: expected `prompt`, `verifier`"):
+        read_tasks(write(tmp_path / "rows.jsonl", row))
+    (task,) = read_tasks(tmp_path / "rows.jsonl", verifier="mine.py:colour")
+    assert (task.id, task.verifier, task.payload) == ("c", "mine.py:colour", {"colours": ["red"], "level": 2})
+    named = write(tmp_path / "named.jsonl", row | {"verifier": "own.py:f"})
+    assert read_tasks(named, verifier="mine.py:colour")[0].verifier == "own.py:f", "a row's own name comes first"
+    assert read_tasks(named)[0].payload == {"colours": ["red"], "level": 2}
+    whole = write(tmp_path / "whole.jsonl", row | {"verifier": "own.py:f", "payload": {}})
+    assert read_tasks(whole)[0].payload == {}, "said to be empty"
+    assert read_tasks(write(tmp_path / "mbpp.jsonl", MBPP), verifier="mine.py:f")[0].verifier == "code", "known shapes stay"
+
+
 def test_a_column_map(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x.jsonl", {"q": "What?", "a": 5, "k": "id-1", "topic": "t"})
     columns = Columns(prompt="q", verifier="math", payload={"answer": "a"}, id="k", domain="topic")
@@ -65,7 +79,7 @@ def test_a_column_map(tmp_path: pathlib.Path) -> None:
     [
         ("{not json", "not JSON"),
         ("[1]", "expected a JSON object, got list"),
-        ({"a": 1}, "give a column map"),
+        ({"a": 1}, "expected `prompt`, `verifier` and what that needs"),
         ({"question": "Q", "answer": "no hashes"}, "#### NUMBER"),
         ({"question": "", "answer": "#### 1"}, "column 'question'"),
         ({"problem": "P", "solution": "no box"}, "no \\boxed answer"),
