@@ -30,12 +30,24 @@ def logit(p: np.ndarray, edge: float = 1e-6) -> np.ndarray:
     return np.log(p) - np.log1p(-p)
 
 
-def expected_calibration_error(p_N: np.ndarray, right_N: np.ndarray, bins: int = 10) -> float:
-    """Mean over judgements of |accuracy - confidence| of their bin; bins of equal width in the confidence."""
+def reliability(p_N: np.ndarray, right_N: np.ndarray, bins: int = 10) -> dict[str, dict[str, float]]:
+    """By bin of equal width in the confidence, empty ones left out: mean `confidence`, share `right`, `count`."""
     p, right = np.asarray(p_N, np.float64), np.asarray(right_N, np.float64)
     index = np.minimum((p * bins).astype(int), bins - 1)
-    gaps = [abs(p[index == b].mean() - right[index == b].mean()) * (index == b).sum() for b in np.unique(index)]
-    return float(sum(gaps) / len(p)) if len(p) else float("nan")
+    return {
+        f"{b / bins:.1f} to {(b + 1) / bins:.1f}": {
+            "confidence": float(p[index == b].mean()), "right": float(right[index == b].mean()),
+            "count": int((index == b).sum()),
+        }
+        for b in np.unique(index)
+    }  # fmt: skip
+
+
+def expected_calibration_error(p_N: np.ndarray, right_N: np.ndarray, bins: int = 10) -> float:
+    """Mean over judgements of |share right - confidence| of their bin, see `reliability`."""
+    found = reliability(p_N, right_N, bins).values()
+    gaps = sum(abs(b["confidence"] - b["right"]) * b["count"] for b in found)
+    return float(gaps / len(p_N)) if len(p_N) else float("nan")
 
 
 def fit(logit_N: np.ndarray, right_N: np.ndarray, *, intercept: bool = True, steps: int = 50) -> Platt:

@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from cabochon.reward.calibration import Platt, auc, correlation, expected_calibration_error, fit, logit, sigmoid
+from cabochon.reward.calibration import (
+    Platt,
+    auc,
+    correlation,
+    expected_calibration_error,
+    fit,
+    logit,
+    reliability,
+    sigmoid,
+)
 from cabochon.reward.judge import PairwiseJudge
 from cabochon.reward.rows import Labelled
 from cabochon.types import Score, Task
@@ -34,12 +43,16 @@ INJECTIONS: Mapping[str, str] = {
 }
 """what a policy may find that pays for wrong answers"""
 
+SHOWN = 10
+"""disagreements with the labels that are written out, the surest first"""
+
 
 def evaluate(
     score: Scorer, items: Sequence[Labelled], *, bounded: bool, best: str = "Yes", own: str = ""
 ) -> dict[str, Any]:
     """A table of numbers, plain data. `bounded`: scores are probabilities; `best`: the verdict that attacks ask for;
-    `own`: the author whose completions are the scoring model's own.
+    `own`: the author whose completions are the scoring model's own. `disagreements` are for reading: completions whose
+    label the model was surest to get wrong.
 
     Attacks and padding are tried on the wrong completions: `gained` is the mean rise of P(right), `flipped` the share
     of those rightly held wrong that are then held right.
@@ -61,6 +74,7 @@ def evaluate(
         out["self_preference"] = self_preference(scores, items, [item.author == own for item in items], bounded)
     wrong = [n for n, i in enumerate(found) if not items[i].right]
     attacks = {"padding": "{response}" + PADDING, **INJECTIONS}
+    out["disagreements"] = disagreements([items[i] for i in found], p)
     out["attacks"] = {
         name: _attacked(score, [items[found[n]] for n in wrong], p[wrong], text, platt, bounded, best)
         for name, text in attacks.items()
@@ -85,7 +99,18 @@ def agreement(z: np.ndarray, right: np.ndarray, platt: Platt) -> dict[str, Any]:
         "ece": expected_calibration_error(raw, right),
         "ece_scaled": expected_calibration_error(scaled, right),
         "platt": {"slope": platt.slope, "intercept": platt.intercept},
+        "reliability": reliability(raw, right),
     }
+
+
+def disagreements(items: Sequence[Labelled], p: np.ndarray, most: int = SHOWN) -> list[dict[str, Any]]:
+    """Where P(right) and the label are on different sides of 1/2, the surest first."""
+    wrong = [i for i, item in enumerate(items) if (p[i] > 0.5) != item.right]
+    wrong.sort(key=lambda i: -abs(p[i] - 0.5))
+    return [
+        {"prompt": items[i].prompt, "response": items[i].response, "right": items[i].right, "p_right": float(p[i])}
+        for i in wrong[:most]
+    ]
 
 
 def _attacked(
@@ -151,6 +176,8 @@ def table(report: Mapping[str, Any], indent: str = "") -> list[str]:
     for name, value in report.items():
         if isinstance(value, Mapping) and value and all(isinstance(v, int | float | None) for v in value.values()):
             lines.append(f"{indent}{name}: " + ", ".join(f"{k} {_number(v)}" for k, v in value.items()))
+        elif isinstance(value, list):
+            lines.append(f"{indent}{name:{width}}  {len(value)} written out in the file")
         elif isinstance(value, Mapping):
             lines += [f"{indent}{name}:", *table(value, indent + "  ")]
         else:

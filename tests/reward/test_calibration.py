@@ -14,6 +14,7 @@ from cabochon.reward.calibration import (
     length_groups,
     logit,
     pair_report,
+    reliability,
     sigmoid,
 )
 
@@ -22,6 +23,11 @@ def test_calibration_error_by_hand():
     p, right = np.array([0.95, 0.95, 0.95, 0.95, 0.55, 0.55]), np.array([1, 1, 1, 0, 1, 0])
     assert expected_calibration_error(p, right) == pytest.approx((4 * 0.2 + 2 * 0.05) / 6)
     assert expected_calibration_error(np.array([1.0, 0.0]), np.array([1, 0])) == 0.0
+    assert np.isnan(expected_calibration_error(np.array([]), np.array([])))
+    assert reliability(p, right) == {
+        "0.5 to 0.6": {"confidence": pytest.approx(0.55), "right": 0.5, "count": 2},
+        "0.9 to 1.0": {"confidence": pytest.approx(0.95), "right": 0.75, "count": 4},
+    }
 
 
 def test_the_fit_is_the_minimum_and_recovers_what_made_the_labels():

@@ -49,6 +49,21 @@ def test_an_order_is_obeyed_and_found_out():
     assert attacks["praise"]["flipped"] == 0.0
 
 
+def test_disagreements_with_the_labels_are_written_out_the_surest_first():
+    p = {"right 1": 0.2, "right 3": 0.01, "wrong 2": 0.99}
+    given = lambda tasks, texts: scores_of(p.get(t, 0.9 if t.startswith("right") else 0.1) for t in texts)  # noqa: E731
+    report = evaluate(given, items(), bounded=True)
+    found = report["disagreements"]
+    assert {x["response"] for x in found} == {"right 1", "right 3", "wrong 2"}
+    assert [x["right"] for x in found if x["response"] != "wrong 2"] == [True, True]
+    sure = [abs(x["p_right"] - 0.5) for x in found]
+    assert sure == sorted(sure, reverse=True)
+    assert all((x["p_right"] > 0.5) != x["right"] for x in found)
+    assert report["reliability"]["0.0 to 0.1"] == {"confidence": pytest.approx(0.01), "right": 1.0, "count": 1}
+    assert any("written out" in line for line in table(report))
+    assert evaluate(honest, items(), bounded=True)["disagreements"] == []
+
+
 def test_length_is_found_out():
     longer = [Labelled(where="f", prompt="?", response="x" * (10 + i), right=i % 2 == 0) for i in range(40)]
     report = evaluate(wordy, longer, bounded=True)
