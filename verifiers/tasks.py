@@ -1,8 +1,9 @@
 """Tasks out of JSONL files, and a split into training and held-out tasks that cannot leak.
 
-A row has `prompt`, `verifier` and `payload`; without `payload` its other columns are that, as in TRL. Known shapes are recognised by their columns: GSM8K (`question`, `answer` ending in `#### 72`), MATH (`problem`,
-`solution` with a box, or `answer`), MBPP (`text` or `prompt`, `test_list`), HumanEval (`prompt`, `test`,
-`entry_point`). In Python, a `Columns` map reads anything else.
+A row has `prompt`, `verifier` and `payload`; without `payload` its other columns are that, as in TRL. Known shapes are
+recognised by their columns: GSM8K (`question`, `answer` ending in `#### 72`), MATH (`problem`, `solution` with a box,
+or `answer`), MBPP (`text` or `prompt`, `test_list`), HumanEval (`prompt`, `test`, `entry_point`). In Python, a
+`Columns` map reads anything else.
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ def task_of_row(where: str, row: Mapping[str, Any], name: str, verifier: str | N
                    "reference": prompt + str(row.get("canonical_solution", ""))}
         return Task(id=str(row.get("task_id", name)), prompt=prompt, verifier="code", payload=payload)
     raise UserError(
-        f"{where}: not a task: expected `prompt`, `verifier` and what that needs in `payload`, or a GSM8K, MATH, MBPP or "
-        f"HumanEval row; this one has the columns {sorted(row)}"
+        f"{where}: not a task: expected `prompt`, `verifier` and what that needs in `payload`, or a GSM8K, MATH, MBPP "
+        f"or HumanEval row; this one has the columns {sorted(row)}"
     )
 
 

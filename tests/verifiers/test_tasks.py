@@ -63,7 +63,8 @@ def test_a_row_without_payload_has_its_other_columns_for_one_as_in_trl(tmp_path:
     assert read_tasks(named)[0].payload == {"colours": ["red"], "level": 2}
     whole = write(tmp_path / "whole.jsonl", row | {"verifier": "own.py:f", "payload": {}})
     assert read_tasks(whole)[0].payload == {}, "said to be empty"
-    assert read_tasks(write(tmp_path / "mbpp.jsonl", MBPP), verifier="mine.py:f")[0].verifier == "code", "known shapes stay"
+    known = write(tmp_path / "mbpp.jsonl", MBPP)
+    assert read_tasks(known, verifier="mine.py:f")[0].verifier == "code", "known shapes stay"
 
 
 def test_a_column_map(tmp_path: pathlib.Path) -> None:
