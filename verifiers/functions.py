@@ -141,7 +141,7 @@ def _scaled(address: str, value: Mapping[str, Any], low: float, high: float, sec
         return Verdict(score=None, status="ok", detail=f"{address} abstains", evidence=extra, seconds=seconds)
     if not low <= reward <= high:
         return infra_error(
-            f"{address} returned {reward:g}, outside [{low:g}, {high:g}]: declare its range with low and high", seconds,
+            f"{address} returned {reward:g}, outside [{low:g}, {high:g}]: let it return what lies in there", seconds,
             reward=reward, **extra,
         )
     score = (reward - low) / (high - low)

@@ -83,7 +83,7 @@ def test_the_declared_range_is_mapped_to_a_score(rewards: str) -> None:
     assert FunctionVerifier(address=f"{rewards}:minus_half", low=-1.0).verify(task(), "x").score == 0.25
     found = FunctionVerifier(address=f"{rewards}:minus").verify(task(), "x")
     assert (found.score, found.status) == (None, "infra_error")
-    assert "declare its range" in found.detail
+    assert "outside [0, 1]: let it return" in found.detail
     assert found.evidence["reward"] == -1.0
 
 
