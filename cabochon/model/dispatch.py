@@ -1,12 +1,15 @@
-"""Expert feed-forward: `experts(x, routes, gates, gate_up, down)`, dropless, by one of four equal paths.
+"""Expert feed-forward: `experts(x, routes, gates, gate_up, down)`, dropless, by one of five equal paths.
 
 Legend: N tokens, C experts per token, S = N*C slots, D model, E experts, F ffn, P capacity, R rows of a block.
 
-- `blocked`, for CPU. The first P slots of each expert go through batched matmuls [E, P, D], which XLA on CPU runs
-  at the speed of one big matmul; slots beyond P go in blocks of R rows through a loop whose trip count is the number
-  of blocks really needed, so nothing is dropped and a skewed router costs time, not tokens. With P = 0 only the
-  loop is left and only the experts that were chosen are touched: the form for decode. The backward is written by hand,
-  since autodiff through the loop would keep every iteration's weights.
+- `grouped`, for learning on CPU in f32: slots sorted by expert, one BLAS product per expert (`cabochon.model.grouped`),
+  so a skewed router costs what an even one does. The backward is written by hand: its gathers go both ways, where
+  autodiff would scatter.
+- `blocked`, for CPU without a compiler, in bf16, and for few tokens. The first P slots of each expert go through
+  batched matmuls [E, P, D], which XLA on CPU runs at the speed of one big matmul; slots beyond P go in blocks of R rows through
+  a loop whose trip count is the number of blocks really needed, so nothing is dropped and a skewed router costs time,
+  not tokens. With P = 0 only the loop is left and only the experts that were chosen are touched: the form for decode.
+  The backward is written by hand, since autodiff through the loop would keep every iteration's weights.
 - `ragged`, for accelerators: slots sorted by expert, then `jax.lax.ragged_dot` (all experts for all slots on CPU).
 - `dense`: every expert on every token; the reference the others are tested against.
 - `native`, for the sampler on CPU: a C++ kernel over packed weights (`cabochon.model.native`), forward only.
@@ -23,9 +26,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from cabochon import target
-from cabochon.model import native
+from cabochon.errors import UserError
+from cabochon.model import grouped, native
 
-Dispatch = Literal["auto", "blocked", "ragged", "dense", "native"]
+Dispatch = Literal["auto", "grouped", "blocked", "ragged", "dense", "native"]
 
 
 def experts(
@@ -39,13 +43,17 @@ def experts(
 ) -> Float[Array, "N D"]:
     """Sum over a token's C experts of gate * SwiGLU expert. A route outside [0, E) contributes nothing.
 
-    Differentiable in everything but `routes_NC`. `auto` is `blocked` on CPU and `ragged` elsewhere. `of_experts` is how
-    many experts the routes spread over, where these are a part of them. For `native` the weights are as
-    `native.pack_gated` and `native.pack_down` made them.
+    Differentiable in everything but `routes_NC`. `auto` is `grouped` or `blocked` on CPU and `ragged` elsewhere.
+    `of_experts` is how many experts the routes spread over, where these are a part of them. For `native` the weights
+    are as `native.pack_gated` and `native.pack_down` made them. Raises UserError where `grouped` cannot be compiled here.
     """
-    if dispatch == "auto":
-        dispatch = "blocked" if target.platform() == "cpu" else "ragged"
     E = gate_up_ED2F.shape[0]
+    capacity, block = block_sizes(routes_NC.size, of_experts or E)
+    if dispatch == "auto":
+        dispatch = "ragged"
+        if target.platform() == "cpu":
+            many, f32 = capacity > 0, x_ND.dtype == gate_up_ED2F.dtype == jnp.float32
+            dispatch = "grouped" if many and f32 and not grouped.missing() else "blocked"
     here_NC = (routes_NC >= 0) & (routes_NC < E)
     gates_NC = jnp.where(here_NC, gates_NC, 0).astype(x_ND.dtype)
     routes_NC = jnp.where(here_NC, routes_NC, E)
@@ -56,9 +64,12 @@ def experts(
             return native.experts(x_ND, routes_NC, gates_NC, gate_up_ED2F, down_EFD)
         case "ragged":
             return _ragged(x_ND, routes_NC, gates_NC, gate_up_ED2F, down_EFD)
+        case "grouped":
+            if reason := grouped.missing():
+                raise UserError(f"experts cannot be grouped: {reason}")
+            return _grouped(x_ND, routes_NC, gates_NC, gate_up_ED2F, down_EFD)
         case "blocked":
-            sizes = block_sizes(routes_NC.size, of_experts or E)
-            return _blocked(sizes, x_ND, routes_NC, gates_NC, gate_up_ED2F, down_EFD)
+            return _blocked((capacity, block), x_ND, routes_NC, gates_NC, gate_up_ED2F, down_EFD)
 
 
 def block_sizes(slots: int, num_experts: int) -> tuple[int, int]:
@@ -110,6 +121,46 @@ def _ragged(x_ND: Array, routes_NC: Array, gates_NC: Array, gate_up: Array, down
     y_SD = keep(lax.ragged_dot(_swiglu(h_S2F), down, counts_E))
     y_SD = y_SD * gates_NC.reshape(-1)[order_S][:, None]
     return jnp.zeros_like(x_ND).at[order_S // C].add(y_SD)
+
+
+def _sorted(routes_NC: Array, E: int) -> tuple[Array, Array, Array]:
+    """(slot at each sorted place [S], place of each slot [S], slots of each expert [E]); those of none come last."""
+    expert_S = routes_NC.reshape(-1)
+    # a slot's rank among those of its expert is a running count, cheaper than a sort
+    chosen_SE = (expert_S[:, None] == jnp.arange(E + 1)).astype(jnp.int32)
+    seen_SE = jnp.cumsum(chosen_SE, axis=0)
+    counts_E = seen_SE[-1]
+    place_S = (((jnp.cumsum(counts_E) - counts_E) + seen_SE - 1) * chosen_SE).sum(-1)
+    slot_S = jnp.zeros_like(place_S).at[place_S].set(jnp.arange(expert_S.size), unique_indices=True)
+    return slot_S, place_S, counts_E[:E]
+
+
+@jax.custom_vjp
+def _grouped(x_ND: Array, routes_NC: Array, gates_NC: Array, gate_up: Array, down: Array) -> Array:
+    return _grouped_fwd(x_ND, routes_NC, gates_NC, gate_up, down)[0]
+
+
+def _grouped_fwd(x_ND: Array, routes_NC: Array, gates_NC: Array, gate_up: Array, down: Array) -> tuple[Array, tuple]:
+    (E, D, _, F), (N, C) = gate_up.shape, routes_NC.shape
+    slot_S, place_S, counts_E = plan = _sorted(routes_NC, E)
+    h_S2F = grouped.rows(x_ND[slot_S // C], gate_up.reshape(E, D, 2 * F), counts_E)
+    y_NCD = grouped.rows(_swiglu(h_S2F), down, counts_E)[place_S].reshape(N, C, D)
+    return (y_NCD * gates_NC[..., None]).sum(1), (x_ND, plan, h_S2F, y_NCD, gates_NC, gate_up, down)
+
+
+def _grouped_bwd(saved: tuple, dout_ND: Array) -> tuple:
+    x_ND, (slot_S, place_S, counts_E), h_S2F, y_NCD, gates_NC, gate_up, down = saved
+    (E, D, _, F), (N, C) = gate_up.shape, gates_NC.shape
+    dy_SD = dout_ND[slot_S // C] * gates_NC.reshape(-1)[slot_S][:, None]
+    act_SF, dh_S2F = _swiglu_grad(h_S2F, grouped.rows(dy_SD, down, counts_E, turned=True))
+    dgate_up = grouped.outer(x_ND[slot_S // C], dh_S2F, counts_E).reshape(gate_up.shape)
+    dx_SD = grouped.rows(dh_S2F, gate_up.reshape(E, D, 2 * F), counts_E, turned=True)
+    dx_ND = dx_SD[place_S].reshape(N, C, D).sum(1)
+    dgates_NC = (y_NCD * dout_ND[:, None]).sum(-1)
+    return dx_ND, None, dgates_NC, dgate_up, grouped.outer(act_SF, dy_SD, counts_E)
+
+
+_grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
 def _plan(routes_NC: Array, E: int, P: int, R: int) -> tuple[Array, Array, Array, Array, Array]:

@@ -47,15 +47,25 @@ def _missing_on_this_cpu() -> str:
     if "avx512bw" not in _cpu_flags():
         return "this CPU has no AVX-512"
     try:
-        library = ctypes.cdll.LoadLibrary(str(_built()))
+        library = built(Path(__file__).with_suffix(".cc"))
     except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        return f"they could not be compiled: {str(detail).strip().splitlines()[0][:200]}"
-    for name in ("multiply", "experts", "attend"):
+        return why_not_compiled(error)
+    register(library, "multiply", "experts", "attend")
+    return ""
+
+
+def why_not_compiled(error: Exception) -> str:
+    """One line about what `built` raised."""
+    detail = getattr(error, "stderr", None) or error
+    return f"they could not be compiled: {str(detail).strip().splitlines()[0][:200]}"
+
+
+def register(library: ctypes.CDLL, *names: str) -> None:
+    """Make the library's `cabochon_NAME` callable by `jax.ffi.ffi_call("cabochon_NAME", ...)`."""
+    for name in names:
         jax.ffi.register_ffi_target(
             f"cabochon_{name}", jax.ffi.pycapsule(getattr(library, f"cabochon_{name}")), platform="cpu"
         )
-    return ""
 
 
 def _cpu_flags() -> list[str]:
@@ -66,26 +76,31 @@ def _cpu_flags() -> list[str]:
     return next((line.split() for line in lines if line.startswith("flags")), [])
 
 
-def _built() -> Path:
-    """The shared library for this source, compiler call and CPU, from the user's cache or compiled into it now."""
-    source, include = Path(__file__).with_suffix(".cc"), jax.ffi.include_dir()
+def built(source: Path) -> ctypes.CDLL:
+    """The library of a C++ source for this CPU and JAX, from the user's cache or compiled into it now.
+
+    Raises OSError where there is no compiler or no place to keep it, SubprocessError where it does not compile.
+    """
     parts = (source.read_text(), jax.__version__, *FLAGS, *sorted(_cpu_flags()))
-    name = f"native-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
+    name = f"{source.stem}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cabochon"
-    if (folder / name).exists():
-        return folder / name
+    if not (folder / name).exists():
+        _compile(source, folder / name)
+    return ctypes.cdll.LoadLibrary(str(folder / name))
+
+
+def _compile(source: Path, to: Path) -> None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler (g++, clang++, or CXX)")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        made = Path(temporary) / name
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent) as temporary:
+        made = Path(temporary) / to.name
         subprocess.run(
-            [compiler, *FLAGS, "-I", include, str(source), "-o", str(made)],
+            [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(source), "-o", str(made)],
             check=True, capture_output=True, text=True, timeout=BUILD_SECONDS,
         )  # fmt: skip
-        made.rename(folder / name)  # several processes may build it at once; each replaces it whole
-    return folder / name
+        made.rename(to)  # several processes may build it at once; each replaces it whole
 
 
 # -- packing (host) ----------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_dense_reference_is_the_definition():
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.7, 50.0])
-@pytest.mark.parametrize("path", ["ragged", "blocked", (0, 8), (8, 8), (24, 16), (64, 32)])
+@pytest.mark.parametrize("path", ["ragged", "grouped", "blocked", (0, 8), (8, 8), (24, 16), (64, 32)])
 def test_paths_equal_the_reference(path, skew):
     x, routes, gates, gate_up, down, weight = problem(skew)
 
@@ -64,7 +64,7 @@ def test_paths_equal_the_reference(path, skew):
         np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
-@pytest.mark.parametrize("path", ["dense", "ragged", "blocked"])
+@pytest.mark.parametrize("path", ["dense", "ragged", "grouped", "blocked"])
 def test_tokens_without_an_expert_get_zero_and_no_gradient(path):
     x, routes, gates, gate_up, down, weight = problem(0.0)
     routes = routes.at[7].set(-1)
@@ -73,6 +73,15 @@ def test_tokens_without_an_expert_get_zero_and_no_gradient(path):
     assert not dx[7].any()
     assert not dgates[7].any()
     assert float(jnp.abs(y[8]).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "grouped"), [(96, jnp.float32, True), (4, jnp.float32, False), (96, jnp.bfloat16, False)]
+)
+def test_which_path_a_cpu_takes(n, dtype, grouped):
+    x, routes, gates, gate_up, down, _ = problem(0.0, n, 4, 2)
+    program = jax.make_jaxpr(experts)(x.astype(dtype), routes, gates, gate_up.astype(dtype), down.astype(dtype))
+    assert ("cabochon_rows" in str(program)) == grouped
 
 
 @pytest.mark.parametrize(("n", "e", "c"), [(1, 8, 2), (3, 64, 8), (32, 8, 2), (5, 2, 1)])

@@ -1,0 +1,121 @@
+// Products of rows grouped by expert, called from XLA: `rows` and `outer` of grouped.py, f32, row-major.
+//
+// An expert's product is cut by columns of the result into pieces of about equal work, each one BLAS call on one
+// thread: a piece then packs few of the weights, and XLA's own threads do the work, none spin beside them.
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+using Any = ffi::AnyBuffer;
+using Out = ffi::Result<ffi::AnyBuffer>;
+using Sgemm = void (*)(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
+                       const int*, const float*, const int*, const float*, float*, const int*);
+
+Sgemm sgemm = nullptr;
+
+// A row-major matrix, or one that is to be read as its transpose.
+struct Matrix {
+  const float* at;
+  int step;  // from one row to the next, as it lies
+  bool turned;
+  const float* column(int64_t n) const { return at + (turned ? n * step : n); }
+};
+
+// c [M,N], rows `step` apart, = a [M,K] times b [K,N]. BLAS counts columns first, so it is given c' = b' a'.
+void product(const Matrix& a, const Matrix& b, float* c, int step, int M, int N, int K) {
+  const float one = 1, zero = 0;
+  sgemm(b.turned ? "T" : "N", a.turned ? "T" : "N", &N, &M, &K, &one, b.at, &b.step, a.at, &a.step, &zero, c, &step);
+}
+
+// Runs f(0) ... f(n - 1) on the caller and XLA's threads. The caller never waits for a thread that has not taken one.
+template <typename F>
+void parallel(ffi::ThreadPool& pool, int64_t n, const F& f) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto state = std::make_shared<State>();
+  auto work = [state, n, &f] {  // past the last task f is not touched, so a late thread is harmless
+    for (int64_t i; (i = state->next.fetch_add(1)) < n; state->done.fetch_add(1)) f(i);
+  };
+  for (int64_t h = 1; h < std::min<int64_t>(n, pool.num_threads()); h++)
+    pool.Schedule(std::decay_t<decltype(work)>(work));
+  work();
+  while (state->done.load() < n) sched_yield();
+}
+
+struct Piece {  // columns [first, last) of expert e's result; its rows begin at `row`
+  int64_t e, row, first, last;
+};
+
+// Four pieces a thread and more: one that is held up leaves the others something to do.
+std::vector<Piece> pieces(const int32_t* count, int64_t E, int64_t columns, int64_t threads) {
+  constexpr int64_t kLeast = 64;  // columns
+  int64_t row = 0, total = 0;
+  for (int64_t e = 0; e < E; e++) total += count[e];
+  std::vector<Piece> out;
+  for (int64_t e = 0; e < E; row += count[e], e++) {
+    const int64_t share = total ? (4 * threads * count[e] + total - 1) / total : 1;
+    const int64_t n = std::max<int64_t>(1, std::min(share, columns / kLeast));
+    for (int64_t p = 0; p < n; p++) out.push_back({e, row, p * columns / n, (p + 1) * columns / n});
+  }
+  return out;
+}
+
+// y [S,O] = x [S,I] times w[e] [I,O] (or [O,I] if turned) for the rows of each expert; rows past the last group are 0
+ffi::Error Rows(ffi::ThreadPool pool, Any x, Any w, Any counts, Out y, bool turned) {
+  const int64_t S = x.dimensions()[0], I = x.dimensions()[1], O = y->dimensions()[1], E = w.dimensions()[0];
+  auto *from = static_cast<const float*>(x.untyped_data()), *weights = static_cast<const float*>(w.untyped_data());
+  auto* to = static_cast<float*>(y->untyped_data());
+  auto* count = static_cast<const int32_t*>(counts.untyped_data());
+  const auto work = pieces(count, E, O, pool.num_threads());
+  parallel(pool, work.size(), [&](int64_t t) {
+    const Piece& p = work[t];
+    if (!count[p.e]) return;
+    const Matrix rows{from + p.row * I, int(I), false}, weight{weights + p.e * I * O, int(turned ? I : O), turned};
+    const Matrix slice{weight.column(p.first), weight.step, turned};
+    product(rows, slice, to + p.row * O + p.first, O, count[p.e], p.last - p.first, I);
+  });
+  const int64_t used = E ? work.back().row + count[E - 1] : 0;
+  std::memset(to + used * O, 0, sizeof(float) * (S - used) * O);
+  return ffi::Error::Success();
+}
+
+// w[e] [A,B] = the transpose of a [S,A] times b [S,B], over the rows of each expert; 0 for an expert without rows
+ffi::Error Outer(ffi::ThreadPool pool, Any a, Any b, Any counts, Out w) {
+  const int64_t A = a.dimensions()[1], B = b.dimensions()[1], E = w->dimensions()[0];
+  auto *left = static_cast<const float*>(a.untyped_data()), *right = static_cast<const float*>(b.untyped_data());
+  auto* to = static_cast<float*>(w->untyped_data());
+  auto* count = static_cast<const int32_t*>(counts.untyped_data());
+  const auto work = pieces(count, E, B, pool.num_threads());
+  parallel(pool, work.size(), [&](int64_t t) {
+    const Piece& p = work[t];
+    float* out = to + p.e * A * B;
+    if (!count[p.e]) return void(std::memset(out, 0, sizeof(float) * A * B));  // in one piece
+    const Matrix rows{left + p.row * A, int(A), true}, other{right + p.row * B + p.first, int(B), false};
+    product(rows, other, out + p.first, B, A, p.last - p.first, count[p.e]);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+extern "C" void cabochon_use_sgemm(void* function) { sgemm = reinterpret_cast<Sgemm>(function); }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    cabochon_rows, Rows,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Arg<Any>().Arg<Any>().Ret<Any>().Attr<bool>("turned"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    cabochon_outer, Outer,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Arg<Any>().Arg<Any>().Ret<Any>());
