@@ -6,10 +6,11 @@ Legend: N tokens, C experts per token, S = N*C slots, D model, E experts, F ffn,
   so a skewed router costs what an even one does. The backward is written by hand: its gathers go both ways, where
   autodiff would scatter.
 - `blocked`, for CPU without a compiler, in bf16, and for few tokens. The first P slots of each expert go through
-  batched matmuls [E, P, D], which XLA on CPU runs at the speed of one big matmul; slots beyond P go in blocks of R rows through
-  a loop whose trip count is the number of blocks really needed, so nothing is dropped and a skewed router costs time,
-  not tokens. With P = 0 only the loop is left and only the experts that were chosen are touched: the form for decode.
-  The backward is written by hand, since autodiff through the loop would keep every iteration's weights.
+  batched matmuls [E, P, D], which XLA on CPU runs at the speed of one big matmul; slots beyond P go in blocks of R
+  rows through a loop whose trip count is the number of blocks really needed, so nothing is dropped and a skewed
+  router costs time, not tokens. With P = 0 only the loop is left and only the experts that were chosen are touched:
+  the form for decode. The backward is written by hand, since autodiff through the loop would keep every iteration's
+  weights.
 - `ragged`, for accelerators: slots sorted by expert, then `jax.lax.ragged_dot` (all experts for all slots on CPU).
 - `dense`: every expert on every token; the reference the others are tested against.
 - `native`, for the sampler on CPU: a C++ kernel over packed weights (`cabochon.model.native`), forward only.
@@ -45,7 +46,8 @@ def experts(
 
     Differentiable in everything but `routes_NC`. `auto` is `grouped` or `blocked` on CPU and `ragged` elsewhere.
     `of_experts` is how many experts the routes spread over, where these are a part of them. For `native` the weights
-    are as `native.pack_gated` and `native.pack_down` made them. Raises UserError where `grouped` cannot be compiled here.
+    are as `native.pack_gated` and `native.pack_down` made them. Raises UserError where `grouped` cannot be compiled
+    here.
     """
     E = gate_up_ED2F.shape[0]
     capacity, block = block_sizes(routes_NC.size, of_experts or E)
