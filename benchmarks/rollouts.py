@@ -1,11 +1,12 @@
-"""New tokens per second of the sampler on SmolLM2-135M against transformers' generate, in one process.
+"""New tokens per second of the sampler on SmolLM2-135M against transformers' generate and Tunix's sampler.
 
     python benchmarks/rollouts.py [--batches 1 8 32 --prompt 128 --new 128 --rounds 3 --cases uniform ragged groups]
                                   [--dtypes float32 bfloat16 --kernels auto native xla --peers float32 bfloat16]
+                                  [--tunix PYTHON]     the interpreter of an environment with google-tunix (f32)
     python benchmarks/rollouts.py --tiny          # a mixture of experts as `make demo` trains: start-up and tokens/s
 
 `uniform`: every sequence draws `--new` tokens. `ragged`: 3 batches of requests whose lengths differ ten times, one
-in eight is long; transformers, which has no slots, runs them batch by batch in the order given, as long as the longest.
+in eight is long; the peers, which have no slots, run them batch by batch in the order given, as long as the longest.
 `groups`: batch / 8 prompts with 8 samples each. Rounds are interleaved, ours and theirs in turn, and medians are
 reported, with the ratio of our first to the best peer; above 1 ours is faster. Compilation and loading are left out.
 The roofline is what a step could do at most in f32: the weights read once at the bandwidth, or their products at the
@@ -15,7 +16,11 @@ matmul rate (XLA's, 2048 rows), both measured at the start, whichever takes long
 from __future__ import annotations
 
 import argparse
+import atexit
+import json
+import os
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +95,34 @@ def theirs(model, work: Work) -> Callable[[int], None]:
     return run
 
 
+def tunix(python: str, config: ModelConfig, length: int) -> subprocess.Popen[str]:
+    """Tunix's sampler in a process of its own, which works when it is asked to and waits otherwise."""
+    shape = {"layers": config.num_layers, "vocab": config.vocab_size, "dim": config.dim, "ffn": config.ffn_dim,
+             "heads": config.num_heads, "head_dim": config.head_dim, "kv_heads": config.num_kv_heads,
+             "rope_theta": config.rope.theta, "length": length}  # fmt: skip
+    words = [python, str(Path(__file__).with_name("rollouts_tunix.py")), json.dumps(shape)]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    atexit.register(child.kill)
+    return child
+
+
+def tunix_runs(child: subprocess.Popen[str], work: Work) -> Callable[[int], None]:
+    assert child.stdin is not None
+    assert child.stdout is not None
+    ask, told = child.stdin, child.stdout
+
+    def run(seed: int) -> None:
+        for start in range(0, len(work.prompts), work.batch):
+            some = slice(start, start + work.batch)
+            prompts = np.repeat(work.prompts[some], work.samples, axis=0).tolist()
+            print(json.dumps({"prompts": prompts, "new": max(work.new[some]), "seed": seed}), file=ask, flush=True)
+            float(told.readline())
+
+    run(0)  # compiles
+    return run
+
+
 def best_of(run: Callable[[], object], times: int = 6) -> float:
     """Seconds of the fastest."""
     return min(timed(lambda _: jax.block_until_ready(run()), 0) for _ in range(times))
@@ -113,7 +146,7 @@ def report(case: str, work: Work, seconds: Mapping[str, Sequence[float]], most: 
     rate = {name: work.tokens / statistics.median(s) for name, s in seconds.items()}
     spread = ", ".join(f"{name} {min(s):.2f}-{max(s):.2f} s" for name, s in seconds.items())
     line = " ".join(f"{name} {r:7.1f}" for name, r in rate.items())
-    peers = [r for name, r in rate.items() if name.startswith("transformers")]
+    peers = [r for name, r in rate.items() if name.startswith(("transformers", "tunix"))]
     ratio = next(iter(rate.values())) / max(peers) if peers else float("nan")
     print(f"{case:8} {work.batch:3} | {line} tok/s | ratio {ratio:.2f} | roofline {most:.0f} | {spread}", flush=True)
 
@@ -148,6 +181,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of our weights and cache")
     parser.add_argument("--kernels", nargs="+", default=["auto"], choices=["auto", "native", "xla"])
     parser.add_argument("--peers", nargs="*", default=["float32", "bfloat16"], help="of transformers; none: ours alone")
+    parser.add_argument("--tunix", metavar="PYTHON")
     parser.add_argument("--tiny", action="store_true")
     a = parser.parse_args()
     if a.tiny:
@@ -167,6 +201,7 @@ def main() -> None:
                 place = Path(folder) / "m"
                 model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype))
                 models[dtype] = model.eval()
+    child = tunix(a.tunix, config, a.prompt + a.new) if a.tunix else None
     for case in a.cases:
         for batch in a.batches:
             work = Work(case, batch, a.prompt, a.new, config.vocab_size)
@@ -176,6 +211,8 @@ def main() -> None:
                     slots=batch, length=length, dtype=d, cache_dtype=d, kernels=k, chunks=(a.prompt,)))
                 for k in a.kernels for d in a.dtypes
             } | {f"transformers {d}": theirs(model, work) for d, model in models.items()}  # fmt: skip
+            if child:
+                runs["tunix"] = tunix_runs(child, work)
             seconds: dict[str, list[float]] = {name: [] for name in runs}
             for i in range(a.rounds):
                 for name, run in runs.items():
