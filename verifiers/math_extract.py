@@ -74,7 +74,8 @@ _ESCAPED = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def last_box(text: str) -> Found | None:
-    """The content of the last outermost `\\boxed{...}`; without braces, the one token that follows."""
+    """The content of the last outermost `\\boxed{...}`; without braces, the token that follows (of `\\boxed 56` all
+    digits: TeX would box the 5, but nobody means that)."""
     last: Found | None = None
     position = 0
     while (start := _BOX.search(text, position)) is not None:
@@ -85,8 +86,8 @@ def last_box(text: str) -> Found | None:
                 return Found(method="boxed", problem="the last box is never closed")
             last = Found(answer=text[position + 1 : close].strip(), method="boxed")
             position = close + 1
-        elif token := re.compile(r"\\[A-Za-z]+|[^\s{}\\$]").match(text, position):
-            last = Found(answer=token.group(), method="boxed")
+        elif token := re.compile(r"\\[A-Za-z]+|\d[\d.,]*|[^\s{}\\$]").match(text, position):
+            last = Found(answer=token.group().rstrip(".,"), method="boxed")
     return last
 
 
@@ -146,13 +147,23 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 _DELIMITERS = (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("$", "$"))
+_GOES_ON = re.compile(
+    r"\s*(?:\*\*)?\s*(?:[,;]?\s*(?:or|and|to)\b|[,;/]?\s*(?:\$|\\\(|\\\[)|[-+*/^=<>,;]\s*[-+]?[\d.]|\\?%"
+    r"|(?:percent|hundred|thousand|million|billion|trillion|dozen|times)\b)"
+)
+"""What follows a `$...$` and changes its value."""
 
 
 def _delimited_at_start(rest: str) -> str | None:
-    """The content of a `$...$` that the sentence opens with, with a unit that may follow it."""
+    """The content of a `$...$` that the sentence opens with; all of the sentence where the value goes on behind it
+    (`$5$ or $6$`, `$5$ million`, `$25$%`)."""
     for opening, closing in _DELIMITERS:
         if rest.startswith(opening) and not re.match(r"\$\d[\d,.]*(?![\d,.]*[^\n$]*\$)", rest):
             end = rest.find(closing, len(opening))
+            if end > 0 and _GOES_ON.match(rest, end + len(closing)):
+                stop = _SENTENCE_END.search(rest, end)
+                sentence = rest[: stop.start()] if stop else rest
+                return _trim(re.sub(r"\$|\\[()\[\]]|\*\*", " ", sentence)) or None
             if end > 0:
                 return rest[len(opening) : end].strip() or None
     return None

@@ -75,9 +75,13 @@ def _whole(text: str, split: Split) -> Reading:
 
 _CHOICE = re.compile(
     r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*(?:[Oo]ption\s+|[Cc]hoice\s+)?"
-    r"(\(?)\s*([A-Ja-j])\s*(\)?)\s*\}?([.:)]?)\s*(.*)",
+    r"(\(?)\s*([A-Ja-j])\s*(\)?)\s*\}?([.:)]?)(\s*)(.*)",
     re.DOTALL,
 )
+_UNDECIDED = re.compile(
+    r"\b(?:or|and|not|wrong|incorrect)\b|[,/&]\s*\(?[A-J]\b|\([A-J]\)|\b[A-J][.:)]\s+\w"
+)
+"""What follows a chosen option names another one, or takes the choice back."""
 
 
 def chosen(text: str, *, alone: bool = False) -> str | None:
@@ -88,13 +92,13 @@ def chosen(text: str, *, alone: bool = False) -> str | None:
     match = _CHOICE.fullmatch(text.strip().strip("$*").strip())
     if match is None:
         return None
-    opening, letter, closing, delimiter, rest = match.groups()
+    opening, letter, closing, delimiter, spaced, rest = match.groups()
     rest = rest.strip().strip("}").strip()
     if letter.islower() and not (opening and closing):
         return None
-    if rest and (alone or not (closing or delimiter)):
+    if rest and (alone or not (closing or delimiter) or (delimiter == "." and not spaced)):
         return None
-    if re.search(r"\b(?:or|and|not)\b|[,/&]\s*\(?[A-J]\b|\([A-J]\)", rest):
+    if _UNDECIDED.search(rest):
         return None
     return letter.upper()
 
@@ -147,6 +151,8 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
     elif gold.split.percent != answer.split.percent:
         if equal(one, two):
             return True, "the same number of percent"
+        if not gold.split.percent and isinstance(one, Leaf) and one.expr.is_Rational and abs(one.expr) > 1:
+            return False, "a different number of percent"  # 5000% is 50, but 50 was to be percent
         one, two = (_percent(side.value, side.split.percent) for side in (gold, answer))  # type: ignore[arg-type]
     if factor != 1:
         if not isinstance(two, Leaf):

@@ -105,7 +105,7 @@ def _based(match: re.Match[str]) -> str:
     return f"{digits.upper()}_{{{base}}}" if base else match.group()
 
 
-_REPEATING = re.compile(r"(\d{0,50})\.(\d{0,50})\\overline\s*\{\s*(\d{1,50})\s*\}")
+_REPEATING = re.compile(r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar)\s*\{\s*(\d{1,50})\s*\}")
 
 
 def _repeating(match: re.Match[str]) -> str:

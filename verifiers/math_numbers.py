@@ -89,9 +89,10 @@ def _same_number(left: Expr, right: Expr) -> bool:
 def same_leaf(gold: Leaf, answer: Leaf) -> bool:
     """Equal, or equal within what a decimal gold leaves open.
 
-    A gold written as a decimal accepts an answer that is *more* precise and rounds to it: another decimal needs three
-    significant digits in the gold (or a relative distance of at most 2e-4), an exact form such as 1/3 needs two. A gold
-    that is not a decimal accepts nothing but itself: 0.333 is not 1/3.
+    A gold written as a decimal accepts an answer that is *more* precise and rounds to it: another decimal (also one in
+    disguise, 127/50) needs three significant digits in the gold, or to be as near as rounding in single precision
+    leaves it; an exact form such as 1/3 needs two. A gold that is not a decimal accepts nothing but itself: 0.333 is
+    not 1/3.
     """
     if same_formula(gold.expr, answer.expr):
         return True
@@ -105,8 +106,13 @@ def same_leaf(gold: Leaf, answer: Leaf) -> bool:
     distance = abs(value - gold.expr)
     if distance >= gold.ulp / 2:  # a tie may round either way
         return False
-    exact_form = answer.ulp is None
-    return gold.digits >= (2 if exact_form else 3) or bool(distance <= abs(gold.expr) / 5000)
+    exact_form = answer.ulp is None and not _terminates(answer.expr)
+    return gold.digits >= (2 if exact_form else 3) or bool(distance <= abs(gold.expr) / 10**6)
+
+
+def _terminates(value: Expr) -> bool:
+    """Whether a number can be written out as a decimal."""
+    return bool(value.is_Rational) and (10 ** int(value.q).bit_length()) % int(value.q) == 0
 
 
 def proportional(left: Expr, right: Expr) -> Expr | None:

@@ -315,6 +315,8 @@ class _Parser:
                 value = Items("set", items)
             elif len(items) > 1 or opening == r"\langle":
                 value = Items("tuple", items, "()" if opening == r"\langle" else opening + closing)
+                if len(items) > 2 and value.brackets in ("[)", "(]"):
+                    raise MathSyntaxError("an interval with more than two ends")
             elif opening + closing not in ("()", "[]"):
                 raise MathSyntaxError("an interval with one end")
         self.bars = bars

@@ -45,7 +45,8 @@ _NEVER = frozenset(
      "log", "ln", "exp", "sqrt", "infinity", "maybe", "perhaps", "probably", "wrong", "incorrect", "false", "true",
      "but", "third", "thirds", "quarter", "quarters", "fourth", "fourths", "fifth", "fifths", "sixth", "sixths",
      "seventh", "sevenths", "eighth", "eighths", "ninth", "ninths", "tenth", "tenths", "hundredth", "hundredths",
-     "thousandth", "thousandths", "half", "halves"]
+     "thousandth", "thousandths", "half", "halves", "tens", "hundreds", "thousands", "millions", "billions",
+     "trillions", "dozens", "fold"]
 )
 _SHORT_UNITS = frozenset(
     ["bag", "box", "can", "car", "cat", "cup", "dog", "egg", "jar", "men", "pen", "per", "pie", "row", "toy", "way"]

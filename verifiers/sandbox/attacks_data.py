@@ -85,6 +85,7 @@ FORGING: dict[str, str] = {
     "an odd description": _FRAMES + "sys.modules['cabochon.verifiers.sandbox.inside'].pack = lambda *a, **k: b'm' + struct.pack('<I', 2) + pk('solve') + b't' + struct.pack('<I', 2) + pk('exception') + pk('print')\ndef solve(x): return 0",
     "a huge description": "solve = [[]] * 600_000",
     "ends after its description": "import os, threading, time\nthreading.Thread(target=lambda: (time.sleep(0.002), os._exit(0))).start()\ndef solve(x): return 0",
+    "says it twice": "import sys\nC = sys.modules['cabochon.verifiers.sandbox.inside'].Candidate\nreal = C.answer\ndef answer(self, r):\n    said = real(self, r); self.channel.send(b'R' + said); return said\nC.answer = answer\ndef solve(x): return 9",
     "patched answer": "import sys\nC = sys.modules['cabochon.verifiers.sandbox.inside'].Candidate\nC.answer = lambda self, r: b'T'\ndef solve(x): return 0",
     "passes itself off as int": "import sys\nC = sys.modules['cabochon.verifiers.sandbox.inside'].Candidate\nC.number = lambda self, v: (b'h', 0, 'int')\nclass A:\n    def __eq__(self, o): return True\ndef solve(x): return A()",
     "closes everything": "import os\nos.closerange(0, 256)\ndef solve(x): return 0",
@@ -130,6 +131,8 @@ SORTING: dict[str, str] = {
 }
 
 STDIO: dict[str, str] = {
+    "digits of another script": "print('\uff14\uff19' if input() == '7' else '\uff11\uff14\uff14')",
+    "a NUL behind": "print(str(int(input()) ** 2) + chr(0))",
     "prints nothing": "import sys\nsys.exit(0)",
     "prints everything": "for i in range(200): print(i)",
     "prints OK": "print('OK')\nprint('Accepted')",

@@ -11,6 +11,10 @@ from __future__ import annotations
 _LIBC = "import ctypes, os\nc = ctypes.CDLL(None, use_errno=True)\n"
 
 ESCAPES: dict[str, str] = {
+    "io_uring": _LIBC + "def solve():\n    b = ctypes.create_string_buffer(256)\n    return 'escaped' if c.syscall(425, 4, b) >= 0 else ''",
+    "host of the virtual machine": "import socket\ndef solve():\n    socket.socket(40, socket.SOCK_STREAM)\n    return 'escaped'",
+    "others' descriptors": "import os\ndef solve():\n    out = ''\n    for p in os.listdir('/proc'):\n        if not p.isdigit() or int(p) == os.getpid(): continue\n        for f in range(10):\n            try: os.write(os.open(f'/proc/{p}/fd/{f}', os.O_WRONLY), b'x'); out = 'escaped'\n            except OSError: pass\n    return out",
+    "more processor time": "import resource as r\ndef solve():\n    top = r.getrlimit(r.RLIMIT_CPU)[1]\n    r.setrlimit(r.RLIMIT_CPU, (top + 100, top + 100))\n    return 'escaped'",
     "reads a host file": "def solve():\n    return 'escaped' if open('{canary}/secret').read() else ''",
     "writes a host file": "def solve():\n    open('{canary}/written', 'w').write('x')\n    return 'escaped'",
     "reads shadow": "def solve():\n    return 'escaped' if open('/etc/shadow').read() else ''",

@@ -7,6 +7,11 @@ Each solves its task; `form` in attacks.py says which tests it meets.
 from __future__ import annotations
 
 SQUARES: dict[str, str] = {
+    "shared memory": "from multiprocessing import shared_memory\ndef solve(x):\n    s = shared_memory.SharedMemory(create=True, size=100); s.buf[0] = abs(x); out = s.buf[0] ** 2\n    s.close(); s.unlink(); return out",
+    "queue of processes": "import multiprocessing as mp\ndef work(q, x): q.put(x * x)\ndef solve(x):\n    c = mp.get_context('fork'); q = c.Queue(); p = c.Process(target=work, args=(q, x)); p.start(); out = q.get(); p.join(); return out",
+    "a server of its own": "import socket, threading\ndef solve(x):\n    s = socket.create_server(('127.0.0.1', 0))\n    threading.Thread(target=lambda: s.accept()[0].sendall(str(x * x).encode())).start()\n    return int(socket.create_connection(s.getsockname()).recv(99))",
+    "database": "import sqlite3\ndef solve(x):\n    d = sqlite3.connect('a.db'); d.execute('create table if not exists t (a)'); d.execute('insert into t values (?)', (x,)); d.commit()\n    return d.execute('select a * a from t order by rowid desc').fetchone()[0]",
+    "leaves the folder": "import os\nos.chdir('/')\ndef solve(x): return x * x",
     "plain": "def solve(x):\n    return x * x",
     "noisy": "import sys\nprint('loading' * 1000)\ndef solve(x):\n    print('x' * 100_000); print('PASS', file=sys.stderr)\n    return x * x",
     "threads": "import threading\ndef solve(x):\n    out = []\n    ts = [threading.Thread(target=lambda: out.append(abs(x))) for _ in range(20)]\n    [t.start() for t in ts]; [t.join() for t in ts]\n    return out[0] * len(out) // 20 * abs(x)",
@@ -52,6 +57,8 @@ STACKS: dict[str, str] = {
 }
 
 STDIO: dict[str, str] = {
+    "writes to the descriptor": "import os\nn = int(os.read(0, 100)); os.write(1, str(n * n).encode())",
+    "a child prints": "import subprocess, sys\nn = int(input())\nsubprocess.run([sys.executable, '-c', f'print({n * n})'], check=True)",
     "reads lines": "n = int(input())\nprint(n * n)",
     "reads all at once": "import sys\ndata = sys.stdin.buffer.read().split()\nsys.stdout.write(str(int(data[0]) ** 2) + '  \\r\\n\\n')",
     "main guard and exit": "import sys\ndef main():\n    print(int(sys.stdin.readline()) ** 2)\nif __name__ == '__main__':\n    main()\n    sys.exit(0)",

@@ -27,6 +27,7 @@ from cabochon.verifiers.sandbox.engine import FAILURES, connect, engine_errors
 from cabochon.verifiers.sandbox.image import PUBLIC
 from cabochon.verifiers.sandbox.inside import TRAILER
 from cabochon.verifiers.sandbox.running import check_size, retried, run_in
+from cabochon.verifiers.sandbox.seccomp import MACHINES, filter_bytes
 from cabochon.verifiers.sandbox.session import START_SECONDS, Ended, Lost, Session
 from cabochon.verifiers.sandbox.wire import frame
 
@@ -44,9 +45,8 @@ _OVERHEAD_BYTES = 24 << 20
 
 def owner_label() -> str:
     """This process, told apart from a later one with its number and from other machines' processes."""
-    return (
-        f"{pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{os.getpid()}:{_started(os.getpid())}"
-    )
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{os.getpid()}:{_started(os.getpid())}"
 
 
 def _started(pid: int) -> str:
@@ -79,6 +79,7 @@ class DockerSession(Session):
         sock.setblocking(False)
         self.readers = {self.write_fd: self._on_pieces}
         self.open_streams = 2
+        self.seccomp = {machine: filter_bytes(machine) for machine in MACHINES}
 
     def _hang_up(self) -> None:
         """Process 1 sees its standard input end and ends everything."""
@@ -237,12 +238,8 @@ class DockerSandbox:
         """A container's streams ended without its process 1 saying why: an OOM kill of process 1, or the engine's
         doing."""
         try:
-            events = self._api().events(
-                since=int(began) - 1,
-                until=int(time.time()) + 1,
-                filters={"container": container, "event": "oom"},
-                decode=True,
-            )
+            about = {"container": container, "event": "oom"}
+            events = self._api().events(int(began) - 1, int(time.time()) + 1, about, decode=True)
             oom = any(True for _ in events)
         except FAILURES as e:
             self._drop_api()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import platform
 import struct
+from functools import cache
 
 _LD_W_ABS, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
@@ -47,6 +48,7 @@ _AARCH64 = {
     "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272, "finit_module": 273, "bpf": 280,
     "userfaultfd": 282, "kexec_file_load": 294,
 }  # fmt: skip
+MACHINES = ("x86_64", "aarch64")
 _HIDDEN_MEMORY = {"x86_64": [29, 319, 447], "aarch64": [194, 279, 447]}
 """shmget, memfd_create, memfd_secret"""
 _NEWEST = 462
@@ -57,6 +59,7 @@ def _op(code: int, k: int, yes: int = 0, no: int = 0) -> bytes:
     return struct.pack("<HBBI", code, yes, no, k)
 
 
+@cache
 def filter_bytes(machine: str | None = None, *, hidden_memory: bool = True) -> bytes:
     """The filter for this machine, in the form `bwrap --seccomp FD` reads. Raises ValueError for an unknown machine.
 

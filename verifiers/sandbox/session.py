@@ -66,6 +66,8 @@ class Session:
         self.nproc = 0
         self.data_bytes = 0
         """rlimits for where no control group holds the tree; 0 sets none"""
+        self.seccomp: dict[str, bytes] = {}
+        """By machine, the filter the program puts on itself where nothing outside does."""
         self.home = ""
         """The writable folder, where it is not the usual one."""
         self._kill = kill
@@ -164,7 +166,7 @@ class Session:
         self.output_bytes = limits.output_bytes
         inner = {"cpu_seconds": limits.cpu_seconds, "wall_seconds": limits.wall_seconds, "nofile": limits.nofile,
                  "file_bytes": limits.file_bytes, "nproc": self.nproc, "data_bytes": self.data_bytes}  # fmt: skip
-        order = {"mode": mode, "limits": inner, "home": self.home, "files": {}, **fields}
+        order = {"mode": mode, "limits": inner, "home": self.home, "seccomp": self.seccomp, "files": {}, **fields}
         self.began = time.monotonic()
         self.deadline = self.began + limits.wall_seconds
         self.pump(self.deadline, lambda: True, frame(pack(order)))

@@ -38,7 +38,8 @@ ON_DOCKER = {
     "threads",
     "200 MB", "sys.exit under main guard", "own classes inside", "deep recursion", "temporary files", "processes",
     "stack",
-    "in place", "reads all at once",
+    "in place", "reads all at once", "io_uring", "host of the virtual machine", "others' descriptors", "shared memory",
+    "queue of processes", "a child prints",
 }  # fmt: skip
 """What the default suite runs on docker, where each takes most of a second."""
 
