@@ -14,7 +14,7 @@ from cabochon.verifiers.math_values import DEGREE, PM, Chain, Items, Leaf, Value
 if TYPE_CHECKING:
     from cabochon.verifiers.math_parse import _Parser
 
-SYMBOL_COMMANDS = GREEK | {"imath", "jmath", "degree", "begin:vmatrix", "langle", "vec"}
+SYMBOL_COMMANDS = GREEK | {"imath", "jmath", "degree", "begin:vmatrix", "langle", "vec", "bar"}
 FACTOR_COMMANDS = SYMBOL_COMMANDS | {"frac", "sqrt", "pi", "infty", "binom", "overline", "lfloor", "lceil"}
 """What may stand directly after a factor and multiply it."""
 
@@ -95,7 +95,7 @@ def command_value(parser: _Parser, command: str) -> Value:
         return Leaf(sympy.oo)
     if name in ("imath",):
         return Leaf(sympy.I)
-    if name == "overline":
+    if name in ("overline", "bar"):
         return Leaf(sympy.Symbol("overline_" + str(_expr(parser.argument()))))
     if name in GREEK:
         full = name.removeprefix("var")

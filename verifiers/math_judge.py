@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from sympy import Rational
+from sympy import Rational, pi
 
 from cabochon.verifiers.math_equal import equal, same_words
 from cabochon.verifiers.math_extract import Extraction, extract, last_box
@@ -154,6 +154,11 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
         if not gold.split.percent and isinstance(one, Leaf) and one.expr.is_Rational and abs(one.expr) > 1:
             return False, "a different number of percent"  # 5000% is 50, but 50 was to be percent
         one, two = (_percent(side.value, side.split.percent) for side in (gold, answer))  # type: ignore[arg-type]
+    if _in_degrees(gold) != _in_degrees(answer) and (_in_radians(gold) or _in_radians(answer)):
+        one, two = (  # radians were said, so the other side's degree is no mere unit: 90 radians are not 90 degrees
+            Leaf(side.expr.subs(DEGREE, pi / 180), side.ulp, side.digits) if isinstance(side, Leaf) else side
+            for side in (one, two)
+        )
     if factor != 1:
         if not isinstance(two, Leaf):
             return False, "a different unit"
@@ -169,7 +174,11 @@ def _in_degrees(reading: Reading) -> bool:
 def _angle(reading: Reading) -> bool:
     """Whether a quantity may be an angle: no unit, or one of angle."""
     unit = reading.split.unit
-    return unit is None or unit.dimension[:1] == (("angle", 1),) or unit.dimension[:1] == (("word:radian", 1),)
+    return unit is None or unit.dimension[:1] == (("angle", 1),) or _in_radians(reading)
+
+
+def _in_radians(reading: Reading) -> bool:
+    return reading.split.unit is not None and reading.split.unit.dimension[:1] == (("word:radian", 1),)
 
 
 def _percent(value: Value, percent: bool) -> Value:

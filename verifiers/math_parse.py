@@ -350,7 +350,7 @@ class _Parser:
             return self.group(name)
         if name.startswith(r"\begin:"):
             return self.environment(name.partition(":")[2])
-        if name in (r"\vec", r"\hat", r"\bar", r"\mathbf", r"\boldsymbol") and self.token.kind in ("op", "letter"):
+        if name in (r"\vec", r"\hat", r"\mathbf", r"\boldsymbol") and self.token.kind in ("op", "letter"):
             return self.argument()
         return functions.command_value(self, name)
 
