@@ -60,7 +60,7 @@ def probe(verifier: Verifier, tasks: Sequence[Task], *, repeats: int = 3) -> lis
 
 def _one(verifier: Verifier, task: Task, name: str, text: str, full: bool, repeats: int) -> Finding:
     verdicts: list[Verdict] = []
-    slowest = 0.0
+    seconds: list[float] = []
     for _ in range(repeats):
         start = time.monotonic()
         try:
@@ -68,12 +68,12 @@ def _one(verifier: Verifier, task: Task, name: str, text: str, full: bool, repea
         except Exception as error:  # a verifier may not raise for a completion: that is what is looked for
             return Finding(task=task.id, probe=name, score=None, status="raised", seconds=time.monotonic() - start,
                            suspicious=f"raised {type(error).__name__}: {error}"[:200])
-        slowest = max(slowest, time.monotonic() - start)
-    return Finding(task=task.id, probe=name, score=verdicts[0].score, status=verdicts[0].status, seconds=slowest,
-                   suspicious=_suspicion(name, verdicts, full, slowest))
+        seconds.append(time.monotonic() - start)
+    return Finding(task=task.id, probe=name, score=verdicts[0].score, status=verdicts[0].status, seconds=max(seconds),
+                   suspicious=_suspicion(name, verdicts, full, seconds))
 
 
-def _suspicion(name: str, verdicts: Sequence[Verdict], full: bool, slowest: float) -> str:
+def _suspicion(name: str, verdicts: Sequence[Verdict], full: bool, seconds: Sequence[float]) -> str:
     scores = {verdict.score for verdict in verdicts}
     if any(verdict.status == "infra_error" for verdict in verdicts):
         return f"infra_error: {next(v.detail for v in verdicts if v.status == 'infra_error')}"
@@ -84,8 +84,9 @@ def _suspicion(name: str, verdicts: Sequence[Verdict], full: bool, slowest: floa
         return f"the right answer scores {score}: {verdicts[0].detail}"
     if not full and score != 0.0:
         return f"{name} scores {score}"
-    if slowest > HANG_SECONDS or (full and slowest > SLOW_SECONDS):
-        return f"slow: {slowest:.1f} s"
+    usual = min(seconds)  # the first call of all starts a worker
+    if max(seconds) > HANG_SECONDS or (full and usual > SLOW_SECONDS):
+        return f"slow: {max(seconds):.1f} s"
     return ""
 
 

@@ -1,9 +1,12 @@
 """Verifiers by name, and what probing one finds."""
 
+import time
+
 import pytest
 
 from cabochon.errors import UserError
-from cabochon.types import Task
+from cabochon.types import Task, Verdict
+from cabochon.verifiers import probe as probing
 from cabochon.verifiers.build import verifier_named
 from cabochon.verifiers.probe import probe, sample_tasks
 
@@ -27,6 +30,28 @@ def test_a_verifier_that_raises_for_a_completion_is_found_out() -> None:
             raise KeyError(text[:3])
 
     assert all(finding.suspicious.startswith("raised KeyError") for finding in probe(Raises(), sample_tasks("math")))
+
+
+def test_a_verifier_that_is_always_slow_is_found_out_and_one_that_has_to_start_is_not(monkeypatch) -> None:
+    class Slow:
+        def __init__(self, calls: int) -> None:
+            self.calls = calls
+
+        def verify(self, task: Task, text: str) -> Verdict:
+            self.calls -= 1
+            if self.calls >= 0:
+                time.sleep(0.3)
+            right = "4" in text
+            return Verdict(score=float(right), status="ok" if right else "wrong")
+
+    monkeypatch.setattr(probing, "SLOW_SECONDS", 0.2)
+    task = Task(id="t", prompt="2 + 2?", verifier="math", payload={"answer": "4"})
+
+    def found(calls: int) -> str:
+        return next(x.suspicious for x in probe(Slow(calls), [task]) if x.probe == "gold")
+
+    assert found(1) == "", "the worker started"
+    assert found(3) == "slow: 0.3 s"
 
 
 def test_unknown_names() -> None:
