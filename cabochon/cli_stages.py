@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from cabochon.learner import LossFn
     from cabochon.model.config import ModelConfig
     from cabochon.protocols import PolicyEngine, Weights
-    from cabochon.sft.config import DistillConfig, ExamplesConfig
+    from cabochon.sft.config import DistillConfig, ExamplesConfig, SampledConfig
+    from cabochon.sft.train import Exam
     from cabochon.tokenizer import Tokenizer
 
 Parts = Annotated[
@@ -107,7 +110,8 @@ def sft_train(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway
         return
     from cabochon.sft.train import main
 
-    run_stage(main, cfg, resume_anyway, "lower optim.learning_rate, or look at the data of that step")
+    hint = "lower optim.learning_rate, or look at the data of that step"
+    run_stage(partial(main, exam=open_exam), cfg, resume_anyway, hint)
 
 
 def run_stage(main: Callable[..., Path], cfg: StageConfig, resume_anyway: bool, hint: str) -> None:
@@ -173,6 +177,37 @@ def local_engine(model: ModelConfig, tokenizer: Tokenizer, weights: Weights, slo
     return LocalEngine(model, tokenizer, weights, SlotConfig(slots=slots, length=length))
 
 
+@contextmanager
+def open_exam(cfg: SampledConfig, seed: int, model: ModelConfig, tokenizer: Tokenizer) -> Iterator[Exam]:
+    """Held-out tasks asked of weights as `cabochon eval` asks them; sampler and graders stay between two calls.
+
+    Raises UserError for tasks that cannot be read or do not fit the model, GradingBroken.
+    """
+    from cabochon.rl.evaluate import accuracies, answer, first_of_each
+    from cabochon.rollouts.prompts import encode_prompt
+    from cabochon.sft.train import Exam
+    from cabochon.types import Sampling
+    from cabochon.verifiers.build import probes_for, verifier_for
+    from cabochon.verifiers.pool import VerifierPool
+    from cabochon.verifiers.tasks import read_tasks
+
+    tasks = first_of_each([task for path in cfg.tasks for task in read_tasks(path)], cfg.most)
+    longest = max(len(encode_prompt(tokenizer, task.prompt)) for task in tasks)
+    sampling = Sampling(max_tokens=cfg.max_tokens, temperature=cfg.temperature, n=cfg.samples)
+    engine: PolicyEngine | None = None
+    with VerifierPool(verifier=verifier_for(tasks, sandbox=cfg.sandbox), probes=probes_for(tasks)) as verifiers:
+
+        def accuracy(weights: Weights) -> Mapping[str, float]:
+            nonlocal engine
+            if engine is None:
+                engine = local_engine(model, tokenizer, weights, cfg.slots, longest + cfg.max_tokens)
+            else:
+                engine.load(weights)
+            return accuracies(answer(engine, verifiers, tasks, sampling, seed))
+
+        yield Exam(tasks=len(tasks), accuracy=accuracy)
+
+
 def distill(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = False) -> None:
     """Teach a small model what a large one thinks of each token, or of what the small one writes itself.
 
@@ -184,12 +219,10 @@ def distill(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway =
     if dry_run:
         _describe_distill(cfg)
         return
-    from functools import partial
-
     from cabochon.sft.distill import main
 
     hint = "lower optim.learning_rate, or look at the data of that step"
-    run_stage(partial(main, engine=local_engine), cfg, resume_anyway, hint)
+    run_stage(partial(main, engine=local_engine, exam=open_exam), cfg, resume_anyway, hint)
 
 
 def _describe_distill(cfg: DistillConfig) -> None:
@@ -230,7 +263,7 @@ def _describe(cfg: ExamplesConfig, loss: LossFn, tokenizer: Tokenizer, candidate
     step = cfg.step
     lines = [
         describe(learner.cfg.model),
-        told(cfg, train, held, len(feed_of(cfg, train, tokenizer).rows(0))),
+        told(cfg, train, held, feed_of(cfg, train, tokenizer).rows(0)),
         f"a step: {step.batch_size} rows x {step.sequence_length} tokens = {step.batch_size * step.sequence_length:,}, "
         f"in {step.micro_batches} micro-batches",
         *memory_lines(learner, batch),
@@ -241,17 +274,27 @@ def _describe(cfg: ExamplesConfig, loss: LossFn, tokenizer: Tokenizer, candidate
 def data_check(
     parts: Parts, rows: Annotated[int, typer.Option(min=0, help="examples to print, trained tokens marked")] = 3
 ) -> None:
-    """Look at the data of an SFT recipe: lengths, packing, what would be cut, copies, leaks; exit code 1 for a leak.
+    """Look at the data of a recipe of sft or distill: lengths, packing, what would be cut, copies, leaks; exit code 1
+    for a leak.
 
     Example: cabochon data check gsm8k-sft data.train=gsm8k_train.jsonl data.eval=gsm8k_test.jsonl
     """
-    from cabochon.policy import open_tokenizer
+    from cabochon.policy import model_config, open_tokenizer
     from cabochon.sft.check import as_lines, check, marked
-    from cabochon.sft.config import SftConfig
+    from cabochon.sft.config import DistillConfig, SftConfig
+    from cabochon.sft.distill import shared_tokenizer
+    from cabochon.verifiers.tasks import read_tasks
 
-    cfg = overrides.load(SftConfig, *overrides.split(parts))
-    tokenizer = open_tokenizer(cfg.model)
-    report = check(cfg, tokenizer, rows=rows)
+    recipes, settings = overrides.split(parts)
+    cfg: SftConfig | DistillConfig
+    if overrides.peek(recipes, settings, "stage") == "distill":
+        cfg = overrides.load(DistillConfig, recipes, settings)
+        tokenizer = shared_tokenizer(cfg, model_config(cfg.model))
+    else:
+        cfg = overrides.load(SftConfig, recipes, settings)
+        tokenizer = open_tokenizer(cfg.model)
+    asked = cfg.eval.sampled.tasks if cfg.eval.sampled is not None else ()
+    report = check(cfg, tokenizer, tasks=[task for path in asked for task in read_tasks(path)], rows=rows)
     print("\n".join(as_lines(report)))
     on, off = (ON, OFF) if sys.stdout.isatty() else ("⟦", "⟧")
     for encoded in report.sample:

@@ -127,7 +127,7 @@ def _parquet_rows(path: Path) -> list[Row]:
         found = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not a parquet file: {' '.join(str(error).split())[:200]}") from None
-    return [Row(where=f"{path}[{i}]", values=each) for i, each in enumerate(found)]
+    return [Row(where=f"{path}[{i}]", values=without_nulls(each)) for i, each in enumerate(found)]
 
 
 def _dataset_rows(path: Path) -> list[Row]:
@@ -142,7 +142,15 @@ def _dataset_rows(path: Path) -> list[Row]:
     if isinstance(found, datasets.DatasetDict):
         one = path / next(iter(found))
         raise UserError(f"{path}: holds the splits {', '.join(found)}; name one of them, such as {one}")
-    return [Row(where=f"{path}[{i}]", values=each) for i, each in enumerate(found)]
+    return [Row(where=f"{path}[{i}]", values=without_nulls(each)) for i, each in enumerate(found)]
+
+
+def without_nulls(value: Any) -> Any:
+    """Without the keys of mappings, at any depth, that hold nothing. Arrow gives every row of a column the keys of all,
+    and a chat template that asks whether a message has `tool_calls` would find them in each."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _need(package: str, path: Path) -> None:

@@ -244,8 +244,8 @@ def open_run(
 
     `data`: files and directories the run reads; a change in them counts as a change of config. `shown`: keys of a row
     the console shows. `keep_best`, `best`: as in Checkpointer. Raises UserError where another process has the
-    directory, where it holds something else, or where config or data differ from those the run began with and
-    `resume_anyway` is off.
+    directory, where it holds something else, or where config or data differ from those of a run that has made a step
+    and `resume_anyway` is off; before the first step, who mends a row or a key runs the same command again.
     """
     place = Path(config.run.dir)
     for name in config.run.trackers:
@@ -258,7 +258,7 @@ def open_run(
                 f"{place}: the run there was begun with other settings: {'; '.join(differences)}. "
                 "Give another run.dir, or add --resume-anyway to go on with the new ones"
             )
-        fresh = not (place / "config.yaml").exists()
+        fresh = not _begun(place)
         saver = Checkpointer(place / "checkpoints", keep_last=config.run.keep_last, keep_best=keep_best, best=best)
         if differences:
             (place / "manifest.json").unlink(missing_ok=True)  # no longer what final/ came from
@@ -305,12 +305,18 @@ def _locked(place: Path) -> Iterator[None]:
         yield
 
 
+def _begun(place: Path) -> bool:
+    """A step was logged or saved there."""
+    return any(file.stat().st_size for file in place.glob("metrics.jsonl")) or any(place.glob("checkpoints/*"))
+
+
 def _differences(place: Path, config: StageConfig, inputs: Mapping[str, Any]) -> list[str]:
-    """What differs from the run that is in `place`, in words: `optim.b1: 0.9 -> 0.8`. Empty for a fresh directory."""
+    """What differs from the run in `place`, in words: `optim.b1: 0.9 -> 0.8`. Empty where none has begun."""
     file = place / "config.yaml"
-    if not file.exists():
-        if found := [p.name for p in place.iterdir() if p.name not in (".lock", "inputs.json")]:
-            raise UserError(f"{place}: holds {found[0]!r} and is no run directory; give another run.dir")
+    found = [p.name for p in place.iterdir() if p.name not in (".lock", "inputs.json")]
+    if found and not file.exists():
+        raise UserError(f"{place}: holds {found[0]!r} and is no run directory; give another run.dir")
+    if not _begun(place):
         return []
     old, new = (dict(_leaves(c.model_dump(mode="json"))) for c in (overrides.load(type(config), [str(file)]), config))
     out = []

@@ -30,12 +30,47 @@ class DataConfig(Frozen):
     empty: Literal["error", "drop"] = "error"
     """an example that has no token to learn: refuse it, or leave it out. What cutting emptied is always left out"""
 
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if weighted := [source for source in self.eval if source.weight != 1]:
+            raise ValueError(f"eval: {weighted[0].path} has a weight; each held-out row counts once, leave it out")
+        return self
+
+
+class SampledConfig(Frozen):
+    """Held-out tasks that the policy answers and their verifiers judge; `cabochon eval` asks alike."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """files of tasks, JSON lines (docs/rl.md has the shapes)"""
+    most: int = Field(200, ge=1)
+    """tasks that are asked at most, the first of each domain alike"""
+    samples: int = Field(1, ge=1)
+    """answers to each"""
+    max_tokens: int = Field(256, ge=1)
+    """of an answer"""
+    temperature: float = Field(1.0, ge=0)
+    """0 takes the likeliest token"""
+    slots: int = Field(32, ge=1)
+    """answers decoded together"""
+    sandbox: Literal["bubblewrap", "docker"] = "bubblewrap"
+    """where programs of `code` tasks run"""
+
+    @model_validator(mode="after")
+    def _check(self) -> SampledConfig:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(f"samples={self.samples} at temperature 0 are all alike: ask for 1, or raise temperature")
+        return self
+
 
 class EvalConfig(Frozen):
-    """The evaluation loss, over all held-out rows."""
+    """The loss over all held-out rows, and the accuracy of samples where `sampled` asks for it."""
 
     every: int = Field(0, ge=0)
-    """steps between evaluations, 0 for none; the last step is always evaluated"""
+    """steps between evaluations, 0 for none; before the first step and after the last there is one too"""
+    sampled: SampledConfig | None = None
+    """held-out tasks to be answered at each evaluation"""
+    by: Literal["loss", "accuracy"] = "loss"
+    """what makes an evaluation the best: the least loss, or the highest accuracy of `sampled`"""
     keep: Literal["last", "best"] = "last"
     """which step's weights become final/"""
     patience: int = Field(0, ge=0)
@@ -52,11 +87,17 @@ class ExamplesConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check_eval(self) -> ExamplesConfig:
-        held = bool(self.data.eval) or self.data.eval_fraction > 0
-        if self.eval.every and not held:
-            raise ValueError(f"eval.every={self.eval.every} needs held-out rows: set data.eval or data.eval_fraction")
-        if not self.eval.every and (self.eval.keep == "best" or self.eval.patience):
-            raise ValueError("eval.keep=best and eval.patience need evaluations: set eval.every")
+        e, held = self.eval, bool(self.data.eval) or self.data.eval_fraction > 0
+        if e.every and not held and e.sampled is None:
+            raise ValueError(f"eval.every={e.every} needs held-out rows (data.eval or data.eval_fraction) or tasks "
+                             "(eval.sampled)")  # fmt: skip
+        if not e.every and (e.keep == "best" or e.patience or e.sampled is not None):
+            raise ValueError("eval.keep=best, eval.patience and eval.sampled need evaluations: set eval.every")
+        if e.by == "accuracy" and e.sampled is None:
+            raise ValueError("eval.by=accuracy needs tasks to be answered: set eval.sampled.tasks")
+        if e.by == "loss" and not held and (e.keep == "best" or e.patience):
+            raise ValueError("eval.by=loss needs held-out rows: set data.eval or data.eval_fraction, "
+                             "or eval.by=accuracy")  # fmt: skip
         return self
 
 

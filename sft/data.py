@@ -13,7 +13,7 @@ import numpy as np
 
 from cabochon.batch import Batch, best_fit, from_sequences
 from cabochon.chat import encode_chat, encode_chat_with_mask
-from cabochon.data import Chat, Example, Plain, epoch_order, read_examples, split_held_out
+from cabochon.data import Chat, Example, Plain, epoch_order, prompt_key, read_examples, split_held_out
 from cabochon.errors import UserError
 from cabochon.sft.config import DataConfig
 from cabochon.tokenizer import Tokenizer
@@ -46,6 +46,8 @@ class Counts:
     dropped_empty: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    leaked: int = 0
+    """held-out examples with a prompt that is trained on"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -179,7 +181,12 @@ def read_splits(cfg: DataConfig, tokenizer: Tokenizer, length: int) -> tuple[Spl
             c = split.counts
             raise UserError(f"{keys}: no usable row ({c.dropped_long} were too long, {c.dropped_empty} had no token "
                             f"to learn within {length} tokens)")  # fmt: skip
-    return train, evaluation
+    if not len(epoch_order(train.sizes, train.weights, 0, 0)):
+        each = ", ".join(f"{weight:g} x {size}" for size, weight in zip(train.sizes, weights, strict=True))
+        raise UserError(f"data.train: its weights leave an epoch without a row ({each}); raise them")
+    trained = {prompt_key(example) for source in sources for example in source}
+    leaked = sum(prompt_key(example) in trained for source in held for example in source)
+    return train, replace(evaluation, counts=replace(evaluation.counts, leaked=leaked))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

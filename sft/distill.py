@@ -29,7 +29,7 @@ from cabochon.sft.config import DistillConfig
 from cabochon.sft.data import Encoded, Split, read_splits
 from cabochon.sft.divergence import distillation
 from cabochon.sft.teacher import Cache, Score, Top, cache_key, scorer
-from cabochon.sft.train import Job, batch_row, feed_of, fit, open_stage
+from cabochon.sft.train import Job, OpenExam, batch_row, feed_of, fit, open_exam, open_stage
 from cabochon.tokenizer import Tokenizer
 from cabochon.types import Request, Sampling
 
@@ -39,10 +39,11 @@ DRAW = 3
 """which of the run's random streams decides between data and samples"""
 
 
-def main(cfg: DistillConfig, *, engine: OpenEngine, resume_anyway: bool = False) -> Path:
+def main(cfg: DistillConfig, *, engine: OpenEngine, exam: OpenExam | None = None, resume_anyway: bool = False) -> Path:
     """Distil, and return the directory with the student. The same call again goes on where it stopped.
 
-    Raises what `sft.train.main` raises; UserError as well where the tokenizers differ.
+    `exam` is for recipes with `eval.sampled`. Raises what `sft.train.main` raises; UserError as well where the
+    tokenizers differ.
     """
     teacher = resolve(cfg.teacher.address).path
     with open_stage(cfg, "distill", models=[str(teacher)], resume_anyway=resume_anyway) as run:
@@ -68,9 +69,10 @@ def main(cfg: DistillConfig, *, engine: OpenEngine, resume_anyway: bool = False)
             batch = replace(batch, candidates_BTK=top.ids, teacher_BTK=top.logp)
             return *chosen.step(state, parallel.place(batch, mesh)), row
 
-        job = Job(learner=learner, tokenizer=tokenizer, train=train, held=held, update=update,
-                  parents=(cfg.teacher.address,))  # fmt: skip
-        return fit(cfg, run, job)
+        with open_exam(cfg, exam, learner.cfg.model, tokenizer) as opened:
+            job = Job(learner=learner, tokenizer=tokenizer, train=train, held=held, update=update,
+                      parents=(cfg.teacher.address,), exam=opened)  # fmt: skip
+            return fit(cfg, run, job)
 
 
 def learners_of(cfg: DistillConfig) -> tuple[Learner, Learner]:

@@ -3,11 +3,16 @@
 import json
 import sys
 
+import jax
 import pytest
 
 from cabochon import cli
+from cabochon.model import convert
+from cabochon.model import transformer as tf
 from cabochon.overrides import load
 from cabochon.sft.config import SftConfig
+from cabochon.testing import tiny_config
+from cabochon.tokenizer import ByteTokenizer
 
 TINY = ["tiny-moe", "steps=2", "step.batch_size=8", "step.sequence_length=32", "run.peak_tflops=1"]
 
@@ -115,7 +120,7 @@ def test_data_check_says_what_it_sees_and_fails_on_a_leak(run, tmp_path, data):
     train = data(GOOD, GOOD, {"prompt": "2+2=", "completion": "4"})
     code, out, err = run("data", "check", *TINY, train, "--rows", "1")
     assert (code, err) == (0, "")
-    assert "3 examples to train on, 18 tokens, 6 with loss" in out
+    assert "3 examples to train on (0 held out), 18 tokens, 6 with loss" in out
     assert "exact copies" in out
     assert "=⟦" in out
     held = tmp_path / "held.jsonl"
@@ -123,6 +128,25 @@ def test_data_check_says_what_it_sees_and_fails_on_a_leak(run, tmp_path, data):
     code, out, _ = run("data", "check", *TINY, train, f"data.eval={held}")
     assert code == 1
     assert f"LEAK 1 held-out prompts are among the trained ones: {held}:1 = {tmp_path / 'rows.jsonl'}:3" in out
+
+
+def test_data_check_of_a_distillation_and_of_the_tasks_it_is_asked(run, tmp_path, data):
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "1+1=", "verifier": "math", "payload": {"answer": "2"}}\n')
+    place = tmp_path / "teacher"
+    model = tiny_config(vocab_size=264, eos_ids=(260, 258))
+    convert.save(place, model, tf.init(model, jax.random.key(0)), tokenizer=ByteTokenizer())
+    asked = [data(GOOD), "eval.every=1", f"eval.sampled.tasks=[{tmp_path / 'tasks.jsonl'}]"]
+    code, out, err = run("data", "check", "demo-distill", f"teacher.address={place}", *asked)
+    assert (code, err) == (1, "")
+    assert f"LEAK 1 tasks of eval.sampled are among the trained prompts: tasks/0 = {tmp_path / 'rows.jsonl'}:1" in out
+
+
+def test_a_row_that_was_mended_and_a_key_that_was_set_as_told_need_no_other_directory(run, tmp_path, data):
+    place, long = f"run.dir={tmp_path / 'run'}", {"text": "x" * 99}
+    assert run("sft", *TINY, data(GOOD, "{oops"), place)[0] == 2
+    assert "set data.too_long to drop" in run("sft", *TINY, data(GOOD, long), place)[2]
+    code, _, err = run("sft", *TINY, data(GOOD, long), place, "data.too_long=drop")
+    assert (code, err) == (0, "")
 
 
 def test_tasks_make_writes_what_sft_and_rl_read(run, tmp_path):

@@ -92,6 +92,31 @@ def test_a_file_that_is_not_there_or_not_readable(tmp_path):
         read_rows(loop)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "dataset"])
+def test_keys_that_arrow_adds_to_a_row_are_not_in_it(tmp_path, kind):
+    """A column of structs has the keys of all its rows; a template that asks for `tool_calls` finds them in each."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    other = {"type": "function", "function": {"name": "neg", "arguments": {"x": 2}}}
+    said = [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "3"}, BOT]
+    given = [{"messages": said, "tools": [{"name": "add", "strict": True}]}, {"messages": [USER, BOT]},
+             {"messages": [USER, {"role": "assistant", "tool_calls": [other]}, BOT], "tools": [{"name": "neg"}]},
+             {"text": "alone"}]  # fmt: skip
+    place = tmp_path / ("a.parquet" if kind == "parquet" else "d")
+    if kind == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist([{"text": None} | row for row in given]), place)
+    else:
+        import datasets
+
+        empty = {"messages": None, "tools": None, "text": None}
+        datasets.Dataset.from_list([empty | row for row in given]).save_to_disk(str(place))
+    found = [row.values for row in read_rows(place)]
+    assert found == given
+    assert [type(example_of(row)) for row in read_rows(place)] == [Chat, Chat, Chat, Plain]
+
+
 def test_a_dataset_of_several_splits_names_them(tmp_path):
     import datasets
 

@@ -164,6 +164,22 @@ def test_data_that_was_changed_is_refused(tmp_path):
         toy_stage(config(place), data=[str(tmp_path / "gone.jsonl")])
 
 
+def test_what_stopped_before_its_first_step_may_be_mended_and_run_again(tmp_path):
+    """A bad row, or a key it was told to set: nothing was made yet that the old settings decided."""
+    data, place = tmp_path / "rows.jsonl", tmp_path / "run"
+    data.write_text("{oops\n")
+    with pytest.raises(Crash), open_run(config(place), "toy", data=[str(data)]):
+        raise Crash
+    data.write_text("{}\n")
+    mended = config(place, seed=3)
+    assert toy_stage(mended, data=[str(data)]) == 0
+    assert load(StageConfig, [str(place / "config.yaml")]).seed == 3
+    assert json.loads((place / "manifest.json").read_text())["seed"] == 3
+    assert events(place) == ["started", "failed", "started", "finished"]
+    with pytest.raises(UserError, match=r"seed: 3 -> 4\."):
+        toy_stage(config(place, seed=4), data=[str(data)])
+
+
 def test_two_at_once_is_one_clear_line(tmp_path):
     cfg = config(tmp_path / "run")
 

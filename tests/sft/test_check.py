@@ -10,6 +10,7 @@ from cabochon.sft.check import as_lines, check, histogram, marked
 from cabochon.sft.config import SftConfig
 from cabochon.testing import tiny_config
 from cabochon.tokenizer import ByteTokenizer
+from cabochon.types import Task
 
 TOK = ByteTokenizer()
 
@@ -30,13 +31,14 @@ def test_what_is_planted_is_found(tmp_path):
     report = check(config(tmp_path, train, held=[("P  q", "other"), ("new", "z")]), TOK)
     lines = [f.line for f in report.findings]
     where = str(tmp_path / "train.jsonl")
+    assert not any("held-out" in line for line in lines)
     assert lines[0] == f"1 longer than 20 tokens (refused, data.too_long=error): {where}:4"
     assert any(line == f"1 without a token to learn: {where}:5" for line in lines)
     assert any(line == f"1 exact copies: {where}:2 = {where}:1" for line in lines)
     assert [leak.places for leak in report.leaks] == [(f"{tmp_path / 'eval.jsonl'}:1 = {where}:6",)]
     text = "\n".join(as_lines(report))
     assert "LEAK 1 held-out prompts are among the trained ones" in text
-    assert "6 examples to train on" in text
+    assert "6 examples to train on (2 held out)" in text
 
 
 def test_a_clean_file_has_nothing_to_complain_about(tmp_path):
@@ -53,7 +55,34 @@ def test_a_clean_file_has_nothing_to_complain_about(tmp_path):
 def test_shares_a_prompt_is_counted_without_the_copies(tmp_path):
     report = check(config(tmp_path, [("a", "b"), ("a", "b"), ("a", "c")]), TOK)
     assert [f.what for f in report.findings] == ["exact copies", "share a prompt with another but not its completion"]
-    assert [len(f.places) for f in report.findings] == [1, 1]
+    where = str(tmp_path / "train.jsonl")
+    assert [f.places for f in report.findings] == [(f"{where}:2 = {where}:1",), (f"{where}:3 = {where}:1",)]
+
+
+def test_held_out_rows_that_would_be_refused_are_found_too(tmp_path):
+    report = check(config(tmp_path, [("a", "b")], held=[("x" * 30, "y"), (None, "hello")]), TOK)
+    where = str(tmp_path / "eval.jsonl")
+    assert [(f.what, f.places) for f in report.findings] == [
+        ("held-out examples longer than 20 tokens (refused, data.too_long=error)", (f"{where}:1",)),
+        ("held-out examples without a token to learn", (f"{where}:2",)),
+    ]
+
+
+def test_tasks_that_are_asked_must_not_be_trained_on_as_text_or_as_a_turn(tmp_path):
+    tasks = [Task(id="t/0", prompt="1 + 1", verifier="math"), Task(id="t/1", prompt="other", verifier="math"),
+             Task(id="t/2", prompt=[{"role": "user", "content": "2 + 2"}], verifier="math")]  # fmt: skip
+    where = str(tmp_path / "train.jsonl")
+    text = check(config(tmp_path, [("1  + 1", "2"), ("2 + 2", "4")]), TOK, tasks=tasks)
+    assert [leak.line for leak in text.leaks] == [
+        f"1 tasks of eval.sampled are among the trained prompts: t/0 = {where}:1"
+    ]
+    turns = check(config(tmp_path, [("1  + 1", "2"), ("2 + 2", "4")], chat=True), TOK, tasks=tasks)
+    assert [leak.places for leak in turns.leaks] == [(f"t/0 = {where}:1", f"t/2 = {where}:2")]
+
+
+def test_where_every_row_is_held_out_there_is_nothing_to_check(tmp_path):
+    with pytest.raises(UserError, match="every row is held out, none is left to train on"):
+        check(config(tmp_path, [("a", "b")], eval_fraction=0.999999), TOK)
 
 
 def test_a_row_that_cannot_be_read_is_an_error_here_too(tmp_path):

@@ -27,12 +27,19 @@ def test_sources_are_a_path_a_list_or_weights(tmp_path):
         ([*BASE, "data.train=[]"], "data.train: "),
         ([*BASE, "data.tran=b"], "unknown key data.tran; did you mean data.train?"),
         ([*BASE, "eval.every=5"], "eval.every=5 needs held-out rows"),
-        ([*BASE, "eval.keep=best"], "eval.keep=best and eval.patience need evaluations"),
+        ([*BASE, "eval.keep=best"], "eval.keep=best, eval.patience and eval.sampled need evaluations: set eval.every"),
+        ([*BASE, "eval.sampled.tasks=[t.jsonl]"], "eval.patience and eval.sampled need evaluations: set eval.every"),
+        ([*BASE, "eval.every=5", "data.eval=b.jsonl", "eval.by=accuracy"], "eval.by=accuracy needs tasks"),
+        ([*BASE, "eval.every=5", "eval.sampled.tasks=[t.jsonl]", "eval.keep=best"], "eval.by=loss needs held-out rows"),
+        ([*BASE, "eval.every=5", "eval.sampled={tasks: [t.jsonl], temperature: 0, samples: 2}"],
+         "samples=2 at temperature 0 are all alike"),
+        ([*BASE, "eval.every=5", "eval.sampled.tasks=[]"], "eval.sampled.tasks: "),
+        ([*BASE, "data.eval=[{path: b.jsonl, weight: 2}]"], "b.jsonl has a weight; each held-out row counts once"),
         ([*BASE, "stage=rl"], "stage: expected 'sft'"),
         ([*BASE, "data.too_long=cut"], "data.too_long: expected 'error', 'drop', 'left' or 'right'"),
         ([*BASE, "data.train=[{path: a.jsonl, weigth: 2}]"], "unknown key"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_one_line(settings, said):
     with pytest.raises(UserError) as error:
         load(SftConfig, ["tiny-moe"], settings)

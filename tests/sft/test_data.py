@@ -112,6 +112,21 @@ def test_no_usable_row(tmp_path):
         read_splits(DataConfig(train=str(file), eval_fraction=1e-9), TOK, 64)
 
 
+def test_weights_that_leave_an_epoch_without_a_row(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n' * 5)
+    with pytest.raises(UserError, match=r"data\.train: its weights leave an epoch without a row \(0\.1 x 5\); raise"):
+        read_splits(DataConfig(train=[{"path": str(file), "weight": 0.1}]), TOK, 8)
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted(tmp_path):
+    train, held = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
+    train.write_text('{"prompt": "a b", "completion": "c"}\n{"prompt": "d", "completion": "e"}\n')
+    held.write_text('{"prompt": "A  B ", "completion": "x"}\n{"prompt": "new", "completion": "e"}\n')
+    train_split, held_split = read_splits(DataConfig(train=str(train), eval=str(held)), TOK, 64)
+    assert (train_split.counts.leaked, held_split.counts.leaked) == (0, 1)
+
+
 def split_of(lengths, sizes=None, weights=None):
     examples = [made(n) for n in lengths]
     return Split(examples=examples, sizes=sizes or (len(lengths),), weights=weights or (1.0,), counts=Counts())

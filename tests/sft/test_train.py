@@ -83,6 +83,15 @@ def test_it_learns_and_measures(trained):
     assert found[2]["learning_rate"] == pytest.approx(3e-3, rel=1e-6)
 
 
+def test_the_load_of_every_expert_is_in_the_run(trained):
+    cfg, found = trained
+    loads = [json.loads(line) for line in (Path(cfg.run.dir) / "moe.jsonl").read_text().splitlines()]
+    assert [load["step"] for load in loads] == [row["step"] for row in found]
+    for load, row in zip(loads, found, strict=True):
+        assert np.shape(load["used"]) == (2, 4)
+        assert np.sum(load["used"], axis=1).tolist() == [2 * row["tokens"]] * 2, "two experts a token, in each layer"
+
+
 def test_the_result_opens_and_is_the_model_that_was_evaluated(trained):
     cfg, found = trained
     policy = open_policy(PolicyConfig(address=f"{cfg.run.dir}/final"))
