@@ -252,13 +252,12 @@ def open_run(
         tracker_named(name)
     inputs = {"data": [_identity(Path(path)) for path in data]}
     with _locked(place), contextlib.ExitStack() as stack:
-        differences = _differences(place, config, inputs)
+        begun, differences = _begun(place), _differences(place, config, inputs)
         if differences and not resume_anyway:
             raise UserError(
                 f"{place}: the run there was begun with other settings: {'; '.join(differences)}. "
                 "Give another run.dir, or add --resume-anyway to go on with the new ones"
             )
-        fresh = not _begun(place)
         saver = Checkpointer(place / "checkpoints", keep_last=config.run.keep_last, keep_best=keep_best, best=best)
         if differences:
             (place / "manifest.json").unlink(missing_ok=True)  # no longer what final/ came from
@@ -269,7 +268,7 @@ def open_run(
         stack.callback(run.close)
         if run.finished:
             run.console.line(f"{place}: this run is finished; its result is {run.final}")
-        elif fresh:
+        elif not begun:
             run.event("started", f"{place}: {stage}, seed {config.seed}")
         if differences:
             run.event("changed", "; ".join(differences))
