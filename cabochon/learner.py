@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from cabochon import heap, parallel
+from cabochon import heap, micro, parallel
 from cabochon.batch import Batch
 from cabochon.config import AuxLossConfig, LoraConfig, OptimConfig, PrecisionConfig, StepConfig
 from cabochon.errors import UserError
@@ -32,10 +32,12 @@ from cabochon.optim import join, make_optimizer, schedule, split_trained
 
 
 class Loss(NamedTuple):
-    """Terms are minimised, each divided by its own count over the whole batch; metrics are only reported."""
+    """Terms are minimised, each divided by its own count over the whole batch; the rest is only reported."""
 
     terms: dict[str, Mean]
     metrics: dict[str, Mean]
+    tokens: dict[str, Array] = {}
+    """[B, T] f32 each: what the loss saw at every token, for those who look at single ones"""
 
 
 LossFn = Callable[[TokenOutputs, Batch], Loss]
@@ -59,6 +61,8 @@ class StepReport:
 
     loss: dict[str, Mean]
     metrics: dict[str, Mean]
+    tokens: dict[str, Leaf]
+    """[B, T] as the loss has them, before the update; rows of a micro-batch that is all padding read 0"""
     grad_norm: Leaf
     learning_rate: Leaf
     router: moe.RouterStats | None
@@ -234,17 +238,14 @@ class Learner:
         What the step takes as given is measured with this: proximal and reference log-probs, old values, routes.
         Rows of a micro-batch that is all padding read 0.
         """
-        parts = self._micro_batches(self._checked(batch))
-        one = lambda part: self.outputs(params, part)  # noqa: E731
-        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
 
-        def real(part: Batch) -> Forward:
-            blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            return jax.lax.cond((part.segment_BT != 0).any(), lambda: one(part), lambda: blank)
+        def one(part: Batch) -> tuple[moe.RouterStats | None, tuple[TokenOutputs, Array | None]]:
+            tokens, routes, stats = self.outputs(params, part)
+            return stats, (tokens, routes)
 
-        tokens, routes, stats = jax.lax.map(real, parts)
-        back = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])  # noqa: E731
-        return Forward(jax.tree.map(back, tokens), jax.tree.map(back, routes), jax.tree.map(lambda x: x.sum(0), stats))
+        stats, each = micro.over(one, self._micro_batches(batch))
+        tokens, routes = micro.joined(each)
+        return Forward(tokens, routes, stats)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -254,7 +255,7 @@ class Learner:
         Raises UserError where the batch has not the shape that the config says.
         """
         trained, frozen = self._split(state.params)
-        parts = self._micro_batches(self._checked(batch))
+        parts = self._micro_batches(batch)
         counts = self._counts(batch)
         load_LE = self._global_load(state.params, parts) if self._needs_global_load else None
 
@@ -264,12 +265,15 @@ class Learner:
             loss = self.loss_fn(outputs, part)
             total = sum(term.total / counts[name] for name, term in loss.terms.items())
             aux, aux_terms = self._aux(params, stats, parts, load_LE)
-            loss = Loss({**loss.terms, **aux_terms}, loss.metrics)
+            loss = loss._replace(terms={**loss.terms, **aux_terms})
             return jnp.asarray(total + aux, jnp.float32), (loss, stats)
 
-        measure = jax.value_and_grad(objective, has_aux=True)
-        (_, (loss, stats)), grads = _sum_parts(lambda part: measure(trained, part), parts)
-        return self._apply(state, trained, frozen, grads, loss, stats)
+        def measure(part: Batch) -> tuple[Any, Any]:
+            (_, (loss, stats)), grads = jax.value_and_grad(objective, has_aux=True)(trained, part)
+            return (grads, loss._replace(tokens={}), stats), loss.tokens
+
+        (grads, loss, stats), tokens = micro.over(measure, parts)
+        return self._apply(state, trained, frozen, grads, loss._replace(tokens=micro.joined(tokens)), stats)
 
     def _apply(
         self, state: TrainState, trained: Any, frozen: Any, grads: Any, loss: Loss, stats: moe.RouterStats | None
@@ -287,6 +291,7 @@ class Learner:
         report = StepReport(
             loss=loss.terms,
             metrics=loss.metrics,
+            tokens=loss.tokens,
             grad_norm=grad_norm,
             learning_rate=jnp.asarray(schedule(self.cfg.optim)(state.step), jnp.float32),
             router=stats,
@@ -295,23 +300,14 @@ class Learner:
         )
         return new, report
 
-    def _checked(self, batch: Batch) -> Batch:
+    def _micro_batches(self, batch: Batch) -> Batch:
+        """[M, B/M, ...], see `micro.cut`."""
         expected = (self.cfg.step.batch_size, self.cfg.step.sequence_length)
         if batch.tokens_BT.shape != expected:
             raise UserError(
                 f"the batch is {batch.tokens_BT.shape}, expected step.batch_size, step.sequence_length {expected}"
             )
-        return batch
-
-    def _micro_batches(self, batch: Batch) -> Batch:
-        """[M, B/M, ...]: part m takes rows m, m + M, ...: rows stay on their device."""
-        M = self.cfg.step.micro_batches
-
-        def cut(x: Array) -> Array:
-            x = jnp.moveaxis(x.reshape(-1, M, *x.shape[1:]), 1, 0)
-            return x if self.mesh is None else jax.lax.with_sharding_constraint(x, _part_rows(self.mesh))
-
-        return jax.tree.map(cut, batch)
+        return micro.cut(batch, self.cfg.step.micro_batches, self.mesh)
 
     def _counts(self, batch: Batch) -> Mapping[str, Array]:
         """Each term's divisor over the whole batch, at least a safe 1: from a dry call of the loss on zeros."""
@@ -329,12 +325,12 @@ class Learner:
         """[L, E] fraction of slots over the whole batch: one more forward pass, the price of exactness."""
         assert self.cfg.model.moe is not None
 
-        def count(part: Batch) -> tuple[Array, Array]:
+        def count(part: Batch) -> tuple[tuple[Array, Array], None]:
             stats = self.outputs(params, part).stats
             assert stats is not None
-            return stats.natural_E, stats.tokens
+            return (stats.natural_E, stats.tokens), None
 
-        natural_LE, tokens_L = _sum_parts(count, parts)
+        (natural_LE, tokens_L), _ = micro.over(count, parts)
         return natural_LE / jnp.maximum(tokens_L * self.cfg.model.moe.top_k, 1.0)[:, None]
 
     def _aux(
@@ -358,24 +354,6 @@ class Learner:
             terms["simbal"] = Mean(moe.simbal_loss(jnp.concatenate(routers)), jnp.ones(()))
             total += aux.simbal * terms["simbal"].total / jnp.maximum(real_MBT.any((1, 2)).sum(), 1)
         return total, terms
-
-
-def _part_rows(mesh: Mesh) -> jax.sharding.NamedSharding:
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, parallel.ROWS))
-
-
-def _sum_parts(measure: Callable[[Batch], Any], parts: Batch) -> Any:
-    """`measure` summed over the micro-batches; one that is all padding is not computed."""
-    first = jax.tree.map(lambda x: x[0], parts)
-    if parts.tokens_BT.shape[0] == 1:
-        return measure(first)
-
-    def add(total: Any, part: Batch) -> tuple[Any, None]:
-        more = lambda: jax.tree.map(jnp.add, total, measure(part))  # noqa: E731
-        return jax.lax.cond((part.segment_BT != 0).any(), more, lambda: total), None
-
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(measure, first))
-    return jax.lax.scan(add, zero, parts)[0]
 
 
 def check(report: StepReport, step: int) -> None:

@@ -24,12 +24,13 @@ def rollout_row(
     components: Mapping[str, float | None],
     advantage: np.ndarray,
     scores: Mapping[str, Score | None] | None = None,
+    learnt: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """One completion with all that was decided about it. With `verifier` and `payload` a line is what `cabochon verify
     --column text` judges again.
 
     `advantage`: [t], at its tokens; written token by token only where tokens differ. `scores`: what each reward model
-    said of it, a judge's critique included.
+    said of it, a judge's critique included. `learnt`: [t] of each thing the loss saw at its tokens, nan where none.
     """
     c, v = rollout.completion, rollout.verdict
     row: dict[str, Any] = {
@@ -55,19 +56,22 @@ def rollout_row(
         row["evidence"] = json.loads(json.dumps(v.evidence, default=str))
     if said := {name: s for name, s in (scores or {}).items() if s is not None}:
         row["scores"] = {name: json.loads(json.dumps(asdict(s), default=str)) for name, s in said.items()}
+    for name, x in (learnt or {}).items():
+        row[name] = np.round(x.astype(np.float64), 3)
     if c.routes is not None and len(c.routes) > 1:
         row["experts"] = expert_counts(c.routes)
     return plain(row)
 
 
 def rollout_rows(
-    rollouts: Sequence[Rollout], rewards: Rewards, advantages: Advantages, said: Mapping[str, Sequence[Score | None]]
+    rollouts: Sequence[Rollout], rewards: Rewards, advantages: Advantages, said: Mapping[str, Sequence[Score | None]],
+    learnt: Mapping[str, Sequence[np.ndarray]],
 ) -> list[dict[str, Any]]:
-    """A line for each completion of a step. `said`: by reward model, what it said of each."""
+    """A line for each completion of a step. `said`: by reward model, what it said of each; `learnt`: see `Learnt`."""
     return [
         rollout_row(
             r, rewards.reward_N[i], {name: x[i] for name, x in rewards.parts.items()}, advantages.tokens[i],
-            {name: scores[i] for name, scores in said.items()},
+            {name: scores[i] for name, scores in said.items()}, {name: x[i] for name, x in learnt.items()},
         )
         for i, r in enumerate(rollouts)
     ]  # fmt: skip

@@ -115,6 +115,8 @@ class Learnt(NamedTuple):
     """means over the updates, for metrics.jsonl"""
     router: moe.RouterStats | None
     """of the last update"""
+    tokens: dict[str, list[np.ndarray]]
+    """by name, per completion [t]: what the loss saw in the last update with it, nan at tokens that were in none"""
 
 
 def learn(
@@ -133,6 +135,7 @@ def learn(
         )  # fmt: skip
     batches = [_with_proximal(learners.policy, states.policy, m.batch, update) for m in made]
     reports: list[Mapping[str, Any]] = []
+    tokens: dict[str, list[np.ndarray]] = {}
     router = None
     for mini, batch in zip(made, batches, strict=True):
         placed = parallel.place(batch, learners.policy.mesh)
@@ -144,6 +147,7 @@ def learn(
             policy, report = learners.policy.step(policy, placed)
             row |= _row(report, policy)
             router = report.router
+            _keep(tokens, report, mini, rollouts)
         if learners.critic is not None and critic is not None:
             natural = replace(placed, routes_BTLC=None)
             critic, report = learners.critic.step(critic, natural)
@@ -156,7 +160,18 @@ def learn(
     row = {k: float(np.mean([r[k] for r in reports if k in r])) for k in names}
     for total in ("trained_tokens", "trained_completions"):
         row[total] = int(sum(r[total] for r in reports))
-    return Learnt(states, {**row, "updates": len(reports)}, jax.device_get(router))
+    return Learnt(states, {**row, "updates": len(reports)}, jax.device_get(router), tokens)
+
+
+def _keep(
+    tokens: dict[str, list[np.ndarray]], report: StepReport, mini: Minibatch, rollouts: Sequence[Rollout]
+) -> None:
+    """Write what an update saw into `Learnt.tokens`."""
+    for name, x_BT in jax.device_get(report.tokens).items():
+        kept = tokens.setdefault(name, [np.full(len(r.completion.tokens), np.nan, np.float32) for r in rollouts])
+        trained = mini.at.from_rows(np.asarray(mini.batch.mask_BT) > 0)
+        for i, x, there in zip(mini.members, mini.at.from_rows(x_BT), trained, strict=True):
+            kept[i][: len(x)][there > 0] = x[there > 0]
 
 
 @jax.jit

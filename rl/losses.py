@@ -204,15 +204,17 @@ def policy_loss(surrogate: Surrogate, mismatch: MismatchConfig, kl: KlConfig, en
             per_token = per_token * jnp.where(kept, weight, 0.0)
             metrics |= _mismatch_metrics(log_w, weight, kept, trained)
         terms = {"policy": weighted(per_token, batch)}
+        tokens = {"clipped": jnp.where(trained, clipped, False).astype(jnp.float32)}
         if kl.coef and kl.placement == "loss":
             d = log_ratio(logp, _given(batch.logp_reference_BT, "logp_reference_BT"), trained)
             terms["kl"] = weighted(kl.coef * kl_loss(kl.estimator, d, ratio), batch)
             metrics["kl_reference"] = token_mean(stop_gradient(kl_estimate("k3", d)), trained)
         if outputs.entropy_BT is not None:
-            metrics["entropy"] = token_mean(stop_gradient(outputs.entropy_BT), trained)
+            tokens["entropy"] = stop_gradient(outputs.entropy_BT)
+            metrics["entropy"] = token_mean(tokens["entropy"], trained)
             if entropy_coef:
                 terms["entropy"] = token_mean(-entropy_coef * outputs.entropy_BT, trained)
-        return Loss(terms, metrics)
+        return Loss(terms, metrics, tokens)
 
     return loss
 
@@ -264,6 +266,6 @@ def both(first: LossFn, second: LossFn) -> LossFn:
 
     def loss(outputs: TokenOutputs, batch: Batch) -> Loss:
         a, b = first(outputs, batch), second(outputs, batch)
-        return Loss(a.terms | b.terms, a.metrics | b.metrics)
+        return Loss(a.terms | b.terms, a.metrics | b.metrics, a.tokens | b.tokens)
 
     return loss

@@ -199,7 +199,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 with watch("eval"):
                     accuracy = held_out(now)
                 row |= {"held_out": accuracy["all"], "held_out_domains": accuracy}
-            rows = journal.rollout_rows(rollouts, rewards, advantages, said)
+            rows = journal.rollout_rows(rollouts, rewards, advantages, said, learnt.tokens)
             journal.write_rollouts(run.dir / "rollouts", step, rows)
             if cfg.samples_every and (step == 1 or step % cfg.samples_every == 0):
                 run.console.line(journal.table(rows))

@@ -317,6 +317,21 @@ def test_scores_are_the_step_s_own_log_probs_whatever_the_micro_batches():
     assert float(report.loss["gap"].total) == 0.0, "the ratio of the first update is 1, bit for bit"
 
 
+def test_what_a_loss_says_of_tokens_comes_back_at_their_places_whatever_the_micro_batches():
+    def telling(outputs, data):
+        return cross_entropy(outputs, data)._replace(tokens={"logp": outputs.logp_BT})
+
+    data = batch(4)
+    _, whole = run(config(step=StepConfig(batch_size=4, sequence_length=12)), data, telling)
+    pad = lambda x: np.concatenate([x, np.zeros_like(x)])[[0, 4, 1, 5, 2, 6, 3, 7]]  # noqa: E731  part 1 of 2 is empty
+    padded = Batch(**{k: None if v is None else pad(v) for k, v in vars(data).items()})
+    want = np.asarray(whole.tokens["logp"])
+    assert np.ptp(want) > 0.1
+    for micro in (2, 4):
+        _, cut = run(config(micro=micro), padded, telling)
+        np.testing.assert_allclose(cut.tokens["logp"], pad(want), atol=1e-5)
+
+
 def test_a_frozen_router_stays_while_the_rest_moves():
     start = jax.tree.map(np.asarray, tf.init(MODEL, jax.random.key(0)))["blocks"]["0"]["0"]["moe"]
     state, _ = run(config(freeze_router=True), batch())

@@ -114,6 +114,10 @@ def _completion(number: int, row: Row, tokenizer: Tokenizer | None, file: str) -
     out["pieces"] = [text[i] for i in keep]
     out["logprobs"] = [round(row["logprobs"][i], 2) for i in keep]
     out["mask"] = "".join(str(row["mask"][i]) for i in keep)
+    if any(x is not None for x in row.get("entropy") or []):
+        out["entropy"] = [x if x is None else round(x, 2) for x in (row["entropy"][i] for i in keep)]
+    if any(x is not None for x in row.get("clipped") or []):
+        out["clipped"] = "".join("-" if x is None else str(int(x)) for x in (row["clipped"][i] for i in keep))
     if "advantages" in row:
         out["advantages"] = [round(row["advantages"][i], 3) for i in keep]
     return out

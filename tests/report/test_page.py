@@ -25,7 +25,7 @@ def small(tmp_path_factory):
     alarm = {"time": 1.79e9, "event": "alarm", "alarm": runs.HOSTILE[0], "step": 30, "message": runs.HOSTILE[0]}
     runs.rl_run(job / "a", 40, events=(alarm,))
     place = runs.rl_run(job / "b", 60, planned=100)
-    (place / "eval-x.json").write_text(json.dumps({runs.HOSTILE[1]: runs.HOSTILE[2]}))
+    (place / "eval-x.json").write_text(json.dumps(runs.model_evaluation()))
     (job / "pipeline.json").write_text(json.dumps({"a": {"command": ["rl", *runs.HOSTILE], "seconds": 1.0}}))
     return written(tmp_path_factory.mktemp("out") / "page.html", job)
 
@@ -41,7 +41,7 @@ def opened(small, chrome, request):
 
 
 def test_what_a_model_wrote_is_shown_and_not_obeyed(opened):
-    for way in ("advantage", "mask", "none", "logprob"):
+    for way in ("advantage", "entropy", "clip", "mask", "none", "logprob"):
         opened.click(f'[data-way="{way}"]')
     for step in ("Home", "End"):
         opened.keyboard.press(step)
@@ -77,8 +77,50 @@ def test_the_keyboard_moves_one_cursor_for_all_charts(opened):
     assert step() == "step 40", "help has the keys while it is open"
     opened.keyboard.press("Escape")
     opened.wait_for_selector("dialog", state="detached")
-    opened.keyboard.press("c")
-    assert opened.get_attribute('[data-way="advantage"]', "aria-pressed") == "true"
+    for way in ("entropy", "advantage", "clip", "mask", "none", "logprob"):
+        opened.keyboard.press("c")
+        assert opened.get_attribute(f'[data-way="{way}"]', "aria-pressed") == "true"
+
+
+def test_a_token_has_the_colour_of_what_was_measured_of_it(opened):
+    """Of `runs.completion`: entropy rises with the place, every fifth token is clipped, the third was not drawn."""
+    opened.click("#groups .chips >> nth=-1 >> button >> nth=0")
+    opened.click('[data-way="entropy"]')
+    tone = lambda i: opened.evaluate(  # noqa: E731
+        "i => getComputedStyle(document.querySelectorAll('#groups article .t')[i]).backgroundColor", i
+    )
+    strength = lambda i: float(tone(i).rstrip(")").split(",")[-1])  # noqa: E731
+    assert strength(2) == 0 < strength(4) < strength(20)
+    assert "wavered" in opened.inner_text("#meaning")
+    assert ", entropy 0.4" in opened.get_attribute("#groups article .t >> nth=4", "title")
+    opened.click('[data-way="clip"]')
+    assert tone(5) == tone(10) != tone(4) == tone(6), "clipped ones and trained ones"
+    assert strength(2) == 0, "forced: in no update"
+
+
+def test_colours_that_a_run_has_no_numbers_for_are_not_offered(tmp_path, chrome):
+    place = runs.rl_run(tmp_path / "old", 5, rollouts=2)
+    for path in (place / "rollouts").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        runs.lines(path, [{k: v for k, v in r.items() if k not in ("entropy", "clipped")} for r in rows])
+    with watched(chrome) as (tab, complaints, _):
+        tab.goto(written(tmp_path / "old.html", place))
+        tab.wait_for_selector("#groups article .t")
+        assert not tab.is_visible('[data-way="entropy"]')
+        assert not tab.is_visible('[data-way="clip"]')
+        tab.keyboard.press("c")
+        assert tab.get_attribute('[data-way="advantage"]', "aria-pressed") == "true"
+        assert complaints == []
+
+
+def test_a_reward_model_is_shown_with_its_calibration_and_where_it_disagrees(opened):
+    text = opened.inner_text("#reward-model")
+    assert "97.0 %" in text
+    assert "wrong" in text
+    assert "90.0 % sure, 60.0 % right, of 9" in opened.get_attribute("#reward-model svg.square", "aria-label")
+    assert opened.locator("#reward-model svg.square circle").count() == 2
+    tags = opened.locator("#groups article >> nth=0 >> .tag").all_inner_texts()
+    assert any("against the verifier" in t for t in tags), "the same score for a right answer and a wrong one"
 
 
 def test_tab_reaches_the_controls_in_order_and_shows_where_it_is(opened):

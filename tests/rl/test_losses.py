@@ -399,3 +399,16 @@ def test_policy_gradient_with_leave_one_out_is_unbiased_by_enumeration():
         return total
 
     np.testing.assert_allclose(jax.grad(expected_loss)(z0), -jax.grad(true_value)(z0), atol=1e-6)
+
+
+def test_a_policy_loss_tells_which_tokens_were_clipped_and_their_entropy():
+    """By hand: ratios 1.5, 1.5, 1, 1.5 with advantages +, -, +, + and the last token not trained."""
+    data = batch([1, 1, 1, 0], [[1.0, -1.0, 1.0, 1.0]], logp_proximal_BT=[-1.0, -1, -1, -1])
+    logp = np.log([1.5, 1.5, 1.0, 1.5]) - 1
+    entropy = jnp.array([[0.1, 0.2, 0.3, 0.4]])
+    loss = losses.policy_loss(losses.token_clipped(Clip()), NO_MISMATCH, NO_KL, 0.0)
+    found = loss(outputs(logp, entropy_BT=entropy), data)
+    np.testing.assert_array_equal(found.tokens["clipped"], [[1, 0, 0, 0]])
+    np.testing.assert_array_equal(found.tokens["entropy"], entropy)
+    assert float(found.metrics["clip_fraction"].value) == pytest.approx(1 / 3)
+    assert "entropy" not in loss(outputs(logp), data).tokens, "only where the learner computes it"

@@ -99,6 +99,11 @@ def test_it_learns_and_writes_what_was_decided(place):
     assert {x["verdict"]["status"] for x in lines} <= {"ok", "wrong", "no_answer", "malformed"}
     by_group = {g: [x["advantage"] for x in lines if x["group"] == g] for g in {x["group"] for x in lines}}
     assert all(abs(sum(a)) < 1e-3 for a in by_group.values()), "advantages are relative to the group"
+    own = lambda name: [v for x in lines for v, drawn in zip(x[name], x["mask"], strict=True) if drawn]  # noqa: E731
+    trained = [v for v in own("entropy") if v is not None]  # groups that are all alike are in no update
+    assert rows[-1]["trained_tokens"] == len(trained) > 0
+    assert abs(np.mean(trained) - rows[-1]["entropy"]) < 2e-3, "what the update saw, at its tokens"
+    assert set(own("clipped")) <= {0.0, None}, "nothing is clipped in a first update"
     policy = open_policy(cfg.model.model_copy(update={"scratch": None, "address": str(final)}))
     assert policy.config.moe is not None
     assert json.loads((place / "run" / "manifest.json").read_text())["results"]["held_out"] == rows[-1]["held_out"]
@@ -207,3 +212,6 @@ def test_every_kind_of_update_learns(place, update):
     rows = metrics(place / "run")
     first, last = (np.mean([r["score"] for r in part]) for part in (rows[:4], rows[-4:]))
     assert last > first + 0.2, f"{first:.2f} -> {last:.2f}"
+    if update.get("epochs", 1) > 1:
+        lines = [json.loads(x) for p in (place / "run/rollouts").iterdir() for x in p.read_text().splitlines()]
+        assert 1.0 in {v for x in lines for v in x["clipped"]}, "the second pass over a batch clips"

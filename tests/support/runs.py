@@ -52,10 +52,24 @@ def completion(task: int, n: int, text: str, reward: float) -> dict[str, Any]:
         "group": task, "prompt": "2 + 2? </script><b>", "text": text, "finish": "stop", "reward": reward,
         "components": {"verifier": reward, "quality": None}, "advantage": 1.0 if reward else -0.5, "tokens": ids,
         "logprobs": [-0.1 * (i % 30) for i in range(len(ids))], "mask": [int(i != 2) for i in range(len(ids))],
+        "entropy": [None if i == 2 else 0.1 * (i % 25) for i in range(len(ids))],
+        "clipped": [None if i == 2 else float(i % 5 == 0) for i in range(len(ids))],
+        "scores": {HOSTILE[0]: {"value": 0.5, "status": "ok", "detail": text}},
         "versions": [3, 3], "verdict": {"score": reward, "status": "ok" if reward else "wrong", "detail": text[:80],
                                         "seconds": 0.01},
         "evidence": {"answer": text, "gold": "4", "first_failure": {"test": "assert f(1) == 2", "stderr": text}},
     }  # fmt: skip
+
+
+def model_evaluation() -> dict[str, Any]:
+    """What `cabochon rm eval` leaves, with nothing in it to be trusted."""
+    bins = {HOSTILE[0]: {"confidence": 0.15, "right": 0.1, "count": 40},
+            "b": {"confidence": 0.9, "right": 0.6, "count": 9}}  # fmt: skip
+    chat = [{"role": HOSTILE[2], "content": HOSTILE[0]}]
+    told = [{"prompt": HOSTILE[0], "response": HOSTILE[1], "right": False, "p_right": 0.97},
+            {"prompt": chat, "response": "4", "right": True, "p_right": 0.1}, 7]  # fmt: skip
+    attacks = {HOSTILE[0]: {"gained": 0.2, "flipped": None}, "odd": 3}
+    return {HOSTILE[1]: HOSTILE[2], "accuracy": 0.8, "reliability": bins, "attacks": attacks, "disagreements": told}
 
 
 def rl_run(place: Path, steps: int = 40, *, planned: int = 0, level=lambda x: 0.3 + 0.4 * x, rollouts: int = 8,

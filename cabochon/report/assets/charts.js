@@ -130,9 +130,10 @@ function stacked(title, x, parts, frame) {
     const scaleY = (v) => TOP + (1 - Math.min(v / top, 1)) * tall;
     const below = x.map(() => 0), out = [];
     names.forEach((n, c) => {
-      const lower = x.map((s, i) => `${scaleX(s).toFixed(1)} ${scaleY(below[i]).toFixed(1)}`).reverse();
+      const edge = () => x.flatMap((s, i) => (x.length > 1 ? [scaleX(s)] : [LEFT, width - RIGHT]).map((at) => `${at.toFixed(1)} ${scaleY(below[i]).toFixed(1)}`));
+      const lower = edge().reverse(); // a single step is as wide as the chart
       x.forEach((_, i) => { below[i] += parts[n][i] || 0; });
-      const upper = x.map((s, i) => `${scaleX(s).toFixed(1)} ${scaleY(below[i]).toFixed(1)}`);
+      const upper = edge();
       out.push(svg("path", { class: `area c${c % 8}`, d: `M${[...upper, ...lower].join("L")}Z` }));
     });
     for (const v of ticks(0, top, 3)) out.push(svg("text", { x: LEFT - 5, y: scaleY(v) + 3.5, "text-anchor": "end" }, `${number(v)} s`));

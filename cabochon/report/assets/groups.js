@@ -1,6 +1,13 @@
 // Completions of a step, a group side by side; tokens coloured by what was measured of them; the verifier's evidence.
 
-const COLOURS = { logprob: "surprise (log-prob)", advantage: "advantage", mask: "who wrote it", none: "plain" };
+const COLOURS = {
+  logprob: ["surprise (log-prob)", "the stronger the colour, the less likely it was when it was drawn"],
+  entropy: ["entropy", "the stronger the colour, the more the policy wavered here, measured in the update; uncoloured: in no update of this step"],
+  advantage: ["advantage", "green: made likelier; red: made less likely"],
+  clip: ["clipping", "green: trained; red: clipping took its gradient; uncoloured: in no update of this step"],
+  mask: ["who wrote it", "green: drawn by the policy; underlined: forced, or a tool's, and never trained on"],
+  none: ["plain", ""],
+};
 
 function tokenText(piece) {
   return visible(piece.replaceAll("\n", "⏎\n"));
@@ -17,9 +24,13 @@ function tokensOf(c) {
     const own = c.mask[i] === "1";
     const advantage = c.advantages ? c.advantages[i] : c.advantage;
     const sign = !own || !advantage ? "" : advantage > 0 ? " plus" : " minus";
-    const token = el("span", { class: `t ${own ? "own" : "forced"}${sign}` }, tokenText(piece));
-    token.title = own ? `log-prob ${c.logprobs[i]}, advantage ${signed(advantage)}` : "not sampled by the policy: forced, or a tool's";
+    const clip = !own || !c.clipped ? "" : { 0: " trained", 1: " clipped" }[c.clipped[i]] || "";
+    const token = el("span", { class: `t ${own ? "own" : "forced"}${sign}${clip}` }, tokenText(piece));
+    const entropy = own && c.entropy ? c.entropy[i] : null;
+    token.title = own ? `log-prob ${c.logprobs[i]}, advantage ${signed(advantage)}${known(entropy) ? `, entropy ${entropy}` : ""}${clip === " clipped" ? ", clipped" : ""}`
+      : "not sampled by the policy: forced, or a tool's";
     token.dataset.logprob = own ? Math.min(-c.logprobs[i] / 5, 0.85).toFixed(2) : "0";
+    token.dataset.entropy = known(entropy) ? Math.min(entropy / 3, 0.85).toFixed(2) : "0";
     token.dataset.advantage = own ? Math.min(Math.abs(advantage || 0) / 2.5, 0.6).toFixed(2) : "0";
     box.append(token);
   });
@@ -29,7 +40,7 @@ function tokensOf(c) {
 function colour(box, by) {
   box.className = `by-${by}`;
   for (const token of box.querySelectorAll(".t")) {
-    if (by === "logprob" || by === "advantage") token.style.setProperty("--strength", token.dataset[by]);
+    if (by in token.dataset) token.style.setProperty("--strength", token.dataset[by]);
     else token.style.removeProperty("--strength");
   }
 }
@@ -57,7 +68,21 @@ function copyable(text) {
   return el("div", { class: "command" }, code, button);
 }
 
-function cardOf(c, n) {
+// What each reward model said of it, and whether it orders it against the verifier: some answer of the group that the
+// verifier scored lower is rated at least as high, or one scored higher at most as high.
+function modelTags(c, all) {
+  const judged = (x) => x.verdict && known(x.verdict.score);
+  return Object.entries(c.scores || {}).filter(([, s]) => s && known(s.value)).map(([name, s]) => {
+    const against = judged(c) && all.some((x) => {
+      const other = judged(x) && x.scores && x.scores[name] && x.scores[name].value;
+      return known(other) && (c.verdict.score - x.verdict.score) * (s.value - other) <= 0 && c.verdict.score !== x.verdict.score;
+    });
+    return el("span", { class: `tag${against ? " other" : ""}`, title: against ? "orders this answer and another of the group otherwise than the verifier" : "orders this answer as the verifier does" },
+      visible(name), ` ${number(s.value)}${against ? ", against the verifier" : ""}`);
+  });
+}
+
+function cardOf(c, n, all) {
   const status = (c.verdict && c.verdict.status) || "no verdict";
   const tone = status === "ok" ? "ok" : status === "wrong" ? "wrong" : "other";
   const parts = Object.entries(c.components || {});
@@ -65,7 +90,7 @@ function cardOf(c, n) {
     el("header", {},
       el("b", {}, number(c.reward)), el("span", { class: `tag ${tone}` }, visible(status)),
       el("span", {}, "advantage ", el("span", { class: c.advantage > 0 ? "good" : c.advantage < 0 ? "bad" : "" }, signed(c.advantage))),
-      c.finish && c.finish !== "stop" ? el("span", { class: "tag other" }, c.finish === "length" ? "cut off" : visible(String(c.finish))) : null),
+      c.finish && c.finish !== "stop" ? el("span", { class: "tag other" }, c.finish === "length" ? "cut off" : visible(String(c.finish))) : null, modelTags(c, all)),
     tokensOf(c),
     c.verdict && c.verdict.detail ? el("p", { class: "faint", dir: "auto" }, visible(c.verdict.detail)) : null,
     el("details", {}, el("summary", {}, "Evidence"), el("div", { class: "in" },
@@ -78,18 +103,28 @@ function groupsSection(app) {
   const picker = el("select", { id: "rollout-step", "aria-label": "Step of the completions" });
   const chips = el("div", { class: "chips", role: "group", "aria-label": "Groups of this step" });
   const ways = el("div", { class: "chips", role: "group", "aria-label": "Colour tokens by" });
+  const meaning = el("span", { class: "faint", id: "meaning" });
   const body = el("div", {});
   const node = section("groups", "Completions, group by group",
-    el("div", { class: "tools" }, el("label", {}, "step ", picker), el("span", { class: "soft" }, "colour by"), ways), chips, body);
+    el("div", { class: "tools" }, el("label", {}, "step ", picker), el("span", { class: "soft" }, "colour by"), ways, meaning), chips, body);
   let shownStep = null, loaded = null;
 
-  for (const [key, label] of Object.entries(COLOURS)) {
+  for (const [key, [label]] of Object.entries(COLOURS)) {
     ways.append(el("button", { type: "button", "data-way": key, onclick: () => setColour(key) }, label));
   }
   picker.addEventListener("change", () => load(Number(picker.value)));
 
   function setColour(key) {
     app.state.colour = key;
+    paint();
+  }
+
+  function paint() {
+    const there = loaded.groups[app.state.group].completions; // older runs have no entropy, nor groups that were in no update
+    const without = { entropy: !there.some((c) => c.entropy), clip: !there.some((c) => c.clipped) };
+    const key = without[app.state.colour] ? "logprob" : app.state.colour;
+    for (const b of ways.children) b.hidden = Boolean(without[b.dataset.way]);
+    meaning.textContent = COLOURS[key][1];
     for (const b of ways.children) b.setAttribute("aria-pressed", String(b.dataset.way === key));
     colour(body, key);
   }
@@ -115,7 +150,7 @@ function groupsSection(app) {
     body.replaceChildren(
       el("p", { class: "faint" }, visible(`${g.task}, judged by ${g.verifier || "?"}`), g.of > g.completions.length ? `; ${g.completions.length} of ${g.of} completions` : ""),
       ...prompts, el("div", { class: "cards" }, g.completions.map(cardOf)));
-    setColour(app.state.colour);
+    paint();
   }
 
   node.moveTo = (step) => {

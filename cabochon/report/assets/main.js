@@ -119,9 +119,11 @@ document.addEventListener("keydown", (e) => {
   } else if (e.key === "[" || e.key === "]") {
     select(app.state.run + (e.key === "]" ? 1 : -1));
   } else if (e.key === "c" && document.getElementById("groups")) {
-    const ways = Object.keys(COLOURS), next = ways[(ways.indexOf(app.state.colour) + 1) % ways.length];
-    document.querySelector(`#groups [data-way="${next}"]`).click();
-    say(`coloured by ${COLOURS[next]}`);
+    const ways = [...document.querySelectorAll("#groups [data-way]:not([hidden])")];
+    const next = ways[(ways.findIndex((b) => b.ariaPressed === "true") + 1) % ways.length];
+    if (!next) return;
+    next.click();
+    say(`coloured by ${next.textContent}`);
   }
 });
 

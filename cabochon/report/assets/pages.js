@@ -51,6 +51,44 @@ function evaluationOf(job) {
     el("div", { class: "panel" }, table(["domain", "model", "accuracy", "", "95 % interval", "against the first", "of several answers"], rows, [2])));
 }
 
+// Confidence in ten bins against how often the answer was right: on the diagonal where the score can be taken at its word.
+function reliabilityOf(bins) {
+  const found = Object.values(bins).filter((b) => b && known(b.confidence) && known(b.right) && known(b.count));
+  if (!found.length) return null;
+  const side = 250, at = (v) => 36 + v * (side - 54), up = (v) => side - 24 - v * (side - 36);
+  const most = Math.max(...found.map((b) => b.count));
+  const label = `Share right by confidence: ${found.map((b) => `${percent(b.confidence)} sure, ${percent(b.right)} right, of ${b.count}`).join("; ")}`;
+  return el("figure", {}, el("figcaption", { class: "faint" }, "right, by how sure it was; a larger dot is more answers; the line is perfect calibration"),
+    svg("svg", { role: "img", class: "square c0", viewBox: `0 0 ${side} ${side}`, "aria-label": label },
+      [0, 0.5, 1].map((v) => [svg("line", { class: "grid", x1: at(0), x2: at(1), y1: up(v), y2: up(v) }),
+        svg("text", { x: 31, y: up(v) + 3.5, "text-anchor": "end" }, `${100 * v}%`), svg("text", { x: at(v), y: side - 8, "text-anchor": "middle" }, `${100 * v}%`)]),
+      svg("line", { class: "at", x1: at(0), x2: at(1), y1: up(0), y2: up(1) }),
+      found.map((b) => svg("line", { class: "gap-line", x1: at(b.confidence), x2: at(b.confidence), y1: up(b.confidence), y2: up(b.right) })),
+      found.map((b) => svg("circle", { class: "dot", cx: at(b.confidence), cy: up(b.right), r: 2.5 + 6 * Math.sqrt(b.count / most) },
+        svg("title", {}, `${percent(b.confidence)} sure, ${percent(b.right)} right, of ${b.count}`)))));
+}
+
+function promptText(prompt) {
+  return Array.isArray(prompt) ? prompt.map((m) => (m && m.content !== undefined ? `${m.role}: ${m.content}` : plainly(m))).join("\n") : plainly(prompt);
+}
+
+// What `cabochon rm eval` wrote: numbers, reliability, attacks, and the answers it was surest to get wrong.
+function modelEvaluation(name, value) {
+  const { reliability, attacks, disagreements, ...numbers } = value;
+  const isMap = (x) => x && typeof x === "object" && !Array.isArray(x);
+  const share = (x) => (known(x) ? percent(x) : "–");
+  return [
+    el("div", { class: "panel" }, el("h3", {}, visible(name)), evidenceOf(numbers)),
+    isMap(reliability) && Object.keys(reliability).length ? el("div", { class: "panel" }, el("h3", {}, "Calibration, ", visible(name)), reliabilityOf(reliability)) : null,
+    isMap(attacks) && Object.keys(attacks).length ? el("div", { class: "panel" }, el("h3", {}, "Attacks on wrong answers, ", visible(name)),
+      table(["what was added", "rise of P(right)", "now held right"], Object.entries(attacks).filter(([, a]) => isMap(a)).map(([k, a]) => [visible(k), share(a.gained), share(a.flipped)]), [1, 2])) : null,
+    Array.isArray(disagreements) && disagreements.length ? el("div", { class: "panel wide" }, el("h3", {}, "Surest disagreements with the labels, ", visible(name)),
+      table(["P(right)", "label", "prompt", "answer"], disagreements.filter(isMap).map((d) => [percent(d.p_right),
+        el("td", { class: d.right ? "whole good" : "whole bad" }, d.right ? "right" : "wrong"), el("td", { class: "wrap mono", dir: "auto" }, visible(promptText(d.prompt))),
+        el("td", { class: "wrap mono", dir: "auto" }, visible(plainly(d.response)))]), [0])) : null,
+  ];
+}
+
 function rewardModelOf(run) {
   const files = Object.entries(run.evaluations || {});
   const lengths = {};
@@ -67,7 +105,7 @@ function rewardModelOf(run) {
     ["… after temperature scaling", "eval_ece_scaled", percent], ["temperature", "eval_temperature", number], ["correlation with length", "eval_length_correlation", number]]
     .filter(([, k]) => known(last(run, k)));
   if (told.length) parts.push(el("div", { class: "panel" }, el("h3", {}, "On held-out pairs, last"), table(["", ""], told.map(([n, k, f]) => [n, f(last(run, k))]), [1])));
-  for (const [name, value] of files) parts.push(el("div", { class: "panel" }, el("h3", {}, visible(name)), evidenceOf(value)));
+  for (const [name, value] of files) parts.push(...modelEvaluation(name, value).filter(Boolean));
   return parts.length ? section("reward-model", "Reward model", el("div", { class: "cards" }, parts)) : null;
 }
 
@@ -75,7 +113,7 @@ function stageCard(r, current) {
   const results = Object.entries(r.results || {}).filter(([, v]) => known(v)).slice(0, 4);
   return el("div", { class: "panel" }, el("h3", {}, current ? `${r.stage || "?"} (this run)` : r.stage || "a model"),
     el("p", { class: "faint mono" }, visible(r.address || "")),
-    el("p", { class: "faint" }, [r.steps ? `${number(r.steps)} steps` : null, r.seconds ? duration(r.seconds) : null, r.finished_at].filter(Boolean).join(", ")),
+    el("p", { class: "faint" }, [r.steps ? `${number(r.steps)} step${r.steps === 1 ? "" : "s"}` : null, r.seconds ? duration(r.seconds) : null, r.finished_at].filter(Boolean).join(", ")),
     results.map(([k, v]) => el("p", { class: "faint" }, `${k.replaceAll("_", " ")} ${number(v)}`)));
 }
 
@@ -92,14 +130,14 @@ function lineageOf(data, run) {
   return section("lineage", "Lineage", el("div", { class: "flow" }, flow),
     stages ? el("details", {}, el("summary", {}, `Commands of the job's ${Object.keys(stages).length} stages`), el("div", { class: "in" },
       table(["stage", "seconds", "command"], Object.entries(stages).map(([n, s]) => [n, number(Math.round(s.seconds)), el("td", { class: "mono wrap" }, visible(`cabochon ${(s.command || []).join(" ")}`))]), [1]))) : null,
-    rows.length ? el("details", { open: data.runs.length > 1 && rows.length <= 25 }, el("summary", {}, `${rows.length} settings that differ between the runs`),
+    rows.length ? el("details", { open: data.runs.length > 1 && rows.length <= 25 }, el("summary", {}, `${rows.length} ${rows.length === 1 ? "setting that differs" : "settings that differ"} between the runs`),
       el("div", { class: "in" }, table(["setting", ...data.runs.map((r) => r.name)], rows))) : null);
 }
 
 function eventsOf(run, frame) {
   if (!run.events.length) return null;
   const rows = run.events.map((e) => [
-    known(e.time) ? new Date(1000 * e.time).toISOString().slice(0, 19).replace("T", " ") : "",
+    known(e.time) ? new Date(1000 * e.time).toISOString().slice(0, 19).split("T").map((part) => [el("span", { class: "whole" }, part), " "]) : "",
     known(e.step) && e.step > 0 ? el("button", { type: "button", class: "link", onclick: () => frame.choose(e.step) }, number(e.step)) : "",
     el("td", { class: e.event === "alarm" || e.event === "failed" ? "bad" : "" }, visible(String(e.event))), el("td", { class: "wrap", dir: "auto" }, visible(String(e.message || "")))]);
   return section("events", "Events", el("div", { class: "panel" }, table(["time (UTC)", "step", "what", ""], rows, [1])));
