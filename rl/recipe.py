@@ -75,6 +75,9 @@ class EngineConfig(Frozen):
     """sequences decoded together by each worker"""
     length: int = Field(256, ge=8)
     """prompt and completion of one sequence, in tokens"""
+    reuse: int = Field(0, ge=0)
+    """tokens that a later turn of an episode must share with an earlier one for its keys and values to be taken from
+    there instead of being read again; 0: never. Agrees with a fresh reading to 1e-5, not to the last bit"""
     tensor: int = Field(1, ge=1)
     """devices that share one engine, each with a part of every layer; a Ray worker needs them all (`ray.resources`)"""
     ray: RayConfig = RayConfig()

@@ -271,6 +271,7 @@ def slot_config(cfg: RlConfig) -> SlotConfig:
         length=cfg.engine.length,
         dtype=cfg.precision.compute,
         cache_dtype=cfg.precision.compute,
+        reuse=cfg.engine.reuse,
         tensor=cfg.engine.tensor,
     )
 

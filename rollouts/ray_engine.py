@@ -14,7 +14,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -28,6 +28,7 @@ from cabochon.protocols import Finished, Weights
 from cabochon.rollouts.local import check_tree
 from cabochon.rollouts.probe import with_probe
 from cabochon.rollouts.prompts import prepare
+from cabochon.rollouts.ray_members import EngineCounters, Member, Work, choose, whole
 from cabochon.rollouts.ray_session import RaySession, still_missing
 from cabochon.rollouts.ray_store import RayStore
 from cabochon.rollouts.slots import SlotConfig
@@ -42,60 +43,6 @@ POLL_SECONDS = 1.0
 
 Event = dict[str, Any]
 """`event` says what happened, `worker` to whom; the rest depends on it"""
-
-
-@dataclass(kw_only=True)
-class EngineCounters:
-    """Since the engine began."""
-
-    delivered: int = 0
-    """samples"""
-    workers_lost: int = 0
-    reissued: int = 0
-    """samples that were begun again on another worker"""
-    republished: int = 0
-    """times a version was published again because a worker could not use what it got"""
-
-
-@dataclass(kw_only=True, eq=False)
-class _Work:
-    ticket: int
-    request: Request
-    cost: int
-    """tokens expected: prompt and all samples at their longest"""
-    missing: set[int]
-    """samples not delivered yet"""
-    losses: int = 0
-    """workers lost while they had it"""
-
-
-@dataclass(kw_only=True, eq=False)
-class _Member:
-    """A worker as the engine sees it."""
-
-    name: str
-    actor: Any
-    loading: Any = None
-    loading_since: float = 0.0
-    target: int = -1
-    """publication being loaded"""
-    copy: int = 0
-    """how often it had been published when the worker was told to load it"""
-    serves: int | None = None
-    """publication it draws from; None until it can serve"""
-    polling: Any = None
-    polling_since: float = 0.0
-    pid: int | None = None
-    node: str = ""
-    work: dict[int, _Work] = field(default_factory=dict)
-
-    @property
-    def samples(self) -> int:
-        return sum(len(w.missing) for w in self.work.values())
-
-    @property
-    def cost(self) -> int:
-        return sum(w.cost for w in self.work.values())
 
 
 class RayEngine:
@@ -122,8 +69,8 @@ class RayEngine:
         self.counters, self.events = EngineCounters(), deque[Event](maxlen=1000)
         self._model, self._tokenizer, self._slots, self._cfg = model, tokenizer, slots, cfg
         self._on_event = on_event
-        self._members: list[_Member] = []
-        self._waiting: deque[_Work] = deque()
+        self._members: list[Member] = []
+        self._waiting: deque[Work] = deque()
         self._outbox: list[Finished] = []
         self._tickets = self._started = self._publications = self._copies = self._losses = 0
         self._session = RaySession(cfg, log_dir)
@@ -187,9 +134,10 @@ class RayEngine:
             n = request.sampling.n
             self._tickets += 1
             work.append(
-                _Work(
+                Work(
                     ticket=self._tickets,
                     request=replace(request, prompt=tokens, task=None),
+                    prompt_P=tokens,
                     cost=len(tokens) + n * request.sampling.max_tokens,
                     missing=set(range(n)),
                 )
@@ -234,7 +182,7 @@ class RayEngine:
     def _turn(self, seconds: float) -> None:
         """Hand out work, hear what workers have to say, waiting up to `seconds` for the first, and replace the lost."""
         self._feed()
-        calls: dict[Any, _Member] = {}
+        calls: dict[Any, Member] = {}
         for m in self._members:
             if m.serves is not None and m.polling is None:
                 m.polling, m.polling_since = m.actor.poll.remote(POLL_SECONDS), monotonic()
@@ -251,7 +199,7 @@ class RayEngine:
             elif m.loading is not None and now - m.loading_since > self._cfg.start_seconds:
                 self._late(m)
 
-    def _hear(self, m: _Member, ref: Any) -> None:
+    def _hear(self, m: Member, ref: Any) -> None:
         failed: Exception | None = None
         try:
             answer = ray.get(ref, timeout=self._cfg.deadline_seconds)
@@ -264,13 +212,16 @@ class RayEngine:
         elif ref is m.loading:
             m.loading, m.serves, m.pid = None, m.target, answer.pid
             m.node = answer.node
+            m.ended.clear()  # what older weights computed is not reused
             if m.serves != self._publications:
                 self._load(m)
         else:
             m.polling = None
             self._take(m, answer)
 
-    def _take(self, m: _Member, report: Report) -> None:
+    def _take(self, m: Member, report: Report) -> None:
+        self.counters.reused_tokens += report.reused_tokens - m.reused
+        m.reused = report.reused_tokens
         for f in report.done:
             work = m.work.get(f.ticket)
             if work is None or f.sample not in work.missing:
@@ -279,6 +230,7 @@ class RayEngine:
             if not work.missing:
                 del m.work[f.ticket]
             self._outbox.append(f)
+            m.ended.append(whole(f.completion))
             self.counters.delivered += 1
             self._losses = 0
         if report.failure:
@@ -287,13 +239,14 @@ class RayEngine:
             self._replace(m, f"one dispatch takes {report.stalled:.0f} s")
 
     def _feed(self) -> None:
-        """Work goes to the worker with the least before it, until each has twice what fits in its slots; to one that
-        still takes over the newest weights, once it has them.
+        """Work goes to the worker that `choose` says, until each has twice what fits in its slots; to one that still
+        takes over the newest weights, once it has them.
         """
         given: dict[str, list[tuple[int, Request]]] = {}
         serving = [m for m in self._members if m.serves == self._publications]
         while self._waiting and (free := [m for m in serving if m.samples < 2 * self._slots.slots]):
-            m, work = min(free, key=lambda m: m.cost), self._waiting.popleft()
+            work = self._waiting.popleft()
+            m = choose(free, work.prompt_P, self._slots.reuse)
             m.work[work.ticket] = work
             sampling = replace(work.request.sampling, n=max(work.missing) + 1)
             given.setdefault(m.name, []).append((work.ticket, replace(work.request, sampling=sampling)))
@@ -310,11 +263,11 @@ class RayEngine:
         self._publications += 1
         self._copies = 1
 
-    def _load(self, m: _Member) -> None:
+    def _load(self, m: Member) -> None:
         m.target, m.copy, m.loading_since = self._publications, self._copies, monotonic()
         m.loading = m.actor.load.remote(self._store, self.version, self._cfg.deadline_seconds)
 
-    def _refused(self, m: _Member, why: str) -> None:
+    def _refused(self, m: Member, why: str) -> None:
         """A worker could not use the version: it is published again, a bounded number of times."""
         self._say("weights refused", m, why=why)
         if (m.target, m.copy) == (self._publications, self._copies):  # not so where another worker was first to say so
@@ -327,26 +280,27 @@ class RayEngine:
 
     # -- workers -------------------------------------------------------------------------------------------------------
 
-    def _start(self) -> _Member:
+    def _start(self) -> Member:
         """A worker that has no weights yet."""
         name = f"worker {self._started}"
         self._started += 1
         options = {"num_cpus": self._cfg.cpus, "resources": dict(self._cfg.resources) or None}
         actor = ray.remote(RolloutWorker).options(max_concurrency=8, max_restarts=0, **options)
-        m = _Member(
+        m = Member(
             name=name,
             actor=actor.remote(name, self._model, self._tokenizer, self._slots, max(1, int(self._cfg.cpus))),
+            ended=deque(maxlen=self._slots.slots),
         )
         self._members.append(m)
         return m
 
-    def _late(self, m: _Member) -> None:
+    def _late(self, m: Member) -> None:
         """It does not serve yet, and should."""
         if m.serves is None and (short := still_missing(self._cfg)):
             raise MachineError(f"{m.name} was not placed within {self._cfg.start_seconds:g} s for want of {short}")
         self._replace(m, f"weights not loaded within {self._cfg.start_seconds:g} s")
 
-    def _replace(self, m: _Member, why: str) -> None:
+    def _replace(self, m: Member, why: str) -> None:
         """Kill it, start another, and give its unfinished work to whoever is free. Raises MachineError when that
         happens again and again.
         """
@@ -375,7 +329,7 @@ class RayEngine:
         self._load(fresh)
         self._say("worker started", fresh, instead_of=m.name)
 
-    def _kill(self, m: _Member) -> None:
+    def _kill(self, m: Member) -> None:
         """At once, also when it is stopped and hears nothing."""
         with suppress(Exception):
             ray.kill(m.actor)
@@ -383,7 +337,7 @@ class RayEngine:
             with suppress(ProcessLookupError):
                 os.kill(m.pid, signal.SIGKILL)
 
-    def _say(self, event: str, m: _Member, **more: Any) -> None:
+    def _say(self, event: str, m: Member, **more: Any) -> None:
         told = {"event": event, "worker": m.name, **more}
         self.events.append(told)
         self._on_event(told)

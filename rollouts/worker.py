@@ -40,9 +40,8 @@ class Report:
     """why its sampler has stopped for good; empty while it runs"""
     stalled: float = 0.0
     """seconds since the dispatch in hand began"""
-    version: int = -1
-    new_tokens: int = 0
-    """since it began"""
+    reused_tokens: int = 0
+    """of prompts, whose keys and values it still had; since it began"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +127,7 @@ class RolloutWorker:
                 done=done,
                 failure=self._failure,
                 stalled=monotonic() - since if since is not None else 0.0,
-                version=sampler.version if sampler else -1,
-                new_tokens=sampler.counters.new_tokens if sampler else 0,
+                reused_tokens=sampler.counters.reused_tokens if sampler else 0,
             )
 
     def _run(self, sampler: Sampler) -> None:

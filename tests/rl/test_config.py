@@ -4,6 +4,8 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from cabochon.rl.config import Algorithm, C3po, Clip, Gspo, KlConfig, MismatchConfig, Overlong, Ppo, UpdateConfig
+from cabochon.rl.recipe import RlConfig
+from cabochon.rl.train import slot_config
 
 
 def test_kind_chooses_the_algorithm():
@@ -32,3 +34,14 @@ def test_kind_chooses_the_algorithm():
 def test_contradictions_are_refused(make, said):
     with pytest.raises(ValidationError, match=said):
         make()
+
+
+def test_the_engines_settings_reach_the_sampler():
+    said = {"kind": "local", "slots": 3, "length": 96, "reuse": 16, "tensor": 2}
+    cfg = RlConfig.model_validate(
+        {"steps": 1, "update": {"algorithm": {"kind": "grpo"}}, "model": {"address": "m"}, "engine": said,
+         "tasks": {"train": ["t.jsonl"]}, "run": {"dir": "r"},
+         "rollout": {"prompts": 1, "group_size": 2}, "step": {"batch_size": 2, "sequence_length": 128}}
+    )  # fmt: skip
+    slots = slot_config(cfg)
+    assert {key: getattr(slots, key) for key in said if key != "kind"} == {k: v for k, v in said.items() if k != "kind"}

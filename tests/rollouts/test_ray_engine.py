@@ -1,5 +1,6 @@
 """Workers in processes of their own that are killed, stopped and fed with damaged weights: the job finishes anyway."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -128,6 +129,26 @@ def test_both_workers_share_the_work(engine):
     assert max(costs) < 1.5 * min(costs)
     engine.abort(range(10**6))
     assert all(m.cost == 0 for m in engine._members)
+
+
+def test_a_later_turn_goes_to_the_worker_of_the_earlier(logs):
+    """Eight conversations over two workers of four slots: of each second turn only what was said in between is read."""
+    slots = dataclasses.replace(SLOTS, reuse=4)
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, 255, 20 + 4 * i).astype(np.int32) for i in range(8)]
+    sampling = Sampling(max_tokens=9, ignore_eos=True)
+    with RayEngine(MODEL, TOK, weights(0), slots, QUICK, log_dir=logs) as engine:
+        first = engine.generate([Request(prompt=p, sampling=sampling, seed=i) for i, p in enumerate(prompts)])
+        assert engine.counters.reused_tokens == 0
+        said = [np.concatenate([c.prompt_tokens, c.tokens, rng.integers(0, 255, 7).astype(np.int32)]) for c in first]
+        again = [Request(prompt=p, sampling=sampling, seed=50 + i) for i, p in enumerate(said)]
+        got = engine.generate(again[::-1])[::-1]
+        assert engine.counters.reused_tokens == sum(len(p) + 8 for p in prompts)  # all but the last token drawn
+        engine.load(weights(1))
+        engine.generate(again)
+        assert engine.counters.reused_tokens == sum(len(p) + 8 for p in prompts)
+    fresh = LocalEngine(MODEL, TOK, weights(0), SLOTS).generate(again)
+    assert [c.tokens.tolist() for c in got] == [c.tokens.tolist() for c in fresh]
 
 
 def test_weights_arrive_while_sequences_run(engine):
