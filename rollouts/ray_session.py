@@ -38,6 +38,7 @@ class RaySession:
         if self._ours:
             address = cfg.address or os.environ.get("RAY_ADDRESS")
             self._join(address) if address else self._start(log_dir)
+            _keep_stdout_clean()
         try:
             check_placement(cfg, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         except BaseException:
@@ -86,6 +87,15 @@ class RaySession:
             ray.shutdown()
         if self._link is not None:
             shutil.rmtree(self._link, ignore_errors=True)
+
+
+def _keep_stdout_clean() -> None:
+    """Ray prints what becomes of its workers on the driver's stdout, with `log_to_driver=False` too, and offers no
+    switch. The engine tells it itself, as events; Ray's own words are in its logs.
+    """
+    import ray._private.worker as driver
+
+    driver.print_to_stdstream = lambda *_, **__: None
 
 
 def wanted(cfg: RayConfig) -> dict[str, float]:

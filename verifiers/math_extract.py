@@ -71,6 +71,9 @@ def extract(text: str, rules: Extraction = Extraction()) -> Found | None:
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _ESCAPED = re.compile(r"\\.|[{}]", re.DOTALL)
+_MINUS = re.compile(r"(?:^|[\s=:$(\[])-$")
+_POWER = re.compile(r"\^(?:\{[^{}]{1,40}\}|\d)")
+"""What stands at a box, outside of it, and changes its value: `-\\boxed{5}`, `\\boxed{5}^2`."""
 
 
 def last_box(text: str) -> Found | None:
@@ -84,8 +87,11 @@ def last_box(text: str) -> Found | None:
             close = _closing_brace(text, position)
             if close < 0:
                 return Found(method="boxed", problem="the last box is never closed")
-            last = Found(answer=text[position + 1 : close].strip(), method="boxed")
+            content, before = text[position + 1 : close].strip(), text[max(0, start.start() - 2) : start.start()]
             position = close + 1
+            if power := _POWER.match(text, position):
+                content = f"({content}){power.group()}"
+            last = Found(answer=f"-({content})" if _MINUS.search(before) else content, method="boxed")
         elif token := re.compile(r"\\[A-Za-z]+|\d[\d.,]*|[^\s{}\\$]").match(text, position):
             last = Found(answer=token.group().rstrip(".,"), method="boxed")
     return last

@@ -206,7 +206,7 @@ def kill_while_running(engine, local, how, rng):
 
 
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_killed_worker_is_replaced_and_each_sample_arrives_once(engine, local, times):
+def test_a_killed_worker_is_replaced_and_each_sample_arrives_once(engine, local, times, capfd):
     engine.load(weights(0))
     rng = np.random.default_rng(times)
     for _ in range(times):
@@ -216,6 +216,7 @@ def test_a_killed_worker_is_replaced_and_each_sample_arrives_once(engine, local,
     assert lost[-1]["why"] == "its process is gone"
     assert lost[-1]["samples"] > 0
     assert engine.counters.reissued >= sum(e["samples"] for e in lost)
+    assert capfd.readouterr().out == ""  # Ray would print there that a worker died
 
 
 def test_a_stopped_worker_is_given_up_at_the_deadline(local, logs):
