@@ -51,7 +51,7 @@ def ours(a: argparse.Namespace, skew: float) -> tuple[dict[str, Call], tuple]:
 
     def both(fn: Callable, *args: jax.Array) -> tuple[Call, Call]:
         forward = jax.jit(fn)
-        backward = jax.jit(jax.grad(lambda *w: fn(*w).sum(), tuple(range(len(args)))))
+        backward = jax.jit(jax.value_and_grad(lambda *w: fn(*w).sum(), tuple(range(len(args)))))
         return (lambda: jax.block_until_ready(forward(*args))), (lambda: jax.block_until_ready(backward(*args)))
 
     calls = {}

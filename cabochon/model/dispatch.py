@@ -147,19 +147,21 @@ def _grouped_fwd(x_ND: Array, routes_NC: Array, gates_NC: Array, gate_up: Array,
     slot_S, place_S, counts_E = plan = _sorted(routes_NC, E)
     h_S2F = grouped.rows(x_ND[slot_S // C], gate_up.reshape(E, D, 2 * F), counts_E)
     y_NCD = grouped.rows(_swiglu(h_S2F), down, counts_E)[place_S].reshape(N, C, D)
-    return (y_NCD * gates_NC[..., None]).sum(1), (x_ND, plan, h_S2F, y_NCD, gates_NC, gate_up, down)
+    return (y_NCD * gates_NC[..., None]).sum(1), (x_ND, plan, h_S2F, gates_NC, gate_up, down)
 
 
 def _grouped_bwd(saved: tuple, dout_ND: Array) -> tuple:
-    x_ND, (slot_S, place_S, counts_E), h_S2F, y_NCD, gates_NC, gate_up, down = saved
+    """The gates' gradient is taken at the activations, not at the outputs, which need then not be kept (or, under
+    remat, made again): <act @ down, dout> = <act, dout @ down'>. Guo et al. 2025 (SonicMoE)."""
+    x_ND, (slot_S, place_S, counts_E), h_S2F, gates_NC, gate_up, down = saved
     (E, D, _, F), (N, C) = gate_up.shape, gates_NC.shape
-    dy_SD = dout_ND[slot_S // C] * gates_NC.reshape(-1)[slot_S][:, None]
-    act_SF, dh_S2F = _swiglu_grad(h_S2F, grouped.rows(dy_SD, down, counts_E, turned=True))
+    dout_SD = dout_ND[slot_S // C]
+    dact_SF = grouped.rows(dout_SD, down, counts_E, turned=True)  # to be scaled by the gates
+    act_SF, dh_S2F, dgates_S = grouped.swiglu_grad(h_S2F, dact_SF, gates_NC.reshape(-1)[slot_S])
     dgate_up = grouped.outer(x_ND[slot_S // C], dh_S2F, counts_E).reshape(gate_up.shape)
     dx_SD = grouped.rows(dh_S2F, gate_up.reshape(E, D, 2 * F), counts_E, turned=True)
     dx_ND = dx_SD[place_S].reshape(N, C, D).sum(1)
-    dgates_NC = (y_NCD * dout_ND[:, None]).sum(-1)
-    return dx_ND, None, dgates_NC, dgate_up, grouped.outer(act_SF, dy_SD, counts_E)
+    return dx_ND, None, dgates_S[place_S].reshape(N, C), dgate_up, grouped.outer(act_SF, dout_SD, counts_E)
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)

@@ -1,20 +1,15 @@
-// Products of rows grouped by expert, called from XLA: `rows` and `outer` of grouped.py, f32, row-major.
+// Called from XLA, f32, row-major: `rows` and `outer` of grouped.py, products of rows grouped by expert, and
+// `swiglu_grad`, which XLA would make of as many passes over its inputs as it has results.
 //
 // An expert's product is cut by columns of the result into pieces of about equal work, each one BLAS call on one
 // thread: a piece then packs few of the weights, and XLA's own threads do the work, none spin beside them.
 
-#include <sched.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "pool.h"
 
 namespace {
 
@@ -37,22 +32,6 @@ struct Matrix {
 void product(const Matrix& a, const Matrix& b, float* c, int step, int M, int N, int K) {
   const float one = 1, zero = 0;
   sgemm(b.turned ? "T" : "N", a.turned ? "T" : "N", &N, &M, &K, &one, b.at, &b.step, a.at, &a.step, &zero, c, &step);
-}
-
-// Runs f(0) ... f(n - 1) on the caller and XLA's threads. The caller never waits for a thread that has not taken one.
-template <typename F>
-void parallel(ffi::ThreadPool& pool, int64_t n, const F& f) {
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto state = std::make_shared<State>();
-  auto work = [state, n, &f] {  // past the last task f is not touched, so a late thread is harmless
-    for (int64_t i; (i = state->next.fetch_add(1)) < n; state->done.fetch_add(1)) f(i);
-  };
-  for (int64_t h = 1; h < std::min<int64_t>(n, pool.num_threads()); h++)
-    pool.Schedule(std::decay_t<decltype(work)>(work));
-  work();
-  while (state->done.load() < n) sched_yield();
 }
 
 struct Piece {  // columns [first, last) of expert e's result; its rows begin at `row`
@@ -80,7 +59,7 @@ ffi::Error Rows(ffi::ThreadPool pool, Any x, Any w, Any counts, Out y, bool turn
   auto* to = static_cast<float*>(y->untyped_data());
   auto* count = static_cast<const int32_t*>(counts.untyped_data());
   const auto work = pieces(count, E, O, pool.num_threads());
-  parallel(pool, work.size(), [&](int64_t t) {
+  parallel(pool, work.size(), 2.0 * S * I * O, [&](int64_t t) {
     const Piece& p = work[t];
     if (!count[p.e]) return;
     const Matrix rows{from + p.row * I, int(I), false}, weight{weights + p.e * I * O, int(turned ? I : O), turned};
@@ -99,12 +78,70 @@ ffi::Error Outer(ffi::ThreadPool pool, Any a, Any b, Any counts, Out w) {
   auto* to = static_cast<float*>(w->untyped_data());
   auto* count = static_cast<const int32_t*>(counts.untyped_data());
   const auto work = pieces(count, E, B, pool.num_threads());
-  parallel(pool, work.size(), [&](int64_t t) {
+  parallel(pool, work.size(), 2.0 * a.dimensions()[0] * A * B, [&](int64_t t) {
     const Piece& p = work[t];
     float* out = to + p.e * A * B;
     if (!count[p.e]) return void(std::memset(out, 0, sizeof(float) * A * B));  // in one piece
     const Matrix rows{left + p.row * A, int(A), true}, other{right + p.row * B + p.first, int(B), false};
     product(rows, other, out + p.first, B, A, p.last - p.first, count[p.e]);
+  });
+  return ffi::Error::Success();
+}
+
+constexpr int64_t kLanes = 16;
+using Floats = float __attribute__((vector_size(4 * kLanes)));  // the compiler cuts it to the registers there are
+using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+
+inline Floats load(const float* at, int64_t n) {
+  Floats x = {};
+  std::memcpy(&x, at, n * sizeof(float));
+  return x;
+}
+
+inline void store(float* to, Floats x, int64_t n) { std::memcpy(to, &x, n * sizeof(float)); }
+
+inline Floats sigmoid(Floats x) {  // exp by Cephes' polynomial, to 2 units in the last place
+  const Floats most = Floats{} + 87;
+  x = x > most ? -most : (x < -most ? most : -x);
+  const float shift = 12582912;  // 1.5 * 2^23: adding it rounds to a whole number
+  const Floats n = (x * 1.44269504f + shift) - shift, r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const Floats two_n = (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+  return 1 / (1 + ((p * r) * r + r + 1) * two_n);
+}
+
+// For h = [gate, up] and a = silu(gate) * up, with scale * from the gradient of a:
+// scaled [S,F] = scale * a, dh [S,2F], dscale [S] = a . from.
+ffi::Error SwigluGrad(ffi::ThreadPool pool, Any h, Any from, Any scale, Out scaled, Out dh, Out dscale) {
+  constexpr int64_t kRows = 32;
+  const int64_t S = from.dimensions()[0], F = from.dimensions()[1];
+  auto *pre = static_cast<const float*>(h.untyped_data()), *grad = static_cast<const float*>(from.untyped_data());
+  auto* by = static_cast<const float*>(scale.untyped_data());
+  auto *to = static_cast<float*>(scaled->untyped_data()), *dpre = static_cast<float*>(dh->untyped_data());
+  auto* dby = static_cast<float*>(dscale->untyped_data());
+  parallel(pool, (S + kRows - 1) / kRows, 32.0 * S * F, [&](int64_t t) {
+    for (int64_t s = t * kRows; s < std::min(S, (t + 1) * kRows); s++) {
+      const float *gates = pre + s * 2 * F, *from_row = grad + s * F;
+      float *to_row = to + s * F, *dgates = dpre + s * 2 * F;
+      Floats sums = {};
+      auto some = [&](int64_t i, int64_t n) {
+        const Floats gate = load(gates + i, n), up = load(gates + F + i, n), u = load(from_row + i, n);
+        const Floats sig = sigmoid(gate), silu = gate * sig, da = u * by[s];
+        sums += silu * up * u;
+        store(to_row + i, silu * up * by[s], n);
+        store(dgates + i, da * up * (sig + silu * (1 - sig)), n);
+        store(dgates + F + i, da * silu, n);
+      };
+      int64_t i = 0;
+      for (; i + kLanes <= F; i += kLanes) some(i, kLanes);
+      if (i < F) some(i, F - i);
+      dby[s] = 0;
+      for (int64_t lane = 0; lane < kLanes; lane++) dby[s] += sums[lane];
+    }
   });
   return ffi::Error::Success();
 }
@@ -119,3 +156,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     cabochon_outer, Outer,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Arg<Any>().Arg<Any>().Ret<Any>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    cabochon_swiglu_grad, SwigluGrad,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Arg<Any>().Arg<Any>().Ret<Any>().Ret<Any>().Ret<Any>());

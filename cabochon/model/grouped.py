@@ -1,4 +1,5 @@
-"""Products of rows grouped by expert on CPU, f32: BLAS over exactly the rows of each, through `jax.ffi` (grouped.cc).
+"""Products of rows grouped by expert on CPU, f32: BLAS over exactly the rows of each, through `jax.ffi` (grouped.cc);
+and the gradient of SwiGLU in one pass.
 
 Why: XLA on CPU has no ragged product (its `ragged_dot` computes every expert for every row), and what can be built of
 static shapes either drops rows or pays for the fullest expert. Here an expert costs what its rows cost. The BLAS is
@@ -33,7 +34,7 @@ def missing() -> str:
         library.cabochon_use_sgemm(_address(cython_blas.__pyx_capi__["sgemm"]))
     except (ImportError, OSError, subprocess.SubprocessError) as error:
         return native.why_not_compiled(error)
-    native.register(library, "rows", "outer")
+    native.register(library, "rows", "outer", "swiglu_grad")
     # grouped.cc shares the work out among XLA's threads; OpenBLAS's own would spin beside them
     threadpoolctl.ThreadpoolController().select(internal_api="openblas").limit(limits=1)
     return ""
@@ -57,3 +58,11 @@ def outer(a_SI: Array, b_SO: Array, counts_E: Array) -> Array:
     """[E, I, O]: the transpose of a group's rows of `a` times its rows of `b`; 0 for an expert without rows."""
     out = jax.ShapeDtypeStruct((counts_E.shape[0], a_SI.shape[1], b_SO.shape[1]), jnp.float32)
     return jax.ffi.ffi_call("cabochon_outer", out)(a_SI, b_SO, counts_E)
+
+
+def swiglu_grad(h_S2F: Array, from_SF: Array, scale_S: Array) -> tuple[Array, Array, Array]:
+    """For a = silu(gate) * up and h = [gate, up]: (scale * a [S, F], gradient of h [S, 2F], a . from [S]), where
+    scale * from is the gradient of a. The last is the gradient of scale, where a's product is scaled."""
+    (S, F), f32 = from_SF.shape, jnp.float32
+    out = jax.ShapeDtypeStruct((S, F), f32), jax.ShapeDtypeStruct((S, 2 * F), f32), jax.ShapeDtypeStruct((S,), f32)
+    return jax.ffi.ffi_call("cabochon_swiglu_grad", out)(h_S2F, from_SF, scale_S)

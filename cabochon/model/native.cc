@@ -5,46 +5,19 @@
 // [panels][K][32] in f32 or [panels][K/2][32][2] in bf16 (pairs of k side by side, as vdpbf16ps wants them).
 
 #include <immintrin.h>
-#include <sched.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "pool.h"
 
 namespace {
 
 constexpr int kRows = 12;  // accumulators: 12 rows x 2 registers of the 32
 using Any = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
-
-// Runs f(0) ... f(n - 1) on the caller and the pool. The caller never waits for a thread that has not taken a task.
-template <typename F>
-void parallel(ffi::ThreadPool& pool, int64_t n, double flops, const F& f) {
-  int64_t helpers = flops < 4e5 ? 0 : std::min<int64_t>(n, pool.num_threads()) - 1;
-  if (helpers <= 0) {
-    for (int64_t i = 0; i < n; i++) f(i);
-    return;
-  }
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto state = std::make_shared<State>();
-  auto work = [state, n, &f] {  // past the last task f is not touched, so a late thread is harmless
-    for (int64_t i; (i = state->next.fetch_add(1)) < n; state->done.fetch_add(1)) f(i);
-  };
-  for (int64_t h = 0; h < helpers; h++) pool.Schedule(std::decay_t<decltype(work)>(work));
-  work();
-  for (int spin = 0; state->done.load() < n; spin++) {
-    if (spin < 4000) _mm_pause(); else sched_yield();
-  }
-}
 
 // -- weights of one type: how a step of k is loaded and multiplied -----------------------------------------------------
 

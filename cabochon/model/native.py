@@ -81,7 +81,8 @@ def built(source: Path) -> ctypes.CDLL:
 
     Raises OSError where there is no compiler or no place to keep it, SubprocessError where it does not compile.
     """
-    parts = (source.read_text(), jax.__version__, *FLAGS, *sorted(_cpu_flags()))
+    texts = (path.read_text() for path in [source, *sorted(source.parent.glob("*.h"))])
+    parts = (*texts, jax.__version__, *FLAGS, *sorted(_cpu_flags()))
     name = f"{source.stem}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cabochon"
     if not (folder / name).exists():

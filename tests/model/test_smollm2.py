@@ -100,6 +100,28 @@ def test_logits_equal_transformers(theirs, continued, our_logits):
         assert our_error < 2.5 * their_error < 5e-5
 
 
+def test_logits_in_double_precision(theirs, exported, continued, monkeypatch):
+    """The same function, beyond f32's noise: both in f64, where they differ by what RoPE's tables in f32 leave.
+
+    f32 holds 1e-4 at most, not all, of 8 million logits (see above), whoever computes it; f64 tells a wrong constant
+    from noise.
+    """
+    import copy
+
+    import torch
+
+    tokens = continued[0]
+    with torch.no_grad():
+        expected = copy.deepcopy(theirs).double()(torch.tensor(tokens)).logits.numpy()
+    with jax.enable_x64(True), monkeypatch.context() as patch:
+        patch.setattr(jnp, "float32", jnp.float64)  # our forward names f32 where bf16 would not do
+        config, params = convert.load(exported)
+        params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), params)
+        got = transformer.logits(config, params, transformer.forward(config, params, jnp.asarray(tokens)).hidden_BTD)
+        assert got.dtype == expected.dtype == np.float64
+        np.testing.assert_allclose(got, expected, atol=5e-5, rtol=0)
+
+
 def test_greedy_continuations_are_identical(continued, our_logits, ours):
     """By induction: fed transformers' text, our argmax at every position is the token transformers chose next."""
     tokens, lengths = continued
