@@ -10,7 +10,8 @@ in eight is long; the peers, which have no slots, run them batch by batch in the
 `groups`: batch / 8 prompts with 8 samples each. Rounds are interleaved, ours and theirs in turn, and medians are
 reported, with the ratio of our first to the best peer; above 1 ours is faster. Compilation and loading are left out.
 The roofline is what a step could do at most in f32: the weights read once at the bandwidth, or their products at the
-matmul rate (XLA's, 2048 rows), both measured at the start, whichever takes longer.
+matmul rate (XLA's, 2048 rows), both measured in each round, whichever takes longer. `steps` is what our first did of it
+in `uniform`: new tokens per second without the prompts' part, which a shorter run tells.
 """
 
 from __future__ import annotations
@@ -65,11 +66,15 @@ class Work:
         ]
 
 
-def ours(
+def started(
     config: ModelConfig, weights: Weights, tokenizer: Tokenizer, work: Work, cfg: SlotConfig
-) -> Callable[[int], None]:
+) -> LocalEngine:
     engine = LocalEngine(config, tokenizer, weights, cfg)
     engine.generate([Request(prompt=work.prompts[0], sampling=Sampling(max_tokens=2, ignore_eos=True))])  # compiles
+    return engine
+
+
+def ours(engine: LocalEngine, work: Work) -> Callable[[int], None]:
     known = engine.sampler.compiled
 
     def run(seed: int) -> None:
@@ -142,13 +147,20 @@ def timed(run: Callable[[int], None], seed: int) -> float:
     return time.perf_counter() - start
 
 
-def report(case: str, work: Work, seconds: Mapping[str, Sequence[float]], most: float) -> None:
+def report(
+    case: str, work: Work, short: Work, seconds: Mapping[str, Sequence[float]], most: float, prompts: Sequence[float]
+) -> None:
+    """`prompts` are the seconds of `short` by our first, if it was run: the same prompts with fewer tokens drawn."""
     rate = {name: work.tokens / statistics.median(s) for name, s in seconds.items()}
     spread = ", ".join(f"{name} {min(s):.2f}-{max(s):.2f} s" for name, s in seconds.items())
     line = " ".join(f"{name} {r:7.1f}" for name, r in rate.items())
     peers = [r for name, r in rate.items() if name.startswith(("transformers", "tunix"))]
     ratio = next(iter(rate.values())) / max(peers) if peers else float("nan")
     print(f"{case:8} {work.batch:3} | {line} tok/s | ratio {ratio:.2f} | roofline {most:.0f} | {spread}", flush=True)
+    if prompts:
+        whole = next(iter(seconds.values()))
+        steps = (work.tokens - short.tokens) / statistics.median(a - b for a, b in zip(whole, prompts, strict=True))
+        print(f"{'':12} | steps {steps:.1f} tok/s, {steps / most:.0%} of the roofline", flush=True)
 
 
 def tiny(slots: int = 32, prompt: int = 64, new: int = 64) -> None:
@@ -206,18 +218,25 @@ def main() -> None:
         for batch in a.batches:
             work = Work(case, batch, a.prompt, a.new, config.vocab_size)
             length = a.prompt + a.new
-            runs = {
-                f"{k} {d}": ours(config, weights, tokenizer, work, SlotConfig(
+            engines = {
+                f"{k} {d}": started(config, weights, tokenizer, work, SlotConfig(
                     slots=batch, length=length, dtype=d, cache_dtype=d, kernels=k, chunks=(a.prompt,)))
                 for k in a.kernels for d in a.dtypes
-            } | {f"transformers {d}": theirs(model, work) for d, model in models.items()}  # fmt: skip
+            }  # fmt: skip
+            runs = {name: ours(engine, work) for name, engine in engines.items()}
+            runs |= {f"transformers {d}": theirs(model, work) for d, model in models.items()}
             if child:
                 runs["tunix"] = tunix_runs(child, work)
             seconds: dict[str, list[float]] = {name: [] for name in runs}
+            short, prompts, most = Work(case, batch, a.prompt, max(1, a.new // 16), config.vocab_size), [], []
+            few = ours(next(iter(engines.values())), short)
             for i in range(a.rounds):
+                most.append(roofline(parameters, batch))
+                if case == "uniform":
+                    prompts.append(timed(few, i))
                 for name, run in runs.items():
                     seconds[name].append(timed(run, i))
-            report(case, work, seconds, roofline(parameters, batch))
+            report(case, work, short, seconds, statistics.median(most), prompts)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def draw(
     most_B = z_BV.max(-1)
     weight_BV = jnp.exp(z_BV - most_B[:, None])
     token_B, total_B = pick(weight_BV, uniform_B2)
-    token_B = jnp.where(greedy_B, jnp.argmax(z_BV, -1), token_B).astype(jnp.int32)
+    best_B = jax.lax.cond(greedy_B.any(), lambda z: jnp.argmax(z, -1).astype(jnp.int32), lambda z: token_B, z_BV)
+    token_B = jnp.where(greedy_B, best_B, token_B).astype(jnp.int32)
     chosen_B = jnp.take_along_axis(z_BV, token_B[:, None], 1)[:, 0]
     logp_B = jnp.where(greedy_B, 0.0, chosen_B - most_B - jnp.log(total_B))
     raw_B = jnp.take_along_axis(logits_BV, token_B[:, None], 1)[:, 0] - jax.nn.logsumexp(logits_BV, axis=-1)

@@ -162,7 +162,9 @@ def _forward(
     x = params["embed"]["table"][token_BT]
     x = x.astype(jnp.float32) if cfg.native else x
     seen_BT = jnp.where(real_BT, position_BT, 0)
-    cos, sin = rope_tables(model, position_BT)
+    with jax.ensure_compile_time_eval():  # sines of positions known only later would be taken anew in every layer
+        cos, sin = (table[0] for table in rope_tables(model, jnp.arange(cfg.prefix_positions)[None]))
+    cos, sin = cos[position_BT], sin[position_BT]
     keys: list[Array] = []
     values: list[Array] = []
     routes: list[Array] = []

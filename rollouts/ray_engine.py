@@ -289,7 +289,7 @@ class RayEngine:
         m = Member(
             name=name,
             actor=actor.remote(name, self._model, self._tokenizer, self._slots, max(1, int(self._cfg.cpus))),
-            ended=deque(maxlen=self._slots.slots),
+            ended=deque(maxlen=self._slots.slots if self._slots.reuse else 0),
         )
         self._members.append(m)
         return m

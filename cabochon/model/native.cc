@@ -60,14 +60,17 @@ struct BF16 {
   }
 };
 
-// MR rows against one panel: acc[r][half], both halves of 16 columns.
+// MR rows against one panel: acc[r][half], both halves of 16 columns. On the way, a cache line a step of what comes next
+// is asked for at `next`.
 template <typename W, int MR>
-inline void product(const float* const* x, const typename W::Element* w, int64_t words, __m512 (&acc)[MR][2]) {
+inline void product(const float* const* x, const typename W::Element* w, const char* next, int64_t words,
+                    __m512 (&acc)[MR][2]) {
   constexpr int64_t half = 16 * W::kStep;
 #pragma GCC unroll 16
   for (int r = 0; r < MR; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < words; k++, w += 2 * half) {
     _mm_prefetch(reinterpret_cast<const char*>(w + 16 * half), _MM_HINT_T0);
+    _mm_prefetch(next + 64 * k, _MM_HINT_T1);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; r++) {
       acc[r][0] = W::madd(acc[r][0], x[r] + k, w);
@@ -115,24 +118,27 @@ struct Gated {  // a panel holds 16 gate columns and the 16 up columns beside th
 };
 
 template <typename W, typename Store, int MR = kRows>
-void block(int rows, const float* const* x, float* const* y, const typename W::Element* w, int64_t words, int64_t panel,
-           const Store& store) {
+void block(int rows, const float* const* x, float* const* y, const typename W::Element* w, const char* next,
+           int64_t words, int64_t panel, const Store& store) {
   if constexpr (MR > 0) {
-    if (rows < MR) return block<W, Store, MR - 1>(rows, x, y, w, words, panel, store);
+    if (rows < MR) return block<W, Store, MR - 1>(rows, x, y, w, next, words, panel, store);
     __m512 acc[MR][2];
-    product<W, MR>(x, w, words, acc);
+    product<W, MR>(x, w, next, words, acc);
     store.template store<MR>(y, panel, acc);
   }
 }
 
-// All rows against one panel.
+// All rows against one panel. What is read first waits for memory, so the panel `ahead` of this one is asked for in time,
+// half of it during each of the first two blocks of rows. (One block: its first half, and the hardware does the rest.)
 template <typename W, typename Store>
 void panel(const std::vector<const float*>& x, const std::vector<float*>& y, int64_t first, int64_t rows,
-           const typename W::Element* w, int64_t words, int64_t index, const Store& store) {
+           const typename W::Element* w, int64_t words, int64_t index, const Store& store, int64_t ahead = 0) {
   const int64_t blocks = (rows + kRows - 1) / kRows;
+  const auto* here = reinterpret_cast<const char*>(w);
   for (int64_t b = 0, at = 0; b < blocks; b++) {
     const int64_t n = (rows - at + blocks - b - 1) / (blocks - b);
-    block<W, Store>(n, x.data() + first + at, y.data() + first + at, w, words, index, store);
+    const char* next = b < 2 ? here + (2 * ahead + b) * words * 64 : here;
+    block<W, Store>(n, x.data() + first + at, y.data() + first + at, w, next, words, index, store);
     at += n;
   }
 }
@@ -159,10 +165,10 @@ void multiply_rows(ffi::ThreadPool& pool, const float* x, const uint8_t* live, c
   }
   if (rows.empty()) return;
   const Plain store{N};
-  const int64_t tasks = std::min<int64_t>(panels, 8 * std::max<int64_t>(1, pool.num_threads()));
-  parallel(pool, tasks, 2.0 * rows.size() * K * N, [&](int64_t t) {
-    for (int64_t p = t * panels / tasks; p < (t + 1) * panels / tasks; p++)
-      panel<W>(rows, to, 0, rows.size(), w + p * words * 32 * W::kStep, words, p, store);
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  parallel(pool, panels, 2.0 * rows.size() * K * N, [&](int64_t p) {
+    const int64_t ahead = p + threads < panels ? threads : 0;  // the panel this thread is likely to take next
+    panel<W>(rows, to, 0, rows.size(), w + p * words * 32 * W::kStep, words, p, store, ahead);
   });
 }
 
@@ -211,16 +217,17 @@ void experts_rows(ffi::ThreadPool& pool, const float* x, const int32_t* routes, 
   const Gated gated;
   parallel(pool, n * parts, 4.0 * rows * D * F, [&](int64_t t) {
     const int64_t e = live[t / parts], part = t % parts;
-    for (int64_t p = part * P / parts; p < (part + 1) * P / parts; p++)
-      panel<W>(x_rows, h_to, first[e], first[e + 1] - first[e], up + (e * P + p) * words * 32 * W::kStep, words, p, gated);
+    for (int64_t p = part * P / parts, end = (part + 1) * P / parts; p < end; p++)
+      panel<W>(x_rows, h_to, first[e], first[e + 1] - first[e], up + (e * P + p) * words * 32 * W::kStep, words, p, gated,
+               p + 1 < end);
   });
   for (int64_t r = 0; r < rows; r++) W::rows(hidden.data() + r * F, hidden_packed.data() + r * words_F, F, words_F);
   const Plain store{D};
   parallel(pool, n * out_parts, 2.0 * rows * D * F, [&](int64_t t) {
     const int64_t e = live[t / out_parts], part = t % out_parts;
-    for (int64_t p = part * out_panels / out_parts; p < (part + 1) * out_panels / out_parts; p++)
+    for (int64_t p = part * out_panels / out_parts, end = (part + 1) * out_panels / out_parts; p < end; p++)
       panel<W>(h_rows, y_to, first[e], first[e + 1] - first[e], down + (e * out_panels + p) * words_F * 32 * W::kStep,
-               words_F, p, store);
+               words_F, p, store, p + 1 < end);
   });
   for (int64_t s = 0; s < S; s++) {
     if (place[s] < 0) continue;
