@@ -65,4 +65,5 @@ def swiglu_grad(h_S2F: Array, from_SF: Array, scale_S: Array) -> tuple[Array, Ar
     scale * from is the gradient of a. The last is the gradient of scale, where a's product is scaled."""
     (S, F), f32 = from_SF.shape, jnp.float32
     out = jax.ShapeDtypeStruct((S, F), f32), jax.ShapeDtypeStruct((S, 2 * F), f32), jax.ShapeDtypeStruct((S,), f32)
-    return jax.ffi.ffi_call("cabochon_swiglu_grad", out)(h_S2F, from_SF, scale_S)
+    scaled_SF, dh_S2F, dscale_S = jax.ffi.ffi_call("cabochon_swiglu_grad", out)(h_S2F, from_SF, scale_S)
+    return scaled_SF, dh_S2F, dscale_S
