@@ -58,6 +58,8 @@ tour: setup
 RUN_TESTS = mkdir -p .cache; rm -f .cache/pytest-exit; code=0; OMP_NUM_THREADS=1 \
   $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+# Most of the default suite's time is compiling programs that run once: let XLA take less care with them.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: setup-dev
 	@$(RUN_TESTS) || code=$$?; echo $$code > .cache/pytest-exit; exit $$code
 
