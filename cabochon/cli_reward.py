@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cabochon import overrides
 from cabochon.cli_stages import DryRun, Parts, ResumeAnyway, TrainsByDefault, run_stage
 from cabochon.errors import MachineError, UserError
 
@@ -40,6 +39,7 @@ def train(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = F
 
     Example: cabochon rm tiny-rm data.train=pairs.jsonl data.eval_fraction=0.1 run.dir=runs/rm
     """
+    from cabochon import overrides
     from cabochon.reward.config import RewardModelConfig
 
     cfg = overrides.load(RewardModelConfig, *overrides.split(parts))
@@ -52,6 +52,7 @@ def train(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = F
 
 
 def _describe(parts: list[str]) -> None:
+    from cabochon import overrides
     from cabochon.cli_weights import describe
     from cabochon.learner import Learner
     from cabochon.parallel import mesh_of
@@ -207,6 +208,7 @@ def sample(
 
 
 def judge_run(parts: Sequence[str] | None) -> JudgeRun:
+    from cabochon import overrides
     from cabochon.reward.open import JudgeRun
 
     return overrides.load(JudgeRun, *overrides.split(parts or []))

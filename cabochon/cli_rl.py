@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cabochon import overrides
 from cabochon.cli_stages import DryRun, Parts, ResumeAnyway, run_stage
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ def rl(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = Fals
 
     Example: cabochon rl demo-rl model.address=runs/sft/final tasks.train=tasks.jsonl run.dir=runs/rl
     """
+    from cabochon import overrides
     from cabochon.rl.recipe import RlConfig
 
     cfg = overrides.load(RlConfig, *overrides.split(parts))
@@ -32,6 +32,7 @@ def rl(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway = Fals
 
 
 def _describe(cfg: RlConfig) -> None:
+    from cabochon import overrides
     from cabochon.cli_weights import describe
     from cabochon.parallel import mesh_of
     from cabochon.plan import memory_lines

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from cabochon import cli_stages, overrides
+from cabochon import cli_stages
 from cabochon.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def check(cabochon: Command, cfg: PipelineConfig) -> None:
     Raises UserError naming the first stage that would refuse its command. Files that earlier stages make are not
     looked for.
     """
+    from cabochon import overrides
+
     for name, words in cfg.stages.items():
         try:
             parts = _parts(cabochon, words)

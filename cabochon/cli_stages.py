@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cabochon import overrides
 from cabochon.errors import MachineError, UserError
 
 if TYPE_CHECKING:
@@ -77,6 +76,8 @@ def schema_of(stage: object) -> type[BaseModel]:
 
 def load_recipe(parts: list[str]) -> BaseModel:
     """The config of any recipe, by what it says its stage is."""
+    from cabochon import overrides
+
     recipes, settings = overrides.split(parts)
     return overrides.load(schema_of(overrides.peek(recipes, settings, "stage")), recipes, settings)
 
@@ -99,6 +100,7 @@ def sft_train(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway
 
     Example: cabochon sft gsm8k-sft data.train=gsm8k_train.jsonl run.dir=runs/gsm8k
     """
+    from cabochon import overrides
     from cabochon.sft.config import SftConfig
 
     cfg = overrides.load(SftConfig, *overrides.split(parts))
@@ -213,6 +215,7 @@ def distill(parts: Parts, dry_run: DryRun = False, resume_anyway: ResumeAnyway =
 
     Example: cabochon distill demo-distill teacher.address=runs/demo/sft/final teacher.cache=runs/demo/teacher
     """
+    from cabochon import overrides
     from cabochon.sft.config import DistillConfig
 
     cfg = overrides.load(DistillConfig, *overrides.split(parts))
@@ -244,6 +247,7 @@ def _describe(cfg: ExamplesConfig, loss: LossFn, tokenizer: Tokenizer, candidate
     import jax
     import jax.numpy as jnp
 
+    from cabochon import overrides
     from cabochon.cli_weights import describe
     from cabochon.learner import Learner
     from cabochon.parallel import mesh_of
@@ -279,6 +283,7 @@ def data_check(
 
     Example: cabochon data check gsm8k-sft data.train=gsm8k_train.jsonl data.eval=gsm8k_test.jsonl
     """
+    from cabochon import overrides
     from cabochon.policy import model_config, open_tokenizer
     from cabochon.sft.check import as_lines, check, marked
     from cabochon.sft.config import DistillConfig, SftConfig
@@ -310,6 +315,7 @@ def tasks_make(
 
     Example: cabochon tasks make demo-tasks out=runs/demo/tasks
     """
+    from cabochon import overrides
     from cabochon.make_tasks import TasksConfig, make
 
     cfg = overrides.load(TasksConfig, *overrides.split(parts))

@@ -139,6 +139,6 @@ def test_no_text_raises_and_what_is_found_stands_in_it(text: str) -> None:
     ],
 )
 def test_extraction_is_quick_on_long_hostile_text(piece: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()  # the time of a machine others use would say something of them
     extract(piece * (2_000_000 // len(piece)))
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
