@@ -64,7 +64,8 @@ class CorruptCheckpoint(Exception):
 class Checkpointer:
     """Saves to and restores from one directory.
 
-    Keeps the newest `keep_last`, and of the rest the `keep_best` with the best `metric` (`best` says which way).
+    Keeps the newest `keep_last`, and of the rest the `keep_best` with the best `metric` (`best` says which way), the
+    first of equal ones.
     """
 
     def __init__(
@@ -133,10 +134,8 @@ class Checkpointer:
     def _prune(self) -> None:
         entries = self.entries()
         kept = {entry.sequence for entry in entries[-self.keep_last :]}
-        rest = [entry for entry in entries if entry.sequence not in kept]
-        rated = [(metric, entry.sequence) for entry in rest if (metric := _metric(entry.path)) is not None]
-        rated.sort(reverse=self.best_is == "max")
-        kept |= {sequence for _, sequence in rated[: self.keep_best]}
+        rest = [entry for entry in self._best_first() if entry.sequence not in kept]
+        kept |= {entry.sequence for entry in rest[: self.keep_best]}
         for entry in entries:
             if entry.sequence not in kept:
                 # Renamed first, so that a kill in the middle does not leave half a checkpoint under a good name.
@@ -145,9 +144,14 @@ class Checkpointer:
                 shutil.rmtree(dying)
 
     def best(self) -> int | None:
-        """The step with the best metric among those on disk."""
-        rated = [(metric, entry.step) for entry in self.entries() if (metric := _metric(entry.path)) is not None]
-        return (max(rated) if self.best_is == "max" else min(rated))[1] if rated else None
+        """The step with the best metric among those on disk, the first of equal ones."""
+        return next((entry.step for entry in self._best_first()), None)
+
+    def _best_first(self) -> list[Entry]:
+        """Those with a metric; of equal ones the first is best, as for whoever counts evaluations without a better."""
+        sign = -1 if self.best_is == "max" else 1
+        rated = [(sign * metric, entry) for entry in self.entries() if (metric := _metric(entry.path)) is not None]
+        return [entry for _, entry in sorted(rated, key=lambda each: each[0])]  # a stable sort
 
     def restore(self, abstract: Any, *, step: int | None = None) -> Restored:
         """The newest checkpoint that is whole, or that of `step`, as a tree like `abstract`.

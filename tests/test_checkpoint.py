@@ -170,6 +170,14 @@ def test_the_best_are_kept_beside_the_last(tmp_path):
     assert [e.step for e in saver.entries()] == [2, 3]
 
 
+@pytest.mark.parametrize(("best", "metrics"), [("max", [0.5, 0.5, 0.4, 0.3]), ("min", [0.4, 0.4, 0.5, 0.6])])
+def test_of_equal_metrics_the_first_is_the_best(tmp_path, best, metrics):
+    saver = Checkpointer(tmp_path, keep_last=2, keep_best=1, best=best)
+    for step, metric in enumerate(metrics):
+        saver.save(step, {"a": jnp.ones(2)}, {}, metric=metric)
+    assert ([e.step for e in saver.entries()], saver.best()) == ([0, 2, 3], 0)
+
+
 @pytest.mark.parametrize("wide", [np.array([2**40 + 5]), np.array([1 / 3])], ids=["int64", "float64"])
 def test_a_leaf_that_would_lose_bits_is_refused(tmp_path, wide):
     with pytest.raises(TypeError, match=r"state\.a: \w+64 would be stored as a narrower type; it goes into meta"):
