@@ -24,6 +24,7 @@ import numpy as np
 
 from cabochon.errors import UserError
 from cabochon.tokenizer import TemplateText, Tokenizer
+from cabochon.types import Prompt
 
 Span = tuple[int, int]
 """`[start, end)` in characters"""
@@ -64,6 +65,11 @@ def render_chat(
         UserError: no template, a template that does not parse or that refuses the conversation (names its file).
     """
     return _Chat(tokenizer, tools, variables).render(messages, add_generation_prompt)
+
+
+def as_turns(prompt: Prompt, chat: bool) -> Prompt:
+    """What a policy is asked: with `chat`, text is what a user says, so that it goes through the chat template."""
+    return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
 
 
 def encode_chat(

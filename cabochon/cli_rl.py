@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -59,6 +59,7 @@ def _describe(cfg: RlConfig) -> None:
 def eval_command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="a directory, a .gguf file or a known name")],
     tasks: Annotated[list[Path], typer.Option(help="JSONL of tasks; may be given several times")],
+    chat: Annotated[bool, typer.Option("--chat", help="put prompts that are text through the chat template")] = False,
     samples: Annotated[int, typer.Option(min=1, help="completions of each task")] = 4,
     most: Annotated[int, typer.Option(min=1, help="tasks at most, the first of each domain alike")] = 1000,
     max_tokens: Annotated[int, typer.Option(min=1, help="new tokens at most")] = 256,
@@ -67,7 +68,7 @@ def eval_command(
     thinking: Annotated[list[int] | None, typer.Option(help="thinking tokens; several make a sweep of budgets")] = None,
     slots: Annotated[int, typer.Option(min=1, help="sequences decoded together")] = 32,
     seed: Annotated[int, typer.Option(help="the same seed asks the same")] = 0,
-    sandbox: Annotated[str, typer.Option(help="bubblewrap or docker, for `code` tasks")] = "bubblewrap",
+    sandbox: Annotated[Literal["bubblewrap", "docker"], typer.Option(help="for `code` tasks")] = "bubblewrap",
     out: Annotated[Path | None, typer.Option(help="write everything here as JSON")] = None,
 ) -> None:
     """Accuracy on tasks: mean with its interval, pass@k, maj@k, by domain; several models are compared in pairs.
@@ -77,9 +78,9 @@ def eval_command(
     from cabochon.rl import evaluate
 
     asked = evaluate.Asked(
-        tasks=tuple(str(path) for path in tasks), most=most, samples=samples, max_tokens=max_tokens,
+        tasks=tuple(str(path) for path in tasks), chat=chat, most=most, samples=samples, max_tokens=max_tokens,
         temperature=temperature, top_p=top_p, thinking=tuple(thinking or ()), slots=slots, seed=seed,
-        sandbox="docker" if sandbox == "docker" else "bubblewrap",
+        sandbox=sandbox,
     )  # fmt: skip
     report = evaluate.compare(models, asked, told=lambda line: print(line, file=sys.stderr))
     print(evaluate.as_table(report))

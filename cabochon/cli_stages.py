@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -137,13 +137,14 @@ def sft_select(
     high: Annotated[float, typer.Option(min=0.0, help="nats: most entropy of a sampled token")] = 0.5,
     slots: Annotated[int, typer.Option(min=1, help="sequences decoded together")] = 32,
     seed: Annotated[int, typer.Option(help="the same seed asks the same")] = 0,
-    sandbox: Annotated[str, typer.Option(help="bubblewrap or docker, for `code` tasks")] = "bubblewrap",
+    sandbox: Annotated[Literal["bubblewrap", "docker"], typer.Option(help="for `code` tasks")] = "bubblewrap",
 ) -> None:
     """Choose the checkpoint to begin RL with: entropy of its samples in a range, then pass@n; it becomes RUN/selected.
-    A run keeps as many checkpoints to choose from as run.keep_last says.
+    A run keeps as many checkpoints to choose from as run.keep_last says; prompts are asked as its data.chat has them.
 
     Example: cabochon sft select runs/demo/sft --tasks runs/demo/tasks/test.jsonl
     """
+    from cabochon.chat import as_turns
     from cabochon.rl.evaluate import first_of_each
     from cabochon.rollouts.prompts import encode_prompt
     from cabochon.sft.select import Asked, select, table
@@ -159,10 +160,10 @@ def sft_select(
     asked = Asked(samples=samples, max_tokens=max_tokens, low=low, high=high, seed=seed)
 
     def engine(model: ModelConfig, tokenizer: Tokenizer, weights: Weights) -> PolicyEngine:
-        longest = max(len(encode_prompt(tokenizer, task.prompt)) for task in chosen_tasks)
+        longest = max(len(encode_prompt(tokenizer, as_turns(task.prompt, cfg.data.chat))) for task in chosen_tasks)
         return local_engine(model, tokenizer, weights, slots, longest + max_tokens)
 
-    verifier = verifier_for(chosen_tasks, sandbox="docker" if sandbox == "docker" else "bubblewrap")
+    verifier = verifier_for(chosen_tasks, sandbox=sandbox)
     with VerifierPool(verifier=verifier, probes=probes_for(chosen_tasks)) as verifiers:
         found, chosen, inside = select(cfg, chosen_tasks, engine, verifiers.verify, asked,
                                        told=lambda line: print(line, file=sys.stderr))  # fmt: skip
@@ -180,11 +181,15 @@ def local_engine(model: ModelConfig, tokenizer: Tokenizer, weights: Weights, slo
 
 
 @contextmanager
-def open_exam(cfg: SampledConfig, seed: int, model: ModelConfig, tokenizer: Tokenizer) -> Iterator[Exam]:
-    """Held-out tasks asked of weights as `cabochon eval` asks them; sampler and graders stay between two calls.
+def open_exam(
+    cfg: SampledConfig, chat: bool, seed: int, model: ModelConfig, tokenizer: Tokenizer
+) -> Iterator[Exam]:
+    """Held-out tasks asked of weights as `cabochon eval` asks them; sampler and graders stay between two calls. `chat`:
+    prompts that are text go through the chat template.
 
     Raises UserError for tasks that cannot be read or do not fit the model, GradingBroken.
     """
+    from cabochon.chat import as_turns
     from cabochon.rl.evaluate import accuracies, answer, first_of_each
     from cabochon.rollouts.prompts import encode_prompt
     from cabochon.sft.train import Exam
@@ -194,7 +199,7 @@ def open_exam(cfg: SampledConfig, seed: int, model: ModelConfig, tokenizer: Toke
     from cabochon.verifiers.tasks import read_tasks
 
     tasks = first_of_each([task for path in cfg.tasks for task in read_tasks(path)], cfg.most)
-    longest = max(len(encode_prompt(tokenizer, task.prompt)) for task in tasks)
+    longest = max(len(encode_prompt(tokenizer, as_turns(task.prompt, chat))) for task in tasks)
     sampling = Sampling(max_tokens=cfg.max_tokens, temperature=cfg.temperature, n=cfg.samples)
     engine: PolicyEngine | None = None
     with VerifierPool(verifier=verifier_for(tasks, sandbox=cfg.sandbox), probes=probes_for(tasks)) as verifiers:
@@ -205,7 +210,7 @@ def open_exam(cfg: SampledConfig, seed: int, model: ModelConfig, tokenizer: Toke
                 engine = local_engine(model, tokenizer, weights, cfg.slots, longest + cfg.max_tokens)
             else:
                 engine.load(weights)
-            return accuracies(answer(engine, verifiers, tasks, sampling, seed))
+            return accuracies(answer(engine, verifiers, tasks, sampling, seed, chat=chat))
 
         yield Exam(tasks=len(tasks), accuracy=accuracy)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cabochon.chat import as_turns
 from cabochon.errors import UserError
 from cabochon.metrics import plain, writing
 from cabochon.model.address import open_model
@@ -43,11 +44,18 @@ class Answered:
 
 
 def answer(
-    engine: PolicyEngine, verifiers: VerifierPool, tasks: Sequence[Task], sampling: Sampling, seed: int
+    engine: PolicyEngine,
+    verifiers: VerifierPool,
+    tasks: Sequence[Task],
+    sampling: Sampling,
+    seed: int,
+    *,
+    chat: bool = False,
 ) -> list[Answered]:
-    """`sampling.n` answers to each task, judged. The same seed asks the same, whatever else the engine does."""
+    """`sampling.n` answers to each task, judged. The same seed asks the same, whatever else the engine does. `chat`: a
+    prompt that is text goes through the chat template."""
     n = sampling.n
-    requests = requests_for([task.prompt for task in tasks], sampling, seed)
+    requests = requests_for([as_turns(task.prompt, chat) for task in tasks], sampling, seed)
     completions = engine.generate([replace(r, task=t) for r, t in zip(requests, tasks, strict=True)])
     verdicts = verifiers.verify([task for task in tasks for _ in range(n)], [c.text for c in completions])
     out = []
@@ -101,6 +109,8 @@ class Asked:
     """What every model is asked, alike."""
 
     tasks: tuple[str, ...]
+    chat: bool = False
+    """prompts that are text go through the chat template"""
     most: int = 1000
     samples: int = 4
     max_tokens: int = 256
@@ -126,12 +136,12 @@ def compare(models: Sequence[str], asked: Asked, told: Callable[[str], None]) ->
     with VerifierPool(verifier=verifier_for(tasks, sandbox=asked.sandbox), probes=probes_for(tasks)) as verifiers:
         for model in models:
             config, params, tokenizer = open_model(model)
-            longest = max(len(encode_prompt(tokenizer, task.prompt)) for task in tasks)
+            longest = max(len(encode_prompt(tokenizer, as_turns(task.prompt, asked.chat))) for task in tasks)
             slots = SlotConfig(slots=asked.slots, length=longest + asked.max_tokens)
             engine = LocalEngine(config, tokenizer, Weights(version=0, params=params), slots)
             for budget in asked.thinking or (None,):
                 begin = time.perf_counter()
-                answered = answer(engine, verifiers, tasks, _sampling(asked, budget), asked.seed)
+                answered = answer(engine, verifiers, tasks, _sampling(asked, budget), asked.seed, chat=asked.chat)
                 entry: dict[str, Any] = {"model": model, "thinking": budget, "seconds": time.perf_counter() - begin}
                 entry |= {"domains": {d: summary(a) for d, a in by_domain(answered).items()}}
                 entry |= {"problems": [_problem(a) for a in answered]}

@@ -50,6 +50,9 @@ class TasksConfig(Frozen):
     train: tuple[str, ...] = Field(min_length=1)
     held_out: tuple[str, ...] = ()
     """for evaluation only; a prompt that is also in `train` is refused"""
+    chat: bool = False
+    """a prompt that is text goes through the chat template, as after an SFT with data.chat; an environment opens the
+    conversation itself"""
     shares: Mapping[str, float] = Field(default_factory=dict)
     """domain -> its share of the prompts, relative to the others'; a domain that is not named has its tasks' number"""
     curriculum: CurriculumConfig | None = None

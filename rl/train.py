@@ -114,7 +114,8 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             places=progress.places, rates=progress.rates, unfinished=progress.unfinished,
         )  # fmt: skip
         engine = engine_of(cfg, policy, weights_of(learners.policy, states, done), run, stack)
-        source = Completions(engine, cfg.sampling.drawn(cfg.rollout.group_size, routes=update.replays_sampler))
+        drawn = cfg.sampling.drawn(cfg.rollout.group_size, routes=update.replays_sampler)
+        source = Completions(engine, drawn, chat=cfg.tasks.chat)
         collector = stack.enter_context(
             Collector(
                 source, verifiers, seed=cfg.seed, first_group=progress.next_group, threads=cfg.tasks.verifying
@@ -125,8 +126,8 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
         published = np.asarray(fingerprint(states.policy.params))
 
         def held_out(now: RlConfig) -> dict[str, float]:
-            some = first_of_each(held, cfg.eval.tasks)
-            return accuracies(answer(engine, verifiers, some, now.sampling.drawn(cfg.eval.samples), cfg.seed))
+            some, drawn = first_of_each(held, cfg.eval.tasks), now.sampling.drawn(cfg.eval.samples)
+            return accuracies(answer(engine, verifiers, some, drawn, cfg.seed, chat=cfg.tasks.chat))
 
         before = progress.before
         if held and done == 0:

@@ -59,13 +59,13 @@ def generate_command(
 
     Example: cabochon generate smollm2-135m-instruct --chat --prompt "What is 2 + 2?" --temperature 0
     """
+    from cabochon.chat import as_turns
     from cabochon.rollouts.local import requests_for
 
     prompts = [*(prompt or []), *(_rows(file) if file else [])]
     if not prompts:
         raise UserError('nothing to continue; give --prompt "some text" or --file prompts.jsonl')
-    if chat:
-        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    prompts = [as_turns(p, chat) for p in prompts]
     sampling = _sampling(max_tokens, temperature, top_k, top_p, min_p, stop, thinking, n)
     requests = requests_for(prompts, sampling, seed)
     alone = len(requests) * n == 1

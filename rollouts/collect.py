@@ -20,6 +20,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from cabochon.chat import as_turns
 from cabochon.protocols import Finished, StreamingEngine
 from cabochon.types import Completion, Request, Rollout, Sampling, Task, Verdict
 
@@ -63,9 +64,10 @@ class Source(Protocol):
 class Completions:
     """By an engine: single turns, or multi-turn episodes where it is an EpisodeEngine."""
 
-    def __init__(self, engine: StreamingEngine, sampling: Sampling):
-        """`sampling.n` is the size of a group. `sampling` may be changed between calls, except for that size."""
-        self._engine, self.sampling = engine, sampling
+    def __init__(self, engine: StreamingEngine, sampling: Sampling, *, chat: bool = False):
+        """`sampling.n` is the size of a group. `sampling` may be changed between calls, except for that size. `chat`: a
+        prompt that is text goes through the chat template."""
+        self._engine, self.sampling, self._chat = engine, sampling, chat
 
     @property
     def version(self) -> int:
@@ -77,7 +79,7 @@ class Completions:
 
     def start(self, tasks: Sequence[Task], seeds: Sequence[int]) -> list[int]:
         requests = [
-            Request(prompt=t.prompt, sampling=self.sampling, seed=s, task=t)
+            Request(prompt=as_turns(t.prompt, self._chat), sampling=self.sampling, seed=s, task=t)
             for t, s in zip(tasks, seeds, strict=True)
         ]
         return self._engine.submit(requests)

@@ -20,7 +20,8 @@ class DataConfig(Frozen):
     """this share of `train`, chosen by the prompt's words, is held out as well"""
     columns: ColumnsConfig = ColumnsConfig()
     chat: bool = False
-    """a prompt and a completion that are text become a conversation, in the model's chat template"""
+    """a prompt and a completion that are text become a conversation, in the model's chat template; so do the prompts of
+    eval.sampled"""
     train_on: Literal["assistant", "all"] = "assistant"
     """tokens the loss sees: what the assistant wrote (a completion, a text), or all of them"""
     packing: bool = True

@@ -19,6 +19,7 @@ import numpy as np
 
 from cabochon import parallel
 from cabochon.batch import best_fit, from_sequences
+from cabochon.chat import as_turns
 from cabochon.checkpoint import Checkpointer
 from cabochon.config import StepConfig
 from cabochon.errors import MachineError, UserError
@@ -114,7 +115,8 @@ def select(
     tokenizer = shared_tokenizer(cfg, model) if isinstance(cfg, DistillConfig) else open_tokenizer(cfg.model)
     seeds = np.random.SeedSequence(asked.seed).generate_state(len(tasks), np.uint64)
     sampling = Sampling(max_tokens=asked.max_tokens, n=asked.samples)
-    requests = [Request(prompt=t.prompt, sampling=sampling, seed=int(s)) for t, s in zip(tasks, seeds, strict=True)]
+    prompts = [as_turns(task.prompt, cfg.data.chat) for task in tasks]
+    requests = [Request(prompt=p, sampling=sampling, seed=int(s)) for p, s in zip(prompts, seeds, strict=True)]
     sampler: PolicyEngine | None = None
     found = []
     for step in steps:

@@ -70,8 +70,8 @@ class Exam:
     """of a policy: `all`, and every domain where there are several"""
 
 
-OpenExam = Callable[[SampledConfig, int, ModelConfig, Tokenizer], AbstractContextManager[Exam]]
-"""(eval.sampled, seed, the policy's shape, its tokenizer) -> the exam; what it starts ends with the context"""
+OpenExam = Callable[[SampledConfig, bool, int, ModelConfig, Tokenizer], AbstractContextManager[Exam]]
+"""(eval.sampled, data.chat, seed, the policy's shape, its tokenizer) -> the exam, which ends with the context"""
 Update = Callable[[int, TrainState, Batch, Sequence[Encoded]], tuple[TrainState, StepReport, dict[str, Any]]]
 """(step, state, the feed's batch, its examples) -> next state, what the step measured, what is known of its batch"""
 
@@ -132,7 +132,7 @@ def open_exam(
         return nullcontext()
     if exam is None:
         raise ValueError("the recipe has eval.sampled, so `main` needs `exam`: who samples and who judges")
-    return exam(cfg.eval.sampled, cfg.seed, model, tokenizer)
+    return exam(cfg.eval.sampled, cfg.data.chat, cfg.seed, model, tokenizer)
 
 
 def fit(cfg: ExamplesConfig, run: Run, job: Job) -> Path:

@@ -85,6 +85,13 @@ def test_a_wrong_command_line_is_exit_code_2_without_a_traceback(run, argv):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("command", [["eval"], ["sft", "select"]])
+def test_a_sandbox_that_there_is_not_is_refused(run, command):
+    code, out, err = run(*command, "model", "--tasks", "tasks.jsonl", "--sandbox", "podman")
+    assert (code, out) == (2, "")
+    assert "'podman' is not one of" in err
+
+
 def test_errors_of_pydantic_that_no_file_is_to_blame_for_are_one_line(run, monkeypatch):
     def broken() -> None:
         MoeConfig(num_experts=0, ffn_dim=8)

@@ -16,6 +16,7 @@ from cabochon.overrides import dump
 from cabochon.policy import open_policy
 from cabochon.rl.recipe import RlConfig
 from cabochon.rl.train import main
+from cabochon.rollouts.sampler import Sampler
 from cabochon.testing import tiny_moe
 
 MODEL = tiny_moe(
@@ -107,6 +108,22 @@ def test_it_learns_and_writes_what_was_decided(place):
     policy = open_policy(cfg.model.model_copy(update={"scratch": None, "address": str(final)}))
     assert policy.config.moe is not None
     assert json.loads((place / "run" / "manifest.json").read_text())["results"]["held_out"] == rows[-1]["held_out"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_text_is_asked_through_the_chat_template_where_the_recipe_says_so(place, monkeypatch, chat):
+    """In training and in the held-out evaluations; verifiers and the journal see the text that the row has."""
+    seen, prepare = [], Sampler.prepare
+    monkeypatch.setattr(Sampler, "prepare", lambda self, r, *where: seen.append(r.prompt) or prepare(self, r, *where))
+    cfg = config(place, steps=1, engine={"kind": "local", "slots": 16, "length": 96},
+                 step={"batch_size": 16, "sequence_length": 96})  # fmt: skip
+    main(cfg.model_copy(update={"tasks": cfg.tasks.model_copy(update={"chat": chat})}))
+    said = [prompt if isinstance(prompt, str) else prompt[0]["content"] for prompt in seen]
+    assert {words.split()[0] for words in said} == {"train", "held"}
+    assert seen == ([[{"role": "user", "content": words}] for words in said] if chat else said)
+    lines = [json.loads(x) for x in (place / "run/rollouts/step_000001.jsonl").read_text().splitlines()]
+    assert {x["prompt"] for x in lines} <= set(said)
+    assert "infra_error" not in {x["verdict"]["status"] for x in lines}
 
 
 def test_a_kill_changes_no_number(place):

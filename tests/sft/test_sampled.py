@@ -15,6 +15,7 @@ from cabochon.errors import UserError
 from cabochon.overrides import dump
 from cabochon.policy import open_policy
 from cabochon.protocols import Weights
+from cabochon.rollouts.prompts import encode_prompt
 from cabochon.sft.config import SampledConfig, SftConfig
 from cabochon.sft.train import Exam, main
 from cabochon.testing import FakeEngine, tiny_config
@@ -72,9 +73,12 @@ def called(monkeypatch, *words):
     assert not left.value.code
 
 
-def test_the_number_is_what_eval_says_of_the_same_weights(place, monkeypatch):
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+def test_the_number_is_what_eval_says_of_the_same_weights(place, monkeypatch, chat):
+    """With data.chat the exam goes through the chat template, as `--chat` asks it."""
     recipe = place / "recipe.yaml"
-    recipe.write_text(dump(config(place, seed=5)))
+    data = {"train": str(place / "rows.jsonl"), "chat": chat}
+    recipe.write_text(dump(config(place, seed=5, data=data, step={"batch_size": 8, "sequence_length": 96})))
     called(monkeypatch, "sft", recipe)
     found = rows(place / "run")
     assert [row["step"] for row in found if "held_out" in row] == [3, 6, 9]
@@ -87,7 +91,7 @@ def test_the_number_is_what_eval_says_of_the_same_weights(place, monkeypatch):
 
     out = place / "eval.json"
     asked = ["--tasks", place / "tasks.jsonl", "--samples", 2, "--max-tokens", 6, "--seed", 5, "--out", out]
-    called(monkeypatch, "eval", place / "run" / "final", *asked)
+    called(monkeypatch, "eval", place / "run" / "final", *asked, *(["--chat"] if chat else []))
     domains = json.loads(out.read_text())["evaluations"][0]["domains"]
     for name, accuracy in last["held_out_domains"].items():
         assert accuracy == pytest.approx(domains[name]["mean"]["mean"], abs=1e-12), name
@@ -100,7 +104,7 @@ def scripted(accuracy, seen=None):
     """An exam that nobody has to sit: `accuracy` of the weights."""
 
     @contextmanager
-    def opened(cfg, seed, model, tokenizer):
+    def opened(cfg, chat, seed, model, tokenizer):
         def of(weights):
             if seen is not None:
                 seen[weights.version] = weights.params
@@ -164,7 +168,7 @@ def test_every_key_of_the_exam_is_asked(place, monkeypatch):
     asked = {"most": 4, "samples": 3, "max_tokens": 5, "temperature": 0.7, "slots": 2, "sandbox": "docker"}
     cfg = SampledConfig(tasks=(str(place / "tasks.jsonl"),), **asked)
     weights = Weights(version=1, params={"x": np.zeros(1)})
-    with cli_stages.open_exam(cfg, 3, MODEL, ByteTokenizer()) as exam:
+    with cli_stages.open_exam(cfg, False, 3, MODEL, ByteTokenizer()) as exam:
         assert exam.tasks == 4
         found = exam.accuracy(weights)
         assert exam.accuracy(weights) == found
@@ -174,9 +178,12 @@ def test_every_key_of_the_exam_is_asked(place, monkeypatch):
     first, again = engine.seen[:4], engine.seen[4:]
     assert {(r.sampling.n, r.sampling.max_tokens, r.sampling.temperature) for r in first} == {(3, 5, 0.7)}
     assert [r.seed for r in first] == [r.seed for r in again]
-    with cli_stages.open_exam(cfg, 4, MODEL, ByteTokenizer()) as exam:
+    with cli_stages.open_exam(cfg, True, 4, MODEL, ByteTokenizer()) as exam:
         exam.accuracy(weights)
     assert [r.seed for r in engine.seen[8:]] != [r.seed for r in first]
+    assert [r.prompt for r in engine.seen[8:]] == [[{"role": "user", "content": r.prompt}] for r in first]
+    longest = max(len(encode_prompt(ByteTokenizer(), r.prompt)) for r in engine.seen[8:])
+    assert opened[1:] == [(2, longest + 5)], "there is room for what the template writes"
 
 
 def test_a_recipe_that_asks_needs_somebody_to_answer(place):

@@ -16,7 +16,7 @@ from cabochon.rollouts.slots import SlotConfig
 from cabochon.sft.config import SftConfig
 from cabochon.sft.select import Asked, Candidate, choose, rated, sampled_entropy, select, table
 from cabochon.sft.train import main
-from cabochon.testing import tiny_config
+from cabochon.testing import FakeEngine, tiny_config
 from cabochon.types import Completion, Request, Sampling, Task, Verdict
 
 MODEL = tiny_config(vocab_size=264, num_layers=1, eos_ids=(260, 258))
@@ -48,9 +48,9 @@ def test_tasks_with_a_sample_that_the_machine_failed_are_left_out():
     assert (found.pass_1, found.pass_n, found.unjudged, found.tokens) == (0.25, 0.5, 1, 1.0)
 
 
-def config(place, data, **changes):
+def config(place, data, chat=False, **changes):
     return SftConfig.model_validate({
-        "model": {"scratch": MODEL.model_dump(mode="json")}, "data": {"train": str(data)}, "steps": 6,
+        "model": {"scratch": MODEL.model_dump(mode="json")}, "data": {"train": str(data), "chat": chat}, "steps": 6,
         "step": {"batch_size": 8, "sequence_length": 24}, "optim": {"learning_rate": 2e-2},
         "run": {"dir": str(place), "save_every": 2, "keep_last": 9, "peak_tflops": 1.0}, **changes,
     })  # fmt: skip
@@ -89,6 +89,19 @@ def test_every_checkpoint_is_measured_and_the_chosen_one_written(tmp_path):
     assert again == pytest.approx(chosen.entropy, rel=1e-4), "selected/ is the checkpoint that was measured"
     with pytest.raises(MachineError, match="none of 4 tasks could be judged"):
         select(cfg, tasks, local, lambda t, x: [Verdict(score=None, status="infra_error") for _ in x], asked)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_checkpoints_are_asked_as_the_run_was_trained(tmp_path, chat):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}:", "completion": "aa"}) + "\n" for i in range(8)))
+    cfg = config(tmp_path / "run", data, chat, steps=1, step={"batch_size": 8, "sequence_length": 64})
+    main(cfg)
+    engine = FakeEngine(lambda prompt, seed, sample: "a")
+    tasks = [Task(id="t", prompt="3:", verifier="x")]
+    select(cfg, tasks, lambda *_: engine, judge, Asked(samples=2, max_tokens=6))
+    turn = [{"role": "user", "content": "3:"}]
+    assert [r.prompt for r in engine.seen] == [turn if chat else "3:"]
 
 
 def test_the_entropy_is_that_of_the_full_distribution_at_sampled_tokens(tmp_path):
