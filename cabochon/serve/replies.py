@@ -132,8 +132,10 @@ class StreamedChoice:
 
     def more(self, piece: Piece) -> Iterator[dict[str, Any]]:
         """What can be shown now and could not before."""
-        stop = self.asked.works[self.prompt].sampling.stop
-        text = text_of(self.asked.served.tokenizer, piece.tokens.tolist(), stop)
+        work, tokens = self.asked.works[self.prompt], piece.tokens.tolist()
+        if tokens and tokens[-1] in work.stop_ids:  # most likely the end, which has no text
+            tokens.pop()
+        text = text_of(self.asked.served.tokenizer, tokens, work.sampling.stop)
         yield from self._new(text, whole=False)
 
     def last(self, ended: Ended) -> Iterator[dict[str, Any]]:

@@ -55,6 +55,16 @@ def test_a_stream_says_the_same_as_one_answer(server):
             assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
 
 
+def test_a_stream_leaves_the_token_it_stops_at_out(server):
+    """Half of the tokens are that one, so many a dispatch ends with it."""
+    asked = {"prompt": "Hi", "max_tokens": 20, "logit_bias": {"65": 60, "46": 60}, "stop_token_ids": [46]}
+    for seed in range(6):
+        whole = server.post("/completions", **asked, seed=seed).json()["choices"][0]
+        chunks, _ = server.stream("/completions", **asked, seed=seed)
+        assert whole["finish_reason"] == "stop"
+        assert "".join(c["choices"][0]["text"] for c in chunks) == whole["text"] == "A" * len(whole["text"])
+
+
 def test_the_same_seed_gives_the_same_text_and_none_gives_others(server):
     ask = lambda **more: server.post("/completions", prompt="a", max_tokens=16, **more).json()["choices"][0]["text"]  # noqa: E731
     assert ask(seed=3) == ask(seed=3)
