@@ -46,24 +46,22 @@ def weighted(scores: Sequence[float], weights: Sequence[float]) -> float:
 
 def parse(text: str, choices: Sequence[str]) -> int | None:
     """The choice on the last line, `Verdict: CHOICE`; None for anything else, however much it sounds like one."""
-    lines = text.strip().splitlines()
-    found = re.fullmatch(rf"\W*{re.escape(MARK)}\W*(.*?)\W*", lines[-1].strip(), re.IGNORECASE) if lines else None
+    line = (text.strip().splitlines() or [""])[-1].strip().casefold()
     names = [choice.casefold() for choice in choices]
-    return names.index(found[1].casefold()) if found and found[1].casefold() in names else None
+    said = [name for name in names if re.fullmatch(rf"\W*{MARK.casefold()}\W*{re.escape(name)}\W*", line)]
+    return names.index(max(said, key=len)) if said else None  # "-1" and not "1", whose sign would be mere decoration
 
 
 def spelled(top: Mapping[str, float], choices: Sequence[str]) -> list[float]:
     """Probability of each choice from the log-probs of tokens that may begin the verdict.
 
-    A token counts for the choice it spells, give or take space and case, or for the only one that it begins.
+    A token counts for the only choice that it begins, give or take space and case; no choice begins another.
     """
     names = [choice.casefold() for choice in choices]
     out = [0.0] * len(choices)
     for token, logprob in top.items():
         text = token.strip().casefold()
         begins = [i for i, name in enumerate(names) if text and name.startswith(text)]
-        if text in names:
-            begins = [names.index(text)]
         if len(begins) == 1:
             out[begins[0]] += math.exp(logprob)
     return out

@@ -5,13 +5,14 @@ endpoint. Either gives, per prompt and vote, a `Reading`: probabilities over the
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from cabochon.chat import encode_chat
+from cabochon.chat import encode_chat, render_chat
 from cabochon.errors import UserError
 from cabochon.model.config import ModelConfig
 from cabochon.protocols import PolicyEngine
@@ -94,6 +95,7 @@ class LocalAsker:
         if tokenizer.vocab_size > model.vocab_size:
             raise UserError(f"judge: the tokenizer ({tokenizer.source}) has {tokenizer.vocab_size} tokens, the model "
                             f"{model.vocab_size}: they do not belong together")  # fmt: skip
+        length = min(length, model.max_positions)
         self.tokenizer, self.engine, self.reasoning, self.length = tokenizer, engine, reasoning, length
         self._likelihood = Likelihood(model, params, length=length, rows=rows)
         self._mark = tokenizer.encode(MARK)
@@ -104,19 +106,22 @@ class LocalAsker:
         self, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, votes: int, reason: bool, seed: int
     ) -> list[list[Reading]]:
         """Without a rationale all votes would be equal: one is given. Raises UserError where `reason` has no engine."""
-        ids = [self._prompt_ids(prompt) for prompt in prompts]
         if not reason:
-            contexts: list[tuple[np.ndarray, str] | Reading] = [
-                (np.concatenate([each, self._mark]).astype(np.int32), "") for each in ids
-            ]
-            return [[reading] for reading in self._read(contexts, choices)]
-        drawn = self._reason(ids, votes, seed)
+            return [[reading] for reading in self._read([(self._at_once(each), "") for each in prompts], choices)]
+        drawn = self._reason([self._prompt_ids(prompt) for prompt in prompts], votes, seed)
         flat = self._read([c for each in drawn for c in each], [c for c in choices for _ in range(votes)])
         return [flat[i * votes : (i + 1) * votes] for i in range(len(prompts))]
 
     def _prompt_ids(self, prompt: str) -> np.ndarray:
         turn: Message = {"role": "user", "content": prompt}
         return np.array(encode_chat(self.tokenizer, [turn], add_generation_prompt=True), np.int32)
+
+    def _at_once(self, prompt: str) -> np.ndarray:
+        """The tokens before a verdict without a rationale, as training has them (`rows.sft_rows`): a template may write
+        more before an answer, an empty thought say, than it does where it opens the turn."""
+        turns: list[Message] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": MARK}]
+        text = render_chat(self.tokenizer, turns)
+        return np.array(self.tokenizer.encode(text[: text.rindex(MARK) + len(MARK)]), np.int32)
 
     def _reason(self, ids: Sequence[np.ndarray], votes: int, seed: int) -> list[list[tuple[np.ndarray, str] | Reading]]:
         """Per prompt and vote, the tokens up to the mark and the text before it; or why there are none."""
@@ -253,10 +258,10 @@ def read_answer(answer: Answer, choices: Sequence[str]) -> Reading:
 
 def _at_verdict(answer: Answer, choices: Sequence[str]) -> list[float] | None:
     """Probabilities at the first token after the last mark; None where there are no log-probs."""
-    if not answer.tokens:
+    marks = list(re.finditer(MARK, "".join(token.text for token in answer.tokens), re.IGNORECASE))
+    if not marks:
         return None
-    start = "".join(token.text for token in answer.tokens).casefold().rfind(MARK.casefold()) + len(MARK)
-    at = 0
+    start, at = marks[-1].end(), 0
     for token in answer.tokens:
         # a token may hold the end of the mark as well: then the verdict begins in it and cannot be told from it
         if at >= start and token.text.strip().strip("*_`\"'"):

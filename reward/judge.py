@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,10 @@ class Criterion(Frozen):
         plain = [choice.strip().casefold() for choice in choices]
         if "" in plain or len(set(plain)) < len(plain):
             raise ValueError(f"choices {list(choices)}: expected texts that differ in more than case and space")
+        for (a, one), (b, two) in permutations(zip(plain, choices, strict=True), 2):
+            if b.startswith(a):
+                raise ValueError(f"choices: {one!r} begins {two!r}, so the first token of a verdict may be either's; "
+                                 "expected texts of which none begins another (01 and 10, say)")  # fmt: skip
         return tuple(choice.strip() for choice in choices)
 
 

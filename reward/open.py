@@ -42,9 +42,12 @@ class JudgeRun(Frozen):
     thinking_tokens: int = Field(0, ge=0)
     """a budget for thinking before the rationale, 0 for no thinking"""
     length: int = Field(1024, ge=16)
-    """tokens of prompt, rationale and verdict together"""
+    """tokens of prompt, rationale and verdict together; never more than the model's context"""
     rows: int = Field(8, ge=1)
     """of that length, computed together"""
+    top_logprobs: int = Field(20, ge=0, le=20)
+    """likeliest tokens an endpoint is to report at the verdict; 0 for one that gives no log-probs: then the text is
+    read. Not used by a model of ours"""
 
     @property
     def reasoning(self) -> Reasoning:
@@ -81,7 +84,7 @@ def local_asker(address: str, run: JudgeRun, make_engine: MakeEngine) -> LocalAs
 
 def endpoint_asker(endpoint: Endpoint, name: str, run: JudgeRun) -> EndpointAsker:
     """A judge behind an endpoint; `name` with the address is all there is to pin it by."""
-    return EndpointAsker(endpoint, name=name, reasoning=run.reasoning)
+    return EndpointAsker(endpoint, name=name, reasoning=run.reasoning, top_logprobs=run.top_logprobs)
 
 
 def judge_of(asker: Asker, run: JudgeRun) -> Judge | PairwiseJudge:

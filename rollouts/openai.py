@@ -298,7 +298,8 @@ def _answer(choice: dict[str, Any], top: int, attempt: int, seconds: float) -> A
     tokens: tuple[TokenChoice, ...] = ()
     if top:
         if not choice.get("logprobs"):
-            return Answer(status="refused", detail="no log-probs in the reply", attempts=attempt, seconds=seconds)
+            why = "no log-probs in the reply; top_logprobs=0 asks for none"
+            return Answer(status="refused", detail=why, attempts=attempt, seconds=seconds)
         tokens = _chat_tokens(choice["logprobs"]) if chat else _text_tokens(choice["logprobs"])
     return Answer(
         status="ok",

@@ -28,9 +28,9 @@ class VerdictVerifier:
         answer = text.rpartition(self.closing)[2]
         if self.closing not in text and self.opening in text:
             return Verdict(score=0.0, status="no_answer", detail="thinking never ends")
-        lines = answer.strip().splitlines()
-        found = re.fullmatch(r"\W*verdict:\W*(.*?)\W*", lines[-1].strip()[:500], re.IGNORECASE) if lines else None
-        said = next((c for c in choices if found and found[1].casefold() == c.casefold()), None)
+        line = (answer.strip().splitlines() or [""])[-1].strip()[:500].casefold()
+        fits = [c for c in choices if re.fullmatch(rf"\W*verdict:\W*{re.escape(c.casefold())}\W*", line)]
+        said = max(fits, key=len, default=None)  # "-1" and not "1", whose sign would be mere decoration
         if said is None:
             return Verdict(score=0.0, status="no_answer", detail=f"the last line is not 'Verdict: {'|'.join(choices)}'")
         evidence = {"verdict": said, "label": label}

@@ -9,9 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from cabochon.reward.asking import EndpointAsker, Reasoning
+from cabochon.reward.asking import EndpointAsker, Reasoning, read_answer
 from cabochon.reward.judge import Judge, JudgeConfig
-from cabochon.rollouts.openai import Endpoint, OpenAIEngine
+from cabochon.reward.open import JudgeRun, endpoint_asker, judge_of
+from cabochon.rollouts.openai import Answer, Endpoint, OpenAIEngine, TokenChoice
 from cabochon.types import Completion, Rollout, Task
 
 WORDS = ("good", "bad", "stall", "500", "garbage", "half", "mute", "filter", "nologprobs", "once")
@@ -130,6 +131,24 @@ def test_without_log_probs_the_text_is_the_verdict(server):
     good, bad, mute = judge.score([rollout("good"), rollout("bad"), rollout("mute")])
     assert (good.value, bad.value, mute.status) == (1.0, 0.0, "unparsed")
     assert judge.model_id != judge_at(server)[0].model_id
+
+
+@pytest.mark.parametrize(("top", "status"), [(0, "ok"), (20, "infra_error")])
+def test_an_endpoint_without_log_probs_judges_where_the_recipe_asks_for_none(server, top, status):
+    run = JudgeRun(top_logprobs=top)
+    endpoint = OpenAIEngine(Endpoint(url=f"http://127.0.0.1:{server.server_port}/v1", model="m", attempts=1))
+    (score,) = judge_of(endpoint_asker(endpoint, "m", run), run).score([rollout("nologprobs")])
+    assert (score.status, score.value) == (status, 1.0 if status == "ok" else None)
+    assert status == "ok" or "top_logprobs=0" in score.detail
+
+
+@pytest.mark.parametrize("before", ["It adds up.", "Der Maßstab stimmt: groß, weiß, süß.", "İİİİ"])
+def test_the_verdict_s_token_is_found_whatever_stands_before(before):
+    """Folding case makes some texts longer."""
+    top = {" Yes": math.log(0.7), " No": math.log(0.2)}
+    tokens = tuple(TokenChoice(text, -0.1, {}) for text in (before, "\nVerdict", ":"))
+    said = Answer(status="ok", text=f"{before}\nVerdict: Yes", tokens=(*tokens, TokenChoice(" Yes", -0.1, top)))
+    assert read_answer(said, ("No", "Yes")).probabilities == pytest.approx((0.2, 0.7))
 
 
 def test_nobody_is_there():

@@ -1,5 +1,7 @@
 """Judges: scores, statuses and ids on readings given by hand; our own model read exactly; swaps and ties."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,6 +163,8 @@ def test_the_id_follows_from_all_that_decides_a_score(tmp_path):
         {"criteria": []},
         {"criteria": [{"choices": ["Yes"]}]},
         {"criteria": [{"choices": ["Yes", "yes "]}]},
+        {"criteria": [{"choices": ["1", "10"]}]},
+        {"criteria": [{"choices": ["Not sure", "no", "Yes"]}]},
         {"criteria": [{"weight": 0}]},
         {"votes": 2, "reason": False},
     ],
@@ -168,6 +172,11 @@ def test_the_id_follows_from_all_that_decides_a_score(tmp_path):
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValidationError):
         JudgeConfig.model_validate(settings)
+
+
+def test_choices_that_begin_alike_are_told_which():
+    with pytest.raises(ValidationError, match="'1' begins '10', so the first token of a verdict may be either's"):
+        Criterion(choices=("1", "2", "10"))
 
 
 def test_the_check_of_reasoning_shows_it_and_keeps_each_vote():
@@ -283,6 +292,26 @@ def test_a_verdict_without_a_rationale_is_read_in_one_pass():
         assert p == pytest.approx(total, rel=1e-3)
 
 
+def test_a_verdict_without_a_rationale_is_read_where_training_has_it():
+    """Qwen3's template writes an empty thought before the last answer, and none where it opens the turn."""
+    template = BYTES.templates["default"]
+    thought = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    text = "{% for m in messages %}<|im_start|>{{ m.role }}\n" + thought
+    text += "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer = replace(BYTES, templates={"default": replace(template, text=text)})
+    one = LocalAsker(MODEL, PARAMS, tokenizer, model_id="tiny", length=512)
+    (reading,) = one.ask(["2+2=4?"], [("No", "Yes")], votes=1, reason=False, seed=0)[0]
+    turns = [{"role": "user", "content": "2+2=4?"}, {"role": "assistant", "content": "Verdict: Yes"}]
+    trained = encode_chat(tokenizer, turns)
+    end = len(trained) - len(tokenizer.encode(" Yes<|im_end|>\n"))
+    assert tokenizer.decode(trained[:end]).endswith("</think>\n\nVerdict:")
+    total = 0.0
+    for word in (" Yes", "Yes"):
+        ids = BYTES.encode(word)
+        total += np.exp(chain(np.array([*trained[:end], *ids], np.int32))[-len(ids) :].sum())
+    assert reading.probabilities[1] == pytest.approx(total, rel=1e-3)
+
+
 def test_our_engine_stops_at_the_mark_and_the_company_does_not_matter():
     engine = LocalEngine(MODEL, BYTES, Weights(version=0, params=PARAMS), SlotConfig(slots=4, length=512))
     one = asker(engine, reasoning=Reasoning(max_tokens=24, temperature=1.0))
@@ -298,8 +327,6 @@ class Writes(FakeEngine):
     """Ends a reply after the mark, as an engine does that stops at it; its text ends before."""
 
     def _completion(self, request, prompt, sample):
-        from dataclasses import replace
-
         made = super()._completion(request, prompt, sample)
         text = BYTES.decode(made.tokens)
         head, mark, _ = text.partition("Verdict:")
@@ -327,6 +354,11 @@ def test_what_does_not_fit_has_a_status():
     short = asker(length=64)
     (reading,) = short.ask(["q" * 60], [("No", "Yes")], votes=1, reason=False, seed=0)[0]
     assert reading.status == "too_long"
+    narrow = MODEL.model_copy(update={"max_positions": 64})
+    beyond = LocalAsker(narrow, PARAMS, BYTES, model_id="tiny", length=512, engine=FakeEngine(lambda *_: "x"))
+    for reason in (False, True):  # the model's context bounds it too
+        ((reading,),) = beyond.ask(["q" * 60], [("No", "Yes")], votes=1, reason=reason, seed=0)
+        assert reading.status == "too_long"
     with pytest.raises(UserError, match="reasoning needs an engine"):
         short.ask(["q"], [("No", "Yes")], votes=1, reason=True, seed=0)
 

@@ -244,7 +244,7 @@ def test_refused_by_the_content_alone(server):
     first, second = engine_for(server).ask([Request(prompt="filtered", sampling=Sampling(n=2))])
     assert {first.status, second.status} == {"ok", "refused"}
     (answer,) = engine_for(server).ask([Request(prompt="plain")], top_logprobs=5)
-    assert (answer.status, answer.detail) == ("refused", "no log-probs in the reply")
+    assert (answer.status, answer.detail) == ("refused", "no log-probs in the reply; top_logprobs=0 asks for none")
 
 
 def test_one_bad_answer_does_not_spoil_a_batch(server):

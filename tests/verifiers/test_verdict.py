@@ -44,9 +44,15 @@ def test_a_task_without_a_usable_label_is_refused():
 
 
 @pytest.mark.parametrize(
-    "text", ["Verdict: Yes", "verdict:no", "a\n*Verdict: No.*", "Verdict: maybe", "No", "", "x: Verdict: No"]
-)
-def test_judges_and_their_verifier_read_alike(text):
-    index = parse(text, CHOICES)
-    said = judged(text).evidence.get("verdict")
-    assert said == (None if index is None else CHOICES[index])
+    ("text", "choices"),
+    [
+        *((text, CHOICES) for text in ("Verdict: Yes", "verdict:no", "a\n*Verdict: No.*", "Verdict: maybe", "No", "",
+                                       "x: Verdict: No")),
+        *((f"*Verdict: {grade}*", ["-1", "0", "1"]) for grade in ("-1", "0", "1")),
+        *((f"Verdict: {grade}.", ["B", "A", "A+"]) for grade in ("B", "A", "A+")),
+    ],
+)  # fmt: skip
+def test_judges_and_their_verifier_read_alike(text, choices):
+    index = parse(text, choices)
+    said = judged(text, label=choices[0], choices=choices).evidence.get("verdict")
+    assert said == (None if index is None else choices[index])
