@@ -120,27 +120,31 @@ class PairReport(NamedTuple):
     length_correlation: float
     """rank correlation of score and tokens over the answers; a preference for length shows against the label's own"""
     by_length: dict[str, dict[str, float]]
-    """accuracy by which of the two is longer"""
+    """accuracy by which of the two is longer; empty where no row has both"""
 
 
 def pair_report(better_N: np.ndarray, worse_N: np.ndarray, tokens_N2: np.ndarray) -> PairReport:
-    """`better_N`, `worse_N`: scores; `tokens_N2`: lengths of the better and of the worse."""
+    """`better_N`, `worse_N`: scores; `tokens_N2`: lengths of the better and of the worse, 0 for one that is not there,
+    whose score is 0: it has no part in what is said of lengths."""
     d = np.asarray(better_N, np.float64) - np.asarray(worse_N, np.float64)
     tokens = np.asarray(tokens_N2)
+    there = tokens > 0
+    both = there.all(-1)
     right = d > 0
+    said = np.where(d == 0, 0.5, right)  # a tie says nothing, which is neither right nor wrong
     # Every pair is seen from both sides, so that the fit has both classes and no intercept.
     slope = fit(np.concatenate([d, -d]), np.repeat([True, False], len(d)), intercept=False).slope
-    scores = np.concatenate([better_N, worse_N])
+    scores = np.stack([better_N, worse_N], -1)
     return PairReport(
         pairs=len(d),
         accuracy=float(right.mean()),
         difference=float(d.mean()),
         loss=float(np.logaddexp(0, -d).mean()),
-        ece=expected_calibration_error(sigmoid(np.abs(d)), right),
+        ece=expected_calibration_error(sigmoid(np.abs(d)), said),
         temperature=float(1 / slope) if slope > 0 else float("inf"),
-        ece_scaled=expected_calibration_error(sigmoid(np.abs(slope * d)), right),
-        length_correlation=correlation(scores, np.concatenate([tokens[:, 0], tokens[:, 1]])),
-        by_length=length_groups(tokens[:, 0] - tokens[:, 1], right),
+        ece_scaled=expected_calibration_error(sigmoid(slope * np.abs(d)), said),
+        length_correlation=correlation(scores[there], tokens[there]),
+        by_length=length_groups((tokens[:, 0] - tokens[:, 1])[both], right[both]),
     )
 
 

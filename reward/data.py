@@ -60,7 +60,7 @@ def preference_of(row: Row, columns: PreferenceColumns = PreferenceColumns()) ->
     has = row.values.keys()
     if columns.label in has and columns.completion in has and columns.prompt in has:
         prompt, completion = _part(row, columns.prompt), _part(row, columns.completion)
-        _same_kind(row, columns.prompt, prompt, columns.completion, completion)
+        _follows(row, columns.prompt, prompt, columns.completion, completion)
         good = row.values[columns.label]
         if good not in (True, False):
             raise UserError(f"{row.where}: column {columns.label!r}: expected true or false, got {good!r}")
@@ -79,7 +79,7 @@ def preference_of(row: Row, columns: PreferenceColumns = PreferenceColumns()) ->
         raise UserError(f"{row.where}: columns {columns.chosen!r} and {columns.rejected!r} are equal")
     if columns.prompt in has:
         prompt = _part(row, columns.prompt)
-        _same_kind(row, columns.prompt, prompt, columns.chosen, chosen)
+        _follows(row, columns.prompt, prompt, columns.chosen, chosen)
     else:
         prompt, chosen, rejected = _implicit(row, chosen, rejected)
     margin = row.values.get(columns.margin)
@@ -107,6 +107,12 @@ def _same_kind(row: Row, first: str, a: str | Messages, second: str, b: str | Me
     if isinstance(a, str) != isinstance(b, str):
         kinds = ["text" if isinstance(x, str) else "messages" for x in (a, b)]
         raise UserError(f"{row.where}: column {first!r} is {kinds[0]} and {second!r} is {kinds[1]}; make them the same")
+
+
+def _follows(row: Row, first: str, prompt: str | Messages, second: str, answer: str | Messages) -> None:
+    """Text after messages is what the assistant says; messages after text would be half a conversation."""
+    if isinstance(prompt, str):
+        _same_kind(row, first, prompt, second, answer)
 
 
 def _implicit(
@@ -207,18 +213,19 @@ def read_splits(cfg: PreferenceData, tokenizer: Tokenizer, length: int, rows: in
             raise UserError(f"{key}: no usable pair ({dropped} were longer than {length} tokens)")
         return Split(groups=groups, sizes=tuple(map(len, made)), weights=tuple(weights), dropped=dropped)
 
-    train, held = [pairs(s.path) for s in cfg.train], [pairs(s.path) for s in cfg.eval]
+    sources, held = [pairs(s.path) for s in cfg.train], [pairs(s.path) for s in cfg.eval]
     if cfg.eval_fraction:
         bound = cfg.eval_fraction * 2**64
-        held += [[pair for pair in source if int(pair.prompt, 16) < bound] for source in train]
-        train = [[pair for pair in source if int(pair.prompt, 16) >= bound] for source in train]
+        held += [[pair for pair in source if int(pair.prompt, 16) < bound] for source in sources]
+        sources = [[pair for pair in source if int(pair.prompt, 16) >= bound] for source in sources]
     seen = {pair.prompt for source in held for pair in source}
-    if leaked := next((pair for source in train for pair in source if pair.prompt in seen), None):
+    if leaked := next((pair for source in sources for pair in source if pair.prompt in seen), None):
         raise UserError(f"{leaked.where}: its prompt is among the held-out rows too; take it out of one of them")
-    return (
-        split(train, [source.weight for source in cfg.train], "data.train"),
-        split(held, [1.0] * len(held), "data.eval and data.eval_fraction"),
-    )
+    train = split(sources, [source.weight for source in cfg.train], "data.train")
+    if not len(epoch_order(train.sizes, train.weights, 0, 0)):
+        each = ", ".join(f"{weight:g} x {size}" for size, weight in zip(train.sizes, train.weights, strict=True))
+        raise UserError(f"data.train: its weights leave an epoch without a prompt ({each}); raise them")
+    return train, split(held, [1.0] * len(held), "data.eval and data.eval_fraction")
 
 
 def _groups(pairs: Sequence[Pair], cfg: PreferenceData, length: int, rows: int) -> list[list[Pair]]:

@@ -88,6 +88,31 @@ def test_a_report_on_pairs():
     assert report.by_length["better is longer"] == {"pairs": 2, "accuracy": 1.0}
 
 
+def test_answers_that_are_not_there_have_no_part_in_what_is_said_of_lengths():
+    """Rows with a label have one answer; the other's score is 0 and it has no tokens."""
+    better, worse = np.array([3.0, 2.0, 0.0, 5.0]), np.array([0.0, 0.0, 1.0, 4.0])
+    report = pair_report(better, worse, np.array([[3, 0], [4, 0], [0, 5], [1, 2]]))
+    assert report.length_correlation == pytest.approx(-1.0)  # 5.0 has 1 token, 4.0 has 2, ... 1.0 has 5
+    assert report.by_length == {"better is shorter": {"pairs": 1, "accuracy": 1.0}}
+    assert report.accuracy == 0.75
+    alone = pair_report(better[:2], worse[:2], np.array([[3, 0], [4, 0]]))
+    assert alone.by_length == {}
+
+
+def test_a_score_that_is_mostly_wrong_way_round_is_not_believed():
+    """The fit says that the higher score is the worse answer in four of five."""
+    d = np.array([-1.0] * 80 + [1.0] * 20)
+    report = pair_report(d, np.zeros(100), np.ones((100, 2)))
+    assert report.temperature == float("inf")
+    assert report.ece == pytest.approx(1 / (1 + np.exp(-1)) - 0.2)
+    assert report.ece_scaled < 0.02
+
+
+def test_a_tie_says_nothing_and_is_held_to_that():
+    report = pair_report(np.zeros(10), np.zeros(10), np.ones((10, 2)))
+    assert (report.accuracy, report.ece) == (0.0, 0.0)
+
+
 def test_the_temperature_undoes_overconfidence():
     draw = np.random.default_rng(2)
     d = draw.normal(size=20_000) * 2

@@ -45,6 +45,14 @@ def test_conversations_with_and_without_a_prompt_column():
     assert texts(as_chat) == texts(pair_of(parts, BYTES))
 
 
+def test_text_after_messages_is_what_the_assistant_says():
+    """`cabochon rm sample` and `rm rows` write such rows where tasks have messages."""
+    parts = pair_of(read(prompt=[USER], chosen=[GOOD], rejected=[BAD]), BYTES)
+    assert texts(pair_of(read(prompt=[USER], chosen="yes", rejected="no"), BYTES)) == texts(parts)
+    good = pair_of(read(prompt=[USER], completion="yes", label=True), BYTES)
+    assert texts(good) == (texts(parts)[0], "")
+
+
 def test_labels_without_a_partner():
     good, bad = read(prompt="q", completion="yes", label=True), read(prompt="q", completion="no", label=False)
     assert texts(pair_of(good, BYTES)) == ("qyes<|im_end|>", "")
@@ -133,6 +141,12 @@ def test_too_long_is_refused_or_left_out_never_cut(tmp_path):
     assert (len(train.pairs), train.dropped) == (4, 1)
     with pytest.raises(UserError, match=r"data.train: no usable pair \(1 were longer than 32 tokens\)"):
         made(tmp_path, rows[-1:], too_long="drop")
+
+
+def test_weights_that_leave_an_epoch_empty_are_refused(tmp_path):
+    source = {"path": write(tmp_path / "rows.jsonl", rows_of(20)), "weight": 0.01}
+    with pytest.raises(UserError, match=r"its weights leave an epoch without a prompt \(0\.01 x 20\); raise them"):
+        read_splits(PreferenceData.model_validate({"train": [source]}), BYTES, 32, 4)
 
 
 def feed_of(train, packing=True, seed=0):
