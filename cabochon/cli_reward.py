@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -81,7 +82,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a directory, or an endpoint: http://host/v1#name")],
     data: Data,
     parts: JudgeParts = None,
-    out: Annotated[Path | None, typer.Option("--out", help="JSON; by default eval-DATA.json beside MODEL")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON; else eval-DATA.json beside MODEL, or here")] = None,
     limit: Annotated[int, typer.Option(min=2, help="completions at most")] = 2000,
     own: Annotated[str, typer.Option(help="the `author` of rows that MODEL wrote: does it prefer them?")] = "",
 ) -> None:
@@ -101,6 +102,8 @@ def evaluate(
     items = read_labelled(data)[:limit]
     reward: Any
     if not model.startswith("http") and _scalar(model):
+        if parts:
+            raise UserError(f"{model}: a scalar reward model; {parts[0]} is for judges, leave it out")
         reward = ModelReward.open(model)
         score = lambda tasks, texts: reward.score_texts([t.prompt for t in tasks], texts)  # noqa: E731
         report = measure(score, items, bounded=False, own=own)
@@ -108,13 +111,15 @@ def evaluate(
         run = judge_run(parts)
         reward = judge_of(open_asker(model, run), run)
         if isinstance(reward, PairwiseJudge):
+            if own:
+                raise UserError(f"--own {own}: is of answers judged one by one; leave it out, or set pairwise=false")
             report = evaluate_pairs(reward, matched(items, tolerance=1.0))
         else:
             best = run.judge.criteria[-1].choices[-1]
             report = measure(reward.score_texts, items, bounded=True, best=best, own=own)
     report = {"model": model, "model_id": reward.model_id, "data": str(data), **report}
     print("\n".join(table(report)))
-    place = out or (Path.cwd() if model.startswith("http") else Path(model).parent) / f"eval-{data.stem}.json"
+    place = out or (Path(model).parent if Path(model).exists() else Path.cwd()) / f"eval-{data.stem}.json"
     _write(place, json.dumps(plain(report), indent=1) + "\n", overwrite=True)
     print(f"written to {place}", file=sys.stderr)
 
@@ -125,14 +130,19 @@ def rows(
     out: Out,
     parts: JudgeParts = None,
     use: Annotated[Literal["sft", "rl", "rm"], typer.Option("--for", help="the stage that is to read them")] = "sft",
+    model: Annotated[
+        str | None, typer.Option(help="the judge that will be asked: what its tokenizer knows is not shown to it")
+    ] = None,
     match: Annotated[bool, typer.Option(help="right and wrong answers to one prompt, of about equal length")] = True,
     overwrite: Overwrite = False,
 ) -> None:
     """Make training rows: verdicts to say (`sft`), tasks whose verifier knows the verdict (`rl`), pairs (`rm`).
 
-    Example: cabochon rm rows labelled.jsonl judge-sft.jsonl judge judge.reason=false
+    Example: cabochon rm rows labelled.jsonl judge-sft.jsonl judge-terse --model smollm2-135m-instruct
     """
+    from cabochon.policy import model_tokenizer
     from cabochon.reward.judge import Judge
+    from cabochon.reward.prompt import special_texts
     from cabochon.reward.rows import matched, preference_rows, sft_rows, task_rows
 
     items = read_labelled(data)
@@ -144,17 +154,19 @@ def rows(
     if use == "rm":
         made = preference_rows(pairs)
     else:
-        judge = Judge(_Unasked(), judge_run(parts).judge)
+        asker = _Unasked() if model is None else _Unasked(specials=special_texts(model_tokenizer(model)))
+        judge = Judge(asker, judge_run(parts).judge)
         made = sft_rows(judge, chosen) if use == "sft" else task_rows(judge, chosen)
     _write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), overwrite=overwrite)
     print(f"{out}: {len(made):,} rows of {len(items):,} completions", file=sys.stderr)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Unasked:
     """Rows are made with a judge's prompts, not its answers."""
 
-    model_id = "none"
-    specials = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<eos>", "<bos>", "<pad>")
+    specials: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<eos>", "<bos>", "<pad>")
+    model_id: str = "none"
 
     def ask(self, *_: Any, **__: Any) -> Any:
         raise AssertionError("rows need no answers")
@@ -165,6 +177,7 @@ def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="the policy to sample from")],
     tasks: Annotated[Path, typer.Argument(metavar="TASKS", help="tasks with verifiers")],
     out: Out,
+    chat: Annotated[bool, typer.Option("--chat", help="put prompts that are text through the chat template")] = False,
     n: Annotated[int, typer.Option("--n", min=1, help="completions per task")] = 8,
     limit: Annotated[int, typer.Option(min=1, help="tasks at most, of each domain alike")] = 10_000,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -174,10 +187,12 @@ def sample(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Sample solutions and label them with their verifiers: endless rows for reward models.
+    """Sample solutions and label them with their verifiers: endless rows for reward models. What was cut off at
+    --max-tokens is left out: it has no end to score.
 
     Example: cabochon rm sample runs/sft/final tasks.jsonl labelled.jsonl --n 8
     """
+    from cabochon.chat import as_turns
     from cabochon.model.address import open_model
     from cabochon.rl.evaluate import first_of_each
     from cabochon.rollouts.local import requests_for
@@ -189,19 +204,22 @@ def sample(
     wanted = first_of_each(read_tasks(tasks), limit)
     engine = make_engine(*open_model(model), length=length, slots=slots)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, n=n)
-    drawn = engine.generate(requests_for([task.prompt for task in wanted], sampling, seed))
+    drawn = engine.generate(requests_for([as_turns(task.prompt, chat) for task in wanted], sampling, seed))
     each = [task for task in wanted for _ in range(n)]
+    ended = [(task, c.text) for task, c in zip(each, drawn, strict=True) if c.finish == "stop"]
     with VerifierPool(verifier=verifier_for(wanted), probes=probes_for(wanted)) as pool:
-        verdicts = pool.verify(each, [c.text for c in drawn])
+        verdicts = pool.verify([task for task, _ in ended], [text for _, text in ended])
     kept = [
-        {"prompt": task.prompt, "completion": c.text, "label": v.score == 1.0, "payload": dict(task.payload)}
-        for task, c, v in zip(each, drawn, verdicts, strict=True)
+        {"prompt": task.prompt, "completion": text, "label": v.score == 1.0, "payload": dict(task.payload)}
+        for (task, text), v in zip(ended, verdicts, strict=True)
         if v.score is not None
     ]
+    left = f"{len(drawn) - len(ended)} were cut off, {len(ended) - len(kept)} could not be judged"
+    if not kept:
+        raise UserError(f"{model}: none of {len(drawn):,} completions can be used: {left}; raise --max-tokens")
     _write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), overwrite=overwrite)
-    share = sum(bool(row["label"]) for row in kept) / max(1, len(kept))
-    print(f"{out}: {len(kept):,} completions, {share:.0%} right; {len(each) - len(kept)} could not be judged",
-          file=sys.stderr)  # fmt: skip
+    share = sum(bool(row["label"]) for row in kept) / len(kept)
+    print(f"{out}: {len(kept):,} completions, {share:.0%} right; {left}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------- wiring

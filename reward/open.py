@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cabochon.config import Frozen
 from cabochon.errors import UserError
@@ -18,7 +18,7 @@ from cabochon.model.config import ModelConfig
 from cabochon.model.value import KEY
 from cabochon.protocols import PolicyEngine
 from cabochon.reward.asking import Asker, Endpoint, EndpointAsker, LocalAsker, Reasoning
-from cabochon.reward.judge import Judge, JudgeConfig, PairwiseJudge
+from cabochon.reward.judge import PAIRWISE, Judge, JudgeConfig, PairwiseJudge
 from cabochon.reward.scorer import ModelReward, directory_id, file_id
 from cabochon.tokenizer import Tokenizer
 from cabochon.types import Thinking
@@ -48,6 +48,21 @@ class JudgeRun(Frozen):
     top_logprobs: int = Field(20, ge=0, le=20)
     """likeliest tokens an endpoint is to report at the verdict; 0 for one that gives no log-probs: then the text is
     read. Not used by a model of ours"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _for_pairs(cls, given: Any) -> Any:
+        """Pairs have defaults of their own."""
+        judge = given.get("judge", {}) if isinstance(given, Mapping) and given.get("pairwise") else None
+        if not isinstance(judge, Mapping):
+            return given
+        return {**given, "judge": {**PAIRWISE.model_dump(include={"template", "criteria"}), **judge}}
+
+    @model_validator(mode="after")
+    def _check(self) -> JudgeRun:
+        if self.pairwise and self.judge.calibration is not None:
+            raise ValueError("judge.calibration is of single verdicts; leave it out, or set pairwise=false")
+        return self
 
     @property
     def reasoning(self) -> Reasoning:

@@ -54,7 +54,8 @@ class Template:
             raise UserError(f"{path}:{error.lineno}: the judge template does not parse: {error.message}") from None
         needed = {"first", "second"} if pair else {"response"}
         if lost := sorted(needed - used):
-            raise UserError(f"{path}: the judge template has no {{{{ {lost[0]} }}}}: the judge would not see it")
+            hint = "; for pairs set judge.template=pairwise or terse-pair" if pair else ""
+            raise UserError(f"{path}: the judge template has no {{{{ {lost[0]} }}}}: the judge would not see it{hint}")
         if odd := sorted(used - needed - _VARIABLES):
             known = ", ".join(sorted(needed | _VARIABLES))
             raise UserError(f"{path}: the judge template reads {odd[0]!r}, which nobody sets; known: {known}")

@@ -6,15 +6,17 @@ import jax
 import pytest
 from typer.testing import CliRunner
 
+from cabochon import cli_reward
 from cabochon.cli import app
 from cabochon.errors import UserError
 from cabochon.model import convert
 from cabochon.model import transformer as tf
 from cabochon.overrides import load
+from cabochon.reward.asking import Reading
 from cabochon.reward.config import RewardModelConfig
-from cabochon.reward.judge import COT
-from cabochon.reward.open import JudgeRun
-from cabochon.testing import tiny_config
+from cabochon.reward.judge import COT, PAIRWISE, Judge
+from cabochon.reward.open import JudgeRun, local_asker
+from cabochon.testing import FakeEngine, tiny_config
 from cabochon.tokenizer import ByteTokenizer
 from cabochon.types import Task
 from cabochon.verifiers.build import verifier_named
@@ -66,21 +68,73 @@ def test_rows_for_each_stage(tmp_path, labelled):
         cabochon("rm", "rows", labelled, tmp_path / "sft.jsonl", "judge-terse")
 
 
-def test_a_policy_s_own_answers_are_labelled_by_their_verifiers_of_each_domain_alike(tmp_path):
+@pytest.fixture
+def model(tmp_path):
+    """The directory of a language model that nobody trained."""
     config = tiny_config(vocab_size=TOK.vocab_size, max_positions=64, eos_ids=TOK.eos_ids)
     convert.save(tmp_path / "model", config, tf.init(config, jax.random.key(0)), tokenizer=TOK)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def tasks(tmp_path):
     kinds = {"a": 6, "b": 2}
     verifier = {"verifier": f"{__file__}:even", "payload": {"by": 2}}
     some = [(domain, f"{domain}{i}") for domain, n in kinds.items() for i in range(n)]
     tasks = [{"id": name, "prompt": name, "domain": domain, **verifier} for domain, name in some]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    small = ["--n", 3, "--limit", 4, "--max-tokens", 8, "--slots", 4, "--length", 32]
-    said = cabochon("rm", "sample", tmp_path / "model", tmp_path / "tasks.jsonl", tmp_path / "out.jsonl", *small)
+    return tmp_path / "tasks.jsonl"
+
+
+def sampled(monkeypatch, reply, *words):
+    """What `rm sample` says and what it asked, of a model that answers `reply(prompt, seed, sample)`."""
+    engine = FakeEngine(reply)
+    monkeypatch.setattr(cli_reward, "make_engine", lambda *_, **__: engine)
+    return cabochon("rm", "sample", *words, "--n", 3, "--limit", 4, "--max-tokens", 8), engine.seen
+
+
+def test_a_policy_s_own_answers_are_labelled_by_their_verifiers_of_each_domain_alike(
+    tmp_path, monkeypatch, model, tasks
+):
+    """Every third one is cut off before it ends: it is no row, and counted."""
+    reply = lambda prompt, seed, sample: prompt + "xy"[sample % 2] + "z" * 9 * (sample == 2)  # noqa: E731
+    said, seen = sampled(monkeypatch, reply, model, tasks, tmp_path / "out.jsonl")
     rows = lines(tmp_path / "out.jsonl")
-    assert [row["prompt"] for row in rows[::3]] == ["a0", "a1", "b0", "b1"]
+    assert [row["prompt"] for row in rows[::2]] == ["a0", "a1", "b0", "b1"]
+    assert [row["completion"] for row in rows[:2]] == ["a0x", "a0y"]
     assert [row["label"] for row in rows] == [sum(map(ord, row["completion"])) % 2 == 0 for row in rows]
     assert len({row["label"] for row in rows}) == 2
-    assert "12 completions" in said
+    assert "8 completions, 50% right; 4 were cut off, 0 could not be judged" in said
+    assert [r.prompt for r in seen] == ["a0", "a1", "b0", "b1"]
+
+
+def test_a_policy_is_sampled_in_the_chat_template_where_asked(tmp_path, monkeypatch, model, tasks):
+    _, seen = sampled(monkeypatch, lambda *_: "x", model, tasks, tmp_path / "out.jsonl", "--chat")
+    assert seen[0].prompt == [{"role": "user", "content": "a0"}]
+    assert lines(tmp_path / "out.jsonl")[0]["prompt"] == "a0"
+
+
+def test_a_policy_whose_answers_are_all_cut_off_gives_no_rows(tmp_path, monkeypatch, model, tasks):
+    with pytest.raises(UserError, match=r"none of 12 completions can be used: 12 were cut off, .* raise --max-tokens"):
+        sampled(monkeypatch, lambda *_: "x" * 20, model, tasks, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_rows_show_a_judge_what_it_will_see(tmp_path, model):
+    """The tags of thinking are tokens of its own tokenizer, so they are taken out when it is asked."""
+    rows = [{"prompt": "1+1=", "completion": f"<think>hm</think>{n}", "label": n == 2} for n in (2, 3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = []
+    for name, more in (("any", []), ("own", ["--model", model])):
+        out = tmp_path / f"{name}.jsonl"
+        cabochon("rm", "rows", tmp_path / "rows.jsonl", out, "judge-terse", "judge.show_thinking=true", *more)
+        made.append(lines(out)[0]["prompt"][0]["content"])
+    task = Task(id="t", prompt="1+1=", verifier="none")
+    run = load(JudgeRun, ["judge-terse"], ["judge.show_thinking=true"])
+    judge = Judge(local_asker(str(model), run, lambda *_: None), run.judge)
+    shown = judge.prompt(task, "<think>hm</think>2", run.judge.criteria[0])
+    assert "hm2" in shown
+    assert [text == shown for text in made] == [False, True]
 
 
 def even(completions, by, **_):
@@ -102,6 +156,36 @@ def test_train_and_evaluate_a_scalar_model(tmp_path, labelled):
     assert report["statuses"] == {"ok": 80}
     assert set(report["attacks"]) >= {"padding", "verdict", "leave the tags"}
     assert 0 <= report["auc"] <= 1
+    with pytest.raises(UserError, match=r"a scalar reward model; judge\.vots=3 is for judges, leave it out"):
+        cabochon("rm", "eval", tmp_path / "run" / "final", labelled, "judge.vots=3")
+
+
+def test_a_judge_of_pairs_by_one_setting(tmp_path, monkeypatch, labelled, model):
+    """Its template and question are those of pairs. The report of a model that is no directory is written here."""
+    monkeypatch.setattr(cli_reward, "open_asker", lambda *_: Even())
+    monkeypatch.setattr(cli_reward, "_scalar", lambda *_: False)
+    monkeypatch.chdir(tmp_path)
+    cabochon("rm", "eval", "hf:owner/name", labelled, "pairwise=true")
+    assert json.loads((tmp_path / "eval-labelled.json").read_text())["model"] == "hf:owner/name"
+    assert not (tmp_path / "hf:owner").exists()
+    run = load(JudgeRun, [], ["pairwise=true", "judge.reason=false"])
+    assert (run.judge.template, run.judge.criteria, run.judge.reason) == ("pairwise", PAIRWISE.criteria, False)
+    assert load(JudgeRun, [], ["pairwise=true", "judge.template=terse-pair"]).judge.template == "terse-pair"
+    with pytest.raises(UserError, match=r"no \{\{ first \}\}.*; for pairs set judge\.template=pairwise or terse-pair"):
+        cabochon("rm", "eval", "m", labelled, "judge-terse", "pairwise=true")
+    with pytest.raises(UserError, match=r"--own me: is of answers judged one by one"):
+        cabochon("rm", "eval", "m", labelled, "pairwise=true", "--own", "me")
+    with pytest.raises(UserError, match=r"judge\.calibration is of single verdicts"):
+        load(JudgeRun, [], ["pairwise=true", "judge.calibration.slope=2.0"])
+
+
+class Even:
+    """Judges of any two that neither is better."""
+
+    model_id, specials = "even", ()
+
+    def ask(self, prompts, choices, **_):
+        return [[Reading(status="ok", probabilities=(0.5, 0.5))] for _ in prompts]
 
 
 def test_recipes_of_judges_and_reward_models_are_read_by_their_stage():
