@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "pool.h"
+#include "vector.h"
 
 namespace {
 
@@ -88,31 +89,7 @@ ffi::Error Outer(ffi::ThreadPool pool, Any a, Any b, Any counts, Out w) {
   return ffi::Error::Success();
 }
 
-constexpr int64_t kLanes = 16;
-using Floats = float __attribute__((vector_size(4 * kLanes)));  // the compiler cuts it to the registers there are
-using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
-
-inline Floats load(const float* at, int64_t n) {
-  Floats x = {};
-  std::memcpy(&x, at, n * sizeof(float));
-  return x;
-}
-
-inline void store(float* to, Floats x, int64_t n) { std::memcpy(to, &x, n * sizeof(float)); }
-
-inline Floats sigmoid(Floats x) {  // exp by Cephes' polynomial, to 2 units in the last place
-  const Floats most = Floats{} + 87;
-  x = x > most ? -most : (x < -most ? most : -x);
-  const float shift = 12582912;  // 1.5 * 2^23: adding it rounds to a whole number
-  const Floats n = (x * 1.44269504f + shift) - shift, r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const Floats two_n = (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
-  return 1 / (1 + ((p * r) * r + r + 1) * two_n);
-}
+inline Floats sigmoid(Floats x) { return 1 / (1 + exponential(-x)); }
 
 // For h = [gate, up] and a = silu(gate) * up, with scale * from the gradient of a:
 // scaled [S,F] = scale * a, dh [S,2F], dscale [S] = a . from.
@@ -139,8 +116,7 @@ ffi::Error SwigluGrad(ffi::ThreadPool pool, Any h, Any from, Any scale, Out scal
       int64_t i = 0;
       for (; i + kLanes <= F; i += kLanes) some(i, kLanes);
       if (i < F) some(i, F - i);
-      dby[s] = 0;
-      for (int64_t lane = 0; lane < kLanes; lane++) dby[s] += sums[lane];
+      dby[s] = sum(sums);
     }
   });
   return ffi::Error::Success();

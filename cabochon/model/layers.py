@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from cabochon import target
+from cabochon.model import flash
 from cabochon.model.config import ModelConfig, RopeConfig
 
 Stack = tuple[int, ...]
@@ -49,6 +53,24 @@ class RMSNorm(nnx.Module):
         return (x32 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, w: Array, n: int) -> Array:
+    """`jnp.tensordot` over n trailing dims of x and leading dims of w. Autodiff would make the gradient of w the other
+    way round, [outs, ins], and XLA on CPU would then turn it, and what it is made of, in copies of their own."""
+    return jnp.tensordot(x, w, n)
+
+
+def _product_grad(n: int, kept: tuple[Array, Array], from_: Array) -> tuple[Array, Array]:
+    x, w = kept
+    lead, outs = x.ndim - n, w.ndim - n
+    rows, columns = tuple(range(lead)), tuple(range(outs))
+    dx = jnp.tensordot(from_, w, ([lead + i for i in columns], [n + i for i in columns]))
+    return dx, jnp.tensordot(x, from_, (rows, rows))
+
+
+_product.defvjp(lambda x, w, n: (jnp.tensordot(x, w, n), (x, w)), _product_grad)
+
+
 class Linear(nnx.Module):
     """x @ w + b with named output dims: contracts `len(ins)` trailing dims of x. Optional low-rank addition (LoRA).
 
@@ -74,7 +96,7 @@ class Linear(nnx.Module):
             self.lora_a = param(rngs, stack, (*ins, lora[0]), (*axes[:n], None), 1 / math.sqrt(math.prod(ins)))
             self.lora_b = param(rngs, stack, (lora[0], *outs), (None, *axes[n:]), 0.0)
         self.n, self.outs, self.bias, self.lora = n, outs, bias, lora
-        self.multiply: Callable[[Array, Array, int], Array] = jnp.tensordot  # the sampler may put a kernel here
+        self.multiply: Callable[[Array, Array, int], Array] = _product  # the sampler may put a kernel here
 
     def __call__(self, x: Array) -> Array:
         y = self.multiply(x, self.w[...], self.n)
@@ -187,8 +209,14 @@ class Attention(nnx.Module):
             q, k, v = (jnp.clip(x, -self.clip, self.clip) for x in (q, k, v))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def attend(self, q_BTKGH: Array, k_BSKH: Array, v_BSKH: Array, allow_BTS: Array) -> Array:
+    def attend(
+        self, q_BTKGH: Array, k_BSKH: Array, v_BSKH: Array, allow_BTS: Array, mesh: Mesh | None = None
+    ) -> Array:
         """Softmax attention in f32 and the output projection. A query that may see nothing gets a finite value."""
+        whole = mesh is None or mesh.size == 1  # XLA cannot divide a call of ours among devices
+        f32 = q_BTKGH.dtype == k_BSKH.dtype == jnp.float32
+        if whole and f32 and target.platform() == "cpu" and not flash.missing():
+            return self.out(flash.attend(q_BTKGH, k_BSKH, v_BSKH, allow_BTS, self.scale))
         scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * self.scale
         scores = jnp.where(allow_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
         probs = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)

@@ -191,7 +191,7 @@ def _layer(
         shared.q_position_BT, shared.k_position_BS, shared.q_segment_BT, shared.k_segment_BS, window,
         shared.q_prefix_BT,
     )  # fmt: skip
-    x = keep_rows(x + block.attn.attend(q, k, v, allow), run.mesh)
+    x = keep_rows(x + block.attn.attend(q, k, v, allow, run.mesh), run.mesh)
     h = block.mlp_norm(x)
     if block.kind == "dense":
         return _Carry(keep_rows(x + block.mlp(h), run.mesh), k_all, v_all), None, None
