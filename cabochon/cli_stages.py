@@ -238,8 +238,9 @@ def _describe_distill(cfg: DistillConfig) -> None:
     from cabochon.sft.distill import shared_tokenizer
     from cabochon.sft.divergence import distillation
 
-    _describe(cfg, distillation(cfg.divergence), shared_tokenizer(cfg, model_config(cfg.model)), cfg.teacher.top_k)
-    each = 4 * cfg.teacher.top_k + 2
+    tokenizer = shared_tokenizer(cfg, model_config(cfg.model))
+    _describe(cfg, distillation(cfg.divergence), tokenizer, cfg.teacher.top_k)
+    each = (6 if tokenizer.vocab_size > 1 << 16 else 4) * cfg.teacher.top_k + 2
     place = cfg.teacher.cache
     where = f"in {place}, at most {each} bytes a trained token" if place else "asked at each step"
     own = f"{cfg.on_policy.fraction:.0%} of the steps on the student's own samples"

@@ -81,7 +81,7 @@ def preference_of(row: Row, columns: PreferenceColumns = PreferenceColumns()) ->
         prompt = _part(row, columns.prompt)
         _follows(row, columns.prompt, prompt, columns.chosen, chosen)
     else:
-        prompt, chosen, rejected = _implicit(row, chosen, rejected)
+        prompt, chosen, rejected = _implicit(row, columns.prompt, chosen, rejected)
     margin = row.values.get(columns.margin)
     if not isinstance(margin, int | float | None) or isinstance(margin, bool) or not np.isfinite(margin or 0.0):
         raise UserError(f"{row.where}: column {columns.margin!r}: expected a number, got {margin!r}")
@@ -116,7 +116,7 @@ def _follows(row: Row, first: str, prompt: str | Messages, second: str, answer: 
 
 
 def _implicit(
-    row: Row, chosen: str | Messages, rejected: str | Messages
+    row: Row, column: str, chosen: str | Messages, rejected: str | Messages
 ) -> tuple[str | Messages, str | Messages, str | Messages]:
     """(prompt, chosen, rejected) where the prompt is what both begin with; of text, whole words of it."""
     apart = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
@@ -124,7 +124,7 @@ def _implicit(
     if isinstance(chosen, str) and isinstance(rejected, str):
         at = max(chosen.rfind(" ", 0, at), chosen.rfind("\n", 0, at), 0)
     if not at or at in (len(chosen), len(rejected)):
-        raise UserError(f"{row.where}: no column 'prompt', and the two answers do not begin with the same prompt")
+        raise UserError(f"{row.where}: no column {column!r}, and the two answers do not begin with the same prompt")
     return chosen[:at], chosen[at:], rejected[at:]
 
 
@@ -164,6 +164,8 @@ def pair_of(row: Preference, tokenizer: Tokenizer, *, chat: bool = False) -> Pai
         both = [none if a is None else encode(row.prompt, a, tokenizer, chat=chat) for a in (row.chosen, row.rejected)]
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
+    if short := [ids for ids in both if len(ids) == 1]:
+        raise UserError(f"{row.where}: prompt and answer are one token ({short[0][0]}): there is nothing to tell apart")
     if np.array_equal(both[0], both[1]):
         raise UserError(f"{row.where}: chosen and rejected are the same tokens: nothing to prefer")
     words = row.prompt if isinstance(row.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in row.prompt)
@@ -210,7 +212,10 @@ def read_splits(cfg: PreferenceData, tokenizer: Tokenizer, length: int, rows: in
         groups = [group for source in made for group in source]
         dropped = sum(len(source) for source in sources) - sum(len(group) for group in groups)
         if sources and not groups:
-            raise UserError(f"{key}: no usable pair ({dropped} were longer than {length} tokens)")
+            why = f"{dropped} were longer than {length} tokens"
+            if cfg.eval_fraction and not any(sources):
+                why = f"no prompt fell on this side of data.eval_fraction={cfg.eval_fraction:g}; set another share"
+            raise UserError(f"{key}: no usable pair ({why})")
         return Split(groups=groups, sizes=tuple(map(len, made)), weights=tuple(weights), dropped=dropped)
 
     sources, held = [pairs(s.path) for s in cfg.train], [pairs(s.path) for s in cfg.eval]

@@ -176,11 +176,13 @@ def read_splits(cfg: DataConfig, tokenizer: Tokenizer, length: int) -> tuple[Spl
     weights = [source.weight for source in cfg.train]
     train = encode_split(sources, weights, tokenizer, cfg, length)
     evaluation = encode_split(held, [1.0] * len(held), tokenizer, cfg, length)
-    for split, keys in ((train, "data.train"), (evaluation, "data.eval and data.eval_fraction")):
+    for split, rows, keys in ((train, sources, "data.train"), (evaluation, held, "data.eval and data.eval_fraction")):
         if not split.examples and (split is train or held):
             c = split.counts
-            raise UserError(f"{keys}: no usable row ({c.dropped_long} were too long, {c.dropped_empty} had no token "
-                            f"to learn within {length} tokens)")  # fmt: skip
+            why = f"{c.dropped_long} were too long, {c.dropped_empty} had no token to learn within {length} tokens"
+            if cfg.eval_fraction and not any(rows):
+                why = f"no prompt fell on this side of data.eval_fraction={cfg.eval_fraction:g}; set another share"
+            raise UserError(f"{keys}: no usable row ({why})")
     if not len(epoch_order(train.sizes, train.weights, 0, 0)):
         each = ", ".join(f"{weight:g} x {size}" for size, weight in zip(train.sizes, weights, strict=True))
         raise UserError(f"data.train: its weights leave an epoch without a row ({each}); raise them")

@@ -132,7 +132,8 @@ def select(
         entropy = sampled_entropy(cfg, params, completions)
         found.append(rated(step, entropy, completions, verdicts, asked.samples))
         if found[-1].unjudged == len(tasks):
-            raise MachineError(f"step {step}: none of {len(tasks)} tasks could be judged: {verdicts[0].detail}")
+            why = next(verdict.detail for verdict in verdicts if verdict.score is None)
+            raise MachineError(f"step {step}: none of {len(tasks)} tasks could be judged: {why}")
         told(f"step {step}: entropy {entropy:.3f}, pass@{asked.samples} {found[-1].pass_n:.1%}")
     chosen, inside = choose(found, asked.low, asked.high)
     state = saver.restore(learner.abstract_state(), step=chosen.step).state

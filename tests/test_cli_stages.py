@@ -2,15 +2,17 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from cabochon import cli
+from cabochon import cli, cli_stages
 from cabochon.model import convert
 from cabochon.model import transformer as tf
 from cabochon.overrides import load
-from cabochon.sft.config import SftConfig
+from cabochon.sft import distill
+from cabochon.sft.config import DistillConfig, SftConfig
 from cabochon.testing import tiny_config
 from cabochon.tokenizer import ByteTokenizer
 
@@ -139,6 +141,16 @@ def test_data_check_of_a_distillation_and_of_the_tasks_it_is_asked(run, tmp_path
     code, out, err = run("data", "check", "demo-distill", f"teacher.address={place}", *asked)
     assert (code, err) == (1, "")
     assert f"LEAK 1 tasks of eval.sampled are among the trained prompts: tasks/0 = {tmp_path / 'rows.jsonl'}:1" in out
+
+
+@pytest.mark.parametrize(("vocabulary", "size"), [(1 << 16, 4 * 5 + 2), ((1 << 16) + 1, 6 * 5 + 2)])
+def test_the_dry_run_of_a_distillation_says_how_large_its_cache_can_become(monkeypatch, capfd, vocabulary, size):
+    """An id takes two bytes or four, a log-prob two, the count two."""
+    monkeypatch.setattr(cli_stages, "_describe", lambda *_: None)
+    monkeypatch.setattr(distill, "shared_tokenizer", lambda *_: SimpleNamespace(vocab_size=vocabulary))
+    cfg = load(DistillConfig, ["demo-distill"], ["teacher.address=t", "teacher.top_k=5", "teacher.cache=c"])
+    cli_stages._describe_distill(cfg)
+    assert f"in c, at most {size} bytes a trained token" in capfd.readouterr().err
 
 
 def test_a_row_that_was_mended_and_a_key_that_was_set_as_told_need_no_other_directory(run, tmp_path, data):

@@ -8,7 +8,7 @@ import pytest
 
 from cabochon.data import Row
 from cabochon.errors import UserError
-from cabochon.reward.config import PreferenceData
+from cabochon.reward.config import PreferenceColumns, PreferenceData
 from cabochon.reward.data import Feed, Position, batch_of, encode, pair_of, preference_of, read_splits
 from cabochon.tokenizer import ByteTokenizer
 
@@ -82,6 +82,18 @@ def test_bad_rows_name_the_line_and_the_column(values, said):
     assert said in str(caught.value)
 
 
+def test_a_prompt_column_of_another_name_is_called_by_it():
+    row = Row(where="f.jsonl:3", values={"chosen": "yes", "rejected": "no"})
+    with pytest.raises(UserError, match=r"f\.jsonl:3: no column 'question', and the two answers do not begin"):
+        preference_of(row, PreferenceColumns(prompt="question"))
+
+
+def test_one_token_is_refused():
+    """Its place in a batch would be its own end and the beginning at once."""
+    with pytest.raises(UserError, match=r"f\.jsonl:3: prompt and answer are one token \(260\)"):
+        pair_of(read(prompt="", chosen="", rejected="x"), BYTES)
+
+
 def test_texts_that_differ_but_not_in_their_tokens_are_refused():
     with pytest.raises(UserError, match="the same tokens"):
         pair_of(read(prompt="q", chosen="a<|im_end|>", rejected="a<eos>"), _Ends())
@@ -147,6 +159,12 @@ def test_weights_that_leave_an_epoch_empty_are_refused(tmp_path):
     source = {"path": write(tmp_path / "rows.jsonl", rows_of(20)), "weight": 0.01}
     with pytest.raises(UserError, match=r"its weights leave an epoch without a prompt \(0\.01 x 20\); raise them"):
         read_splits(PreferenceData.model_validate({"train": [source]}), BYTES, 32, 4)
+
+
+@pytest.mark.parametrize(("share", "key"), [(1e-9, "data.eval and data.eval_fraction"), (1 - 1e-9, "data.train")])
+def test_a_share_that_takes_no_prompt_or_all_is_said(tmp_path, share, key):
+    with pytest.raises(UserError, match=rf"{key}: no usable pair \(no prompt fell on this side of data.eval_fraction="):
+        made(tmp_path, rows_of(5), eval_fraction=share)
 
 
 def feed_of(train, packing=True, seed=0):

@@ -108,8 +108,10 @@ def test_no_usable_row(tmp_path):
     cfg = DataConfig(train=str(file), too_long="drop")
     with pytest.raises(UserError, match=r"data\.train: no usable row \(1 were too long, 0 had no token"):
         read_splits(cfg, TOK, 8)
-    with pytest.raises(UserError, match=r"data\.eval and data\.eval_fraction: no usable row"):
-        read_splits(DataConfig(train=str(file), eval_fraction=1e-9), TOK, 64)
+    for share, key in ((1e-9, "data.eval and data.eval_fraction"), (1 - 1e-9, "data.train")):
+        said = rf"{key}: no usable row \(no prompt fell on this side of data\.eval_fraction={share:g}; set another"
+        with pytest.raises(UserError, match=said):
+            read_splits(DataConfig(train=str(file), eval_fraction=share), TOK, 64)
 
 
 def test_weights_that_leave_an_epoch_without_a_row(tmp_path):

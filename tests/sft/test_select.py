@@ -87,8 +87,9 @@ def test_every_checkpoint_is_measured_and_the_chosen_one_written(tmp_path):
     drawn = engine.generate([Request(prompt=t.prompt, sampling=sampling, seed=int(s)) for t, s in zip(tasks, seeds)])  # noqa: B905
     again = sampled_entropy(cfg, policy.params, drawn)
     assert again == pytest.approx(chosen.entropy, rel=1e-4), "selected/ is the checkpoint that was measured"
-    with pytest.raises(MachineError, match="none of 4 tasks could be judged"):
-        select(cfg, tasks, local, lambda t, x: [Verdict(score=None, status="infra_error") for _ in x], asked)
+    fine, down = Verdict(score=1.0, status="ok", detail="2"), Verdict(score=None, status="infra_error", detail="down")
+    with pytest.raises(MachineError, match="none of 4 tasks could be judged: down"):
+        select(cfg, tasks, local, lambda t, x: [fine, down] * (len(x) // 2), asked)
 
 
 @pytest.mark.parametrize("chat", [False, True])
