@@ -1,8 +1,8 @@
 """Attention on CPU, f32, without its scores in memory (flash.cc, through `jax.ffi`): values and gradients.
 
 Why: XLA on CPU makes some fifteen passes over [B, heads, T, S] scores and keeps two of them for the backward pass,
-half of the time of a small model's step at T = 256. Here a block of scores lives in the cache, and a block where nothing
-may be seen, above the diagonal or between sequences packed into one row, costs nothing. Dao et al. 2205.14135.
+half of the time of a small model's step at T = 256. Here a block of scores lives in the cache, and a block where
+nothing may be seen, above the diagonal or between sequences packed into one row, costs nothing. Dao et al. 2205.14135.
 
 Legend: B rows, T queries, S keys, K kv heads, G queries per kv head, H head dim.
 """
