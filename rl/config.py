@@ -176,8 +176,8 @@ class KlConfig(Frozen):
     placement: Literal["loss", "reward"] = "loss"
     """a term of its own, or a penalty -coef x (logp - logp_reference) on every sampled token's reward"""
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    """of a loss; k1 and k3 are multiplied by the ratio, without which their gradient is zero or wrong. Not used in the
-    reward, where only k1 is right"""
+    """of a loss; k1 and k3 are multiplied by the ratio, and k3 has the gradient of k2: as they stand their gradient is
+    zero or wrong. Not used in the reward, where only k1 is right"""
     target: float | None = Field(None, gt=0)
     """mean KL per sampled token, nats, that coef is steered to; reward only"""
     horizon: float = Field(10_000, gt=0)

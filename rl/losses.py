@@ -121,10 +121,18 @@ def kl_estimate(kind: Literal["k1", "k2", "k3"], d: Tokens) -> Tokens:
 def kl_loss(kind: Literal["k1", "k2", "k3"], d: Tokens, log_ratio: Tokens) -> Tokens:
     """A per-token loss whose expected gradient is that of KL(current, reference) (section 7, 2506.09477).
 
-    As a loss k1 has no gradient and k3 that of the opposite KL, until the ratio's gradient is there too; k2 is right.
+    k2 is that as it stands, k1 where the ratio has its gradient too. k3 times the ratio would have the gradient of k2
+    times the ratio, but not beyond `MAX_K3`, where it points away from the reference: here it is so everywhere.
     """
-    value = kl_estimate(kind, d)
-    return value if kind == "k2" else value * jnp.exp(log_ratio)
+    value, ratio = kl_estimate(kind, d), jnp.exp(log_ratio)
+    match kind:
+        case "k1":
+            return value * ratio
+        case "k2":
+            return value
+        case "k3":
+            k2 = kl_estimate("k2", d)
+            return stop_gradient(ratio) * (k2 + stop_gradient(value - k2))
 
 
 def adapted_coef(coef: float, kl: float, cfg: KlConfig, samples: int) -> float:

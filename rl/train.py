@@ -24,9 +24,10 @@ from cabochon.errors import MachineError, UserError
 from cabochon.learner import Learner
 from cabochon.model import convert, value
 from cabochon.model import transformer as tf
+from cabochon.model.address import resolve
 from cabochon.model.config import ModelConfig
 from cabochon.model.hf_export import refuse_unexportable
-from cabochon.model.lora import merge_lora
+from cabochon.model.lora import add_lora, merge_lora
 from cabochon.policy import Policy, learner_config, open_policy
 from cabochon.protocols import Reward, StreamingEngine, Weights
 from cabochon.reward.open import JudgeRun, open_reward
@@ -84,6 +85,8 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
     KeyboardInterrupt after Ctrl-C saved a checkpoint.
     """
     files = [*cfg.tasks.train, *cfg.tasks.held_out]
+    if cfg.model.address is not None:  # a model that was trained anew is another input at the same place
+        files.append(str(resolve(cfg.model.address).path))
     with open_run(cfg, "rl", data=files, resume_anyway=resume_anyway, shown=SHOWN) as run, ExitStack() as stack:
         if run.finished:
             return run.final
@@ -99,7 +102,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
         abstract = States(learners.policy.abstract_state(), critic.abstract_state() if critic else None)
 
         # -- fresh states, or those that were saved --------------------------------------------------------------------
-        reference = policy.params if update.needs_reference else None
+        reference = reference_of(learners.policy, policy.params) if update.needs_reference else None
         if saved := run.restore(abstract._asdict()):
             states, done, progress = States(**saved.state), saved.step, Progress(**saved.meta)
         else:
@@ -263,6 +266,13 @@ def learners_of(cfg: RlConfig, update: Update, mesh: Mesh | None) -> Learners:
         assert update.critic_loss is not None
         critic = Learner(replace(shape, value=True, entropy=False, lora=None), update.critic_loss, mesh)
     return Learners(policy=Learner(shape, update.loss, mesh), critic=critic)
+
+
+def reference_of(learner: Learner, params: tf.Params) -> tf.Params:
+    """The policy before it learnt, as a tree of the learner's own shape: additions and head are there and are zero."""
+    cfg = learner.cfg
+    params = params if cfg.lora_matrices is None else add_lora(cfg.model, params, cfg.lora_matrices)
+    return value.with_head(cfg.model, params) if cfg.value else params
 
 
 def slot_config(cfg: RlConfig) -> SlotConfig:

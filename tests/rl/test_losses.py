@@ -212,21 +212,24 @@ def test_kl_estimates_by_hand():
 
 
 P, REF = np.array([0.5, 0.5]), np.array([0.25, 0.75])
-TRUE_GRAD = [0.274653, -0.274653]
 
 
-def expected_gradient(per_token):
+def expected_gradient(per_token, p=P):
     """Over both tokens of a vocabulary of two, weighted by their probability held constant: no sampling."""
 
     def loss(z):
         logp = jax.nn.log_softmax(z)[None]
-        return (jnp.asarray(P, jnp.float32)[None] * per_token(logp)).sum()
+        return (jnp.asarray(p, jnp.float32)[None] * per_token(logp)).sum()
 
-    return jax.grad(loss)(jnp.log(jnp.asarray(P, jnp.float32)))
+    return jax.grad(loss)(jnp.log(jnp.asarray(p, jnp.float32)))
 
 
-def test_expected_gradients_of_kl_losses():
-    ref, all_two = jnp.log(jnp.asarray(REF, jnp.float32))[None], jnp.ones((1, 2), bool)
+FAR = np.array([0.07, 0.93]), np.array([0.99, 0.01])
+
+
+@pytest.mark.parametrize(("p", "q", "true"), [(P, REF, 0.274653), (*FAR, -0.467536)], ids=["near", "beyond MAX_K3"])
+def test_expected_gradients_of_kl_losses(p, q, true):
+    ref, all_two = jnp.log(jnp.asarray(q, jnp.float32))[None], jnp.ones((1, 2), bool)
 
     def corrected(kind):
         def per_token(logp):
@@ -236,7 +239,11 @@ def test_expected_gradients_of_kl_losses():
         return per_token
 
     for kind in ("k1", "k2", "k3"):
-        np.testing.assert_allclose(expected_gradient(corrected(kind)), TRUE_GRAD, atol=1e-6)
+        np.testing.assert_allclose(expected_gradient(corrected(kind), p), [true, -true], atol=1e-6)
+
+
+def test_expected_gradients_and_values_of_kl_estimates():
+    ref = jnp.log(jnp.asarray(REF, jnp.float32))[None]
     naive = lambda kind: lambda logp: losses.kl_estimate(kind, logp - ref)  # noqa: E731
     np.testing.assert_allclose(expected_gradient(naive("k1")), [0, 0], atol=1e-6)
     np.testing.assert_allclose(expected_gradient(naive("k3")), [0.25, -0.25], atol=1e-6)
@@ -245,7 +252,7 @@ def test_expected_gradients_of_kl_losses():
 
 
 def test_corrected_k3_has_the_gradient_of_k2_sample_by_sample():
-    d = row(0.5, -0.5, 1.3)
+    d = row(0.5, -0.5, 1.3, -2.7, -5.0)
 
     def grad(kind):
         return jax.grad(lambda x: losses.kl_loss(kind, d + x, x).sum())(jnp.zeros_like(d))

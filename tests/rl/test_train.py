@@ -210,6 +210,38 @@ def test_runs_that_learn_nothing_are_stopped_in_their_first_steps(place, changes
 
 
 @pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"lora": {"rank": 2}, "update": {"algorithm": {"kind": "grpo"}, "kl": {"coef": 0.1}}}, "kl_reference"),
+        (
+            {
+                "update": {
+                    "algorithm": {"kind": "ppo", "critic": "shared", "warmup_updates": 0},
+                    "kl": {"coef": 0.1, "placement": "reward"},
+                }
+            },
+            "kl_reward",
+        ),
+    ],
+    ids=["lora", "shared critic"],
+)
+def test_the_reference_is_the_policy_before_it_learnt_whatever_the_learner_adds_to_it(place, more, key):
+    main(config(place, steps=3, **more))
+    first, *_, last = (r[key] for r in metrics(place / "run"))
+    assert abs(first) < 1e-6
+    assert abs(last) > 1e-4
+
+
+def test_a_run_knows_the_model_it_began_with_from_another_at_the_same_place(place):
+    model = {"address": str(main(config(place, "first", steps=1)))}
+    cfg = config(place, model=model, steps=1)
+    main(cfg)
+    main(config(place, "first", steps=2, seed=1), resume_anyway=True)
+    with pytest.raises(UserError, match="first/final was changed since"):
+        main(cfg)
+
+
+@pytest.mark.parametrize(
     "update",
     [
         {"algorithm": {"kind": "ppo", "warmup_updates": 1}},
