@@ -58,13 +58,11 @@ class _Job:
     """samples that have a slot or are done"""
     read: bool = False
     """its prompt is in the prefix buffer"""
-    loads: int = -1
-    """how often weights had been loaded when it was read"""
     from_slot: int | None = None
     """where a part of its prompt came from"""
     prefill_seconds: float = 0.0
     routes: np.ndarray | None = None
-    """[P-1, L, C]"""
+    """[P-1, L, C] of the last reading"""
 
 
 @dataclass(kw_only=True)
@@ -76,6 +74,10 @@ class _Running:
     phase: int
     """of thinking, after the prompt"""
     since: float
+    loads: int
+    """how often weights had been loaded when it began"""
+    prompt_routes: np.ndarray | None
+    """[P-1, L, C] of its prompt as it was read then; new weights have the job read again for samples that wait"""
     tokens: list[int] = field(default_factory=list)
     logp: list[np.ndarray] = field(default_factory=list)
     raw: list[np.ndarray] = field(default_factory=list)
@@ -236,7 +238,7 @@ class Sampler:
             at += real
         jax.block_until_ready(self._prefix)  # so that the time is the work's and not that of asking for it
         job.routes = np.concatenate(parts) if parts else None
-        job.read, job.loads, job.prefill_seconds = True, self._loads, time.monotonic() - begin
+        job.read, job.prefill_seconds = True, time.monotonic() - begin
 
     def _begin(self, job: _Job, slot: int) -> None:
         work, s = job.work, job.work.sampling
@@ -258,14 +260,17 @@ class Sampler:
         self._stopped[slot] = False
         self._kept.pop(slot, None)
         phase = int(np.asarray(thought.phase_B))
-        self._running[slot] = _Running(job=job, sample=job.started, phase=phase, since=time.monotonic())
+        self._running[slot] = _Running(
+            job=job, sample=job.started, phase=phase, since=time.monotonic(), loads=self._loads,
+            prompt_routes=job.routes,
+        )  # fmt: skip
         job.started += 1
 
     def _keep(self, slot: int, run: _Running) -> None:
         """Note what an ended sequence leaves in its slot, where one set of weights computed all of it."""
-        if not self.cfg.reuse or run.job.loads != self._loads:
+        if not self.cfg.reuse or run.loads != self._loads:
             return
-        steps = [run.job.routes] if run.job.routes is not None else []
+        steps = [run.prompt_routes] if run.prompt_routes is not None else []
         tokens = np.concatenate([run.job.work.tokens, np.array(run.tokens, np.int32)])[:-1]
         routes = np.concatenate(steps + run.routes)[: len(tokens)] if run.routes else None
         self._ended += 1
@@ -307,7 +312,7 @@ class Sampler:
             steps = np.concatenate(run.routes)
             last = np.full((1, *steps.shape[1:]), -1, np.int32)
             routes = np.concatenate([steps[1:kept], last])
-            prompt_routes = steps[:1] if job.routes is None else np.concatenate([job.routes, steps[:1]])
+            prompt_routes = np.concatenate([*([] if run.prompt_routes is None else [run.prompt_routes]), steps[:1]])
         phases = np.concatenate(run.phases)[:kept]
         thought, answer = thinking.spans(job.work.tags, run.phase, phases, tokens)
         return Completion(

@@ -16,6 +16,7 @@ from cabochon.ops import token_outputs
 from cabochon.protocols import Weights
 from cabochon.rollouts.engine_params import engine_params
 from cabochon.rollouts.local import LocalEngine, check_tree, requests_for
+from cabochon.rollouts.prefix import common
 from cabochon.rollouts.sampler import Sampler, SamplerError
 from cabochon.rollouts.slots import SlotConfig
 from cabochon.testing import tiny_config, tiny_moe
@@ -406,6 +407,36 @@ def test_what_is_not_reused(params):
     while sampler.busy:
         sampler.step()
     assert reused("across weights", plain) == 0
+
+
+def test_samples_of_one_prompt_begun_before_and_after_a_load(params):
+    """Two slots, three samples: the last begins with new weights. The first two keep the routes of their own reading,
+    and nothing that older weights computed is taken over."""
+    old, new = params["moe"], peaked(MOE, seed=9)
+    sampler = Sampler(MOE, old, TOK, dataclasses.replace(SLOTS, slots=2, reuse=4))
+    prompt = "samples of one prompt"
+    request = Request(prompt=prompt, sampling=Sampling(max_tokens=6, n=3, routes=True, ignore_eos=True))
+    sampler.submit(sampler.prepare(request))
+    sampler.step()
+    sampler.load(new, 1)
+    done = {}
+    while sampler.busy:
+        for _, sample, completion in sampler.step():
+            done[sample] = completion
+    for sample, weights in ((0, old), (1, old), (2, new)):
+        alone = LocalEngine(MOE, TOK, Weights(version=0, params=weights), SLOTS).generate([request])[sample]
+        np.testing.assert_array_equal(done[sample].prompt_routes, alone.prompt_routes)
+    assert (done[0].prompt_routes != done[2].prompt_routes).any()
+    again = second_turns([done[1]], Sampling(max_tokens=4, routes=True, ignore_eos=True))
+    fresh = LocalEngine(MOE, TOK, Weights(version=1, params=new), SLOTS).generate(again)[0]
+    sampler.submit(sampler.prepare(again[0]))
+    while sampler.busy:
+        for _, _, completion in sampler.step():
+            np.testing.assert_allclose(completion.raw_logprobs, fresh.raw_logprobs, atol=1e-5, rtol=0)
+            np.testing.assert_array_equal(completion.prompt_routes, fresh.prompt_routes)
+    shared = common(done[1].tokens, done[2].tokens)
+    assert shared < 5
+    assert sampler.counters.reused_tokens == len(done[2].prompt_tokens) + shared, "of what the new weights computed"
 
 
 def test_abort(engine, alone):
