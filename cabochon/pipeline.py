@@ -88,13 +88,14 @@ def run(cfg: PipelineConfig) -> None:
         except OSError:
             raise UserError(f"{place}: another process runs its stages; wait for it, or give another dir") from None
         done = _done(place)
-        again = False
         for number, (name, words) in enumerate(cfg.stages.items(), 1):
             title = f"[{number}/{len(cfg.stages)}] {name}"
-            if not again and done.get(name, {}).get("command") == list(words):
+            if done.get(name, {}).get("command") == list(words):
                 print(f"{title}: done before, {done[name]['seconds']:.0f} s", flush=True)
                 continue
-            again = True  # what follows is made of this
+            for later in list(cfg.stages)[number - 1 :]:  # what follows is made of this, also where this is killed
+                done.pop(later, None)
+            _write(place, done)
             print(f"{title}: cabochon {shlex.join(words)}", flush=True)
             begin = time.monotonic()
             if code := _command(words):

@@ -63,6 +63,29 @@ def test_a_failed_stage_stops_the_job_with_its_code_and_what_is_done_is_skipped(
     assert "seed: 2" in changed.stdout, "what follows a changed stage runs again"
 
 
+def test_what_follows_a_changed_stage_runs_again_also_where_the_job_was_killed_between(recipe, tmp_path, monkeypatch):
+    text = Path(recipe).read_text().replace("[report,", "[config, tiny-dense]\n  third: [report,")
+    Path(recipe).write_text(text)
+    ran, codes = [], {}
+
+    def command(words):
+        ran.append(words[0] if words[0] == "report" else words[-1])
+        return codes.get(ran[-1], 0)
+
+    monkeypatch.setattr(pipeline, "_command", command)
+    pipeline.run(pipeline.read([recipe]))
+    codes["tiny-dense"] = 143
+    changed, ran[:] = pipeline.read([recipe, "first.seed=3"]), []
+    with pytest.raises(SystemExit):
+        pipeline.run(changed)
+    assert ran == ["seed=3", "tiny-dense"]
+    assert set(json.loads((tmp_path / "job" / "pipeline.json").read_text())) == {"first"}
+    codes.clear()
+    ran.clear()
+    pipeline.run(changed)
+    assert ran == ["tiny-dense", "report"]
+
+
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
