@@ -40,7 +40,7 @@ def serve(
     for package in ("fastapi", "uvicorn"):
         if find_spec(package) is None:
             raise UserError(f"serving needs {package}: pip install 'cabochon[serve]'")
-    from cabochon.serve.server import ModelServer, ServerConfig, is_loopback, open_sampler
+    from cabochon.serve.server import ModelServer, ServerConfig, bound, is_loopback, open_sampler
 
     cfg = ServerConfig(
         host=host, port=port, slots=slots, queue=queue, length=length, max_tokens=max_tokens,
@@ -49,8 +49,9 @@ def serve(
     key = _key(api_key_file)
     if key is None and not is_loopback(host):
         print(f"anybody who reaches {host} can use this server: set {KEY_ENV} or --api-key-file", file=sys.stderr)
+    sock = bound(cfg)  # said at once where it cannot be had: reading and compiling take a while
     print(f"{model}: reading and compiling", file=sys.stderr)
-    server = ModelServer(open_sampler(model, cfg), name or model, cfg, key)
+    server = ModelServer(open_sampler(model, cfg), name or model, cfg, key, sock)
     server.run(lambda: print(f"{server.name}: {server.address}", flush=True))
 
 

@@ -1,5 +1,7 @@
 """What `cabochon serve` says before it reads a model."""
 
+import socket
+
 import pytest
 
 from cabochon import cli_serve
@@ -22,6 +24,14 @@ def test_a_key_that_cannot_be_sent_is_refused(tmp_path, text):
         cli_serve._key(tmp_path / "key")
     with pytest.raises(UserError, match=r"--api-key-file .*nowhere: cannot be read"):
         cli_serve._key(tmp_path / "nowhere")
+
+
+def test_a_taken_port_is_said_before_the_model_is_read():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(UserError, match="cannot be listened on"):
+            cli_serve.serve("nowhere", port=other.getsockname()[1], api_key_file=None)
 
 
 def test_a_missing_package_is_a_line_with_what_to_type(monkeypatch):

@@ -75,9 +75,6 @@ class Call:
 
     async def __aenter__(self) -> Call:
         """Raises ApiError where there is no place."""
-        most, wanted = self._engine.places, self._left
-        if wanted > most:
-            raise ApiError(400, f"the request asks for {wanted} samples; this server holds {most} at most", param="n")
         try:
             self._engine.submit(self.jobs)
         except Busy as error:
@@ -241,13 +238,15 @@ async def _body(request: Request, limit: int) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                body += part
+            while (part := await request.receive())["type"] == "http.request":
+                body += part.get("body", b"")
                 if len(body) > limit:
                     raise ApiError(413, f"the request is longer than {limit:,} bytes")
+                if not part.get("more_body", False):
+                    return bytes(body)
     except TimeoutError:
         raise ApiError(408, f"the request did not come in within {BODY_SECONDS:g} s") from None
-    return bytes(body)
+    raise ApiError(499, "the client left before its request was here")
 
 
 async def _as_answer(request: Request, error: Exception) -> Response:

@@ -21,6 +21,8 @@ from cabochon.tokenizer import Tokenizer
 from cabochon.types import Sampling, Thinking
 
 TAGS = (Thinking.open, Thinking.close)
+STOPS = 16
+"""texts that may end a sample at most: every new token is held against each"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,6 +33,8 @@ class Served:
     sampler: Sampler
     max_tokens: int
     """new tokens of one sample at most"""
+    places: int
+    """samples that have a slot or wait for one at most"""
     created: int = field(default_factory=lambda: int(time.time()))
     pieces: Pieces = field(init=False)
 
@@ -85,7 +89,7 @@ class Asked:
 
 def asked_chat(served: Served, body: ChatBody) -> Asked:
     """Raises ApiError."""
-    _check_model(served, body)
+    _check(served, body, prompts=1)
     try:
         ids = encode_chat(
             served.tokenizer, body.plain_messages(), add_generation_prompt=True, variables=body.chat_template_kwargs
@@ -105,8 +109,8 @@ def asked_chat(served: Served, body: ChatBody) -> Asked:
 
 def asked_completion(served: Served, body: CompletionBody) -> Asked:
     """Raises ApiError."""
-    _check_model(served, body)
     given = body.prompts()
+    _check(served, body, prompts=len(given))
     prompts = [encode_prompt(served.tokenizer, p if isinstance(p, str) else np.array(p, np.int64)) for p in given]
     works = _prepared(served, body, prompts, max(1, body.max_tokens))
     texts = [p if isinstance(p, str) else served.tokenizer.decode(p, skip_special=True) for p in given]
@@ -117,10 +121,16 @@ def asked_completion(served: Served, body: CompletionBody) -> Asked:
     )  # fmt: skip
 
 
-def _check_model(served: Served, body: Body) -> None:
+def _check(served: Served, body: Body, *, prompts: int) -> None:
+    """What can be said before a prompt becomes tokens, of which there may be millions in a body."""
     if body.model != served.name:
         message = f"the model {body.model!r} is not served here; this is {served.name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
+    if (wanted := prompts * body.n) > served.places:
+        message = f"the request asks for {wanted} samples; this server holds {served.places} at most"
+        raise ApiError(400, message, param="n")
+    if len(body.stops) > STOPS:
+        raise ApiError(400, f"stop: {len(body.stops)} texts; this server takes {STOPS} at most", param="stop")
 
 
 def _prepared(served: Served, body: Body, prompts: Sequence[np.ndarray], max_tokens: int) -> list[Prepared]:

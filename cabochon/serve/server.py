@@ -75,18 +75,21 @@ def warm_up(sampler: Sampler) -> None:
 
 
 class ModelServer:
-    """A sampler behind a socket that is bound at once.
+    """A sampler behind a socket.
 
     Example: `server = ModelServer(sampler, "mine", ServerConfig(port=0), key=None); server.run()`.
     """
 
-    def __init__(self, sampler: Sampler, name: str, cfg: ServerConfig, key: str | None):
-        """`key`: what clients must send. Raises UserError where the port cannot be had."""
-        self.name, self._socket = name, _bound(cfg.host, cfg.port)
+    def __init__(
+        self, sampler: Sampler, name: str, cfg: ServerConfig, key: str | None, sock: socket.socket | None = None
+    ):
+        """`key`: what clients must send. `sock`: from `bound`, for those who want to know first. Raises UserError where
+        the port cannot be had."""
+        self.name, self._socket = name, sock or bound(cfg)
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
         self.address = f"http://{host}:{self._socket.getsockname()[1]}/v1"
         self.engine = ServingEngine(sampler, queue=cfg.queue)
-        served = Served(name=name, sampler=sampler, max_tokens=cfg.max_tokens)
+        served = Served(name=name, sampler=sampler, max_tokens=cfg.max_tokens, places=self.engine.places)
         app = make_app(served, self.engine, Limits(seconds=cfg.timeout), key, _hosts(cfg.host, key))
         config = uvicorn.Config(
             app,
@@ -152,7 +155,9 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def bound(cfg: ServerConfig) -> socket.socket:
+    """A socket at the config's address that does not listen yet. Raises UserError where the port cannot be had."""
+    host, port = cfg.host, cfg.port
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

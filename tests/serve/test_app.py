@@ -1,5 +1,6 @@
 """The API over a real socket: what it answers is what the sampler draws, and what it refuses is said in one shape."""
 
+import asyncio
 import json
 import socket
 import time
@@ -196,6 +197,9 @@ def test_requests_are_drawn_together(server):
         ("/completions", {"prompt": "a", "temperature": -1}, 400, "temperature=-1"),
         ("/completions", {"prompt": "a", "n": 0}, 400, "n: expected greater than or equal to 1"),
         ("/completions", {"prompt": "a", "n": 99}, 400, "asks for 99 samples; this server holds 32 at most"),
+        ("/completions", {"prompt": [[1]] * 33}, 400, "asks for 33 samples; this server holds 32 at most"),
+        ("/chat/completions", {"messages": HI, "n": 33}, 400, "asks for 33 samples; this server holds 32 at most"),
+        ("/completions", {"prompt": "a", "stop": ["x"] * 17}, 400, "stop: 17 texts; this server takes 16 at most"),
         ("/completions", {"prompt": ""}, 400, "the prompt is empty"),
         ("/completions", {"prompt": []}, 400, "prompt is an empty list"),
         ("/completions", {"prompt": [7, 1 << 20]}, 400, "is not in the vocabulary"),
@@ -246,6 +250,30 @@ def test_raw_bodies_that_are_refused(server):
     assert send(content=long, headers={"Content-Type": "application/json"})[0] == 413
     assert server.client.get("/completions").status_code == 405
     assert server.client.get("/nothing").json()["error"]["message"] == "Not Found"
+
+
+def test_more_prompts_than_places_are_refused_before_any_is_made_ready(server, monkeypatch):
+    asked = []
+    monkeypatch.setattr(server.sampler, "prepare", lambda *words: asked.append(words))
+    assert server.post("/completions", prompt=[[1]] * 33).status_code == 400
+    assert not asked
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_fault(server):
+    """uvicorn would log a traceback for what the app raises."""
+    told = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+    sent = []
+
+    async def receive():
+        return next(told)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(server.server._server.config.app(scope, receive, send))
+    assert sent[0]["status"] == 499
 
 
 def test_models_health_and_hosts(server):
