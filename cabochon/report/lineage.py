@@ -49,26 +49,24 @@ def config_of(place: Path) -> Row:
 
 
 def ancestors(place: Path, config: Mapping[str, Any]) -> list[Row]:
-    """The runs this one began from, nearest first, as their manifests have them."""
-    manifest = read_object(place / "manifest.json")
-    parents = (manifest or {}).get("parents")
-    if not isinstance(parents, list):
+    """The runs this one began from or used, nearest first, each once, as their manifests have them."""
+    manifest = read_object(place / "manifest.json") or {}
+    if not isinstance(manifest.get("parents"), list):
         model = config.get("model")
         address = model.get("address") if isinstance(model, Mapping) else None
-        parents = [{"address": address, "manifest": _beside(address)}] if address else []
-    out: list[Row] = []
-    for parent in parents:
-        if isinstance(parent, Mapping):
-            about = parent.get("manifest") or {}
-            out.append({"address": str(parent.get("address")), **{k: about.get(k) for k in KEPT}})
-            out += _nested(about)
-    return out
+        manifest = {"parents": [{"address": address, "manifest": _beside(address)}] if address else []}
+    found: dict[str, Row] = {}
+    for row in _nested(manifest):
+        found.pop(row["address"], None)  # of one that several come from, only the place before all of them is kept
+        found[row["address"]] = row
+    return list(found.values())
 
 
-def _nested(manifest: Mapping[str, Any], depth: int = 8) -> Iterator[Row]:
+def _nested(manifest: Mapping[str, Any], depth: int = 9) -> Iterator[Row]:
     for parent in manifest.get("parents") or []:
         if isinstance(parent, Mapping) and depth:
-            about = parent.get("manifest") or {}
+            about = parent.get("manifest")
+            about = about if isinstance(about, Mapping) else {}
             yield {"address": str(parent.get("address")), **{k: about.get(k) for k in KEPT}}
             yield from _nested(about, depth - 1)
 

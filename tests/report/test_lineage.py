@@ -31,6 +31,9 @@ def test_ancestors_by_the_manifest_or_by_the_models_place(tmp_path):
     runs.finish(place, parents=[{"address": "y/final", "manifest": second}, {"address": "hub/model", "manifest": None}])
     found = lineage.ancestors(place, lineage.config_of(place))
     assert [(a["address"], a["stage"]) for a in found] == [("y/final", "rm"), ("x/final", "sft"), ("hub/model", None)]
+    runs.finish(place, parents=[{"address": "x/final", "manifest": first}, {"address": "y/final", "manifest": second}])
+    found = lineage.ancestors(place, lineage.config_of(place))
+    assert [a["address"] for a in found] == ["y/final", "x/final"]  # what both came from, once and last
     (place / "manifest.json").unlink()
     (tmp_path / "sft").mkdir()
     runs.finish(tmp_path / "sft", stage="sft", steps=77)

@@ -33,6 +33,8 @@ function intervalOf(low, middle, high, from, to) {
     svg("line", { x1: at(low), x2: at(high), y1: 8, y2: 8 }), svg("circle", { cx: at(middle), cy: 8, r: 3.5 }));
 }
 
+const whole = (text) => el("td", { class: "whole" }, text);
+
 function evaluationOf(job) {
   const found = job && job.eval;
   if (!found || !found.evaluations.length) return null;
@@ -43,8 +45,8 @@ function evaluationOf(job) {
       if (!m) continue;
       const rates = Object.entries(d).filter(([k]) => k.includes("@")).map(([k, v]) => `${k} ${percent(v)}`).join(", ");
       rows.push([domain, visible(e.model + (known(e.thinking) ? ` (thinking ${e.thinking})` : "")), percent(m.mean),
-        intervalOf(m.low, m.mean, m.high, 0, 1), `${percent(m.low)} – ${percent(m.high)}`,
-        p ? el("span", { class: p.low > 0 ? "good" : p.high < 0 ? "bad" : "" }, `${signed(100 * p.difference)} points [${signed(100 * p.low)}, ${signed(100 * p.high)}], p ${number(p.p)}`) : "", rates]);
+        intervalOf(m.low, m.mean, m.high, 0, 1), whole(`${percent(m.low)} – ${percent(m.high)}`),
+        p ? el("td", { class: `whole ${p.low > 0 ? "good" : p.high < 0 ? "bad" : ""}` }, `${signed(100 * p.difference)} points [${signed(100 * p.low)}, ${signed(100 * p.high)}], p ${number(p.p)}`) : "", whole(rates)]);
     }
   }
   return section("evaluation", "Before and after, on held-out tasks",
@@ -146,7 +148,7 @@ function eventsOf(run, frame) {
 function environmentOf(run) {
   const m = run.manifest || {};
   const versions = Object.entries(m.versions || {}).map(([k, v]) => [k, visible(plainly(v))]);
-  const files = (m.data || []).map((f) => [el("td", { class: "wrap" }, visible(String(f.path))), `${number(Math.round(f.bytes / 1000))} kB`, el("td", { class: "mono" }, String(f.sha256).slice(0, 16))]);
+  const files = (m.data || []).map((f) => [el("td", { class: "wrap" }, visible(String(f.path))), whole(`${number(Math.round(f.bytes / 1000))} kB`), el("td", { class: "mono" }, String(f.sha256).slice(0, 16))]);
   return section("environment", "Environment", el("div", { class: "cards" },
     versions.length ? el("div", { class: "panel" }, el("h3", {}, "Versions"), table(["", ""], versions)) : null,
     files.length ? el("div", { class: "panel" }, el("h3", {}, "Data, by content"), table(["file", "size", "sha-256"], files, [1])) : null,
