@@ -39,6 +39,7 @@ def _describe(cfg: RlConfig) -> None:
     from cabochon.policy import model_config
     from cabochon.rl.train import learners_of, tasks_of
     from cabochon.rl.update import plan_update
+    from cabochon.tpu_compile import rl_batch
 
     print(overrides.dump(cfg), end="")
     train, held = tasks_of(cfg)
@@ -51,7 +52,7 @@ def _describe(cfg: RlConfig) -> None:
         f"{len(train):,} tasks to learn from, {len(held):,} held out",
         f"a step: {r.prompts} prompts x {r.group_size} = {r.prompts * r.group_size} completions of up to "
         f"{cfg.sampling.max_tokens} tokens, {cfg.update.minibatches * cfg.update.epochs} updates",
-        *memory_lines(learners.policy),
+        *memory_lines(learners.policy, rl_batch(learners.policy, update)),
     ]
     print("\n".join(lines), file=sys.stderr)
 
