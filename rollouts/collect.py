@@ -116,7 +116,7 @@ class Collected:
     dropped: list[Group]
     """which `keep` refused"""
     stale: list[Group]
-    """drawn by weights too old to learn from; their tasks were started again"""
+    """drawn by weights too old to learn from"""
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -226,8 +226,8 @@ class Collector:
         """The `wanted` oldest groups that `keep` accepts, waiting for them.
 
         In place of what it refuses, up to `refills` tasks of `more` are started where what is in flight would not be
-        enough. A group older than `max_lag` versions is not learned from: its task is started again, which counts
-        towards `refills` too. Fewer than `wanted` come back when nothing is in flight any more.
+        enough. A group older than `max_lag` versions is not learned from; in its place its own task is started again,
+        under the same two conditions. Fewer than `wanted` come back when nothing is in flight any more.
         """
         kept: dict[int, Group] = {}
         dropped: list[Group] = []

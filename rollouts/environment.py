@@ -8,7 +8,6 @@ context: mask 0, log-prob 0 (algorithms.md section 0, convention 2).
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
 import time
@@ -75,7 +74,7 @@ class EpisodeLimits:
     tokens: int = 1024
     """prompt and episode together; at most what the engine holds"""
     seconds: float = 120.0
-    """spent in the environment, over all turns"""
+    """spent in the environment, over all turns; more than that in `reset` is a failure of the machine"""
     observation_chars: int = 4000
     """of one message; the middle of a longer one is left out, with a note"""
     parallel: int = 8
@@ -182,9 +181,12 @@ def next_turns(runs: Sequence[Run]) -> list[tuple[Request, list[Run]]]:
     """Requests for a turn of each, in order, and whose samples they are. Samples of one task that begin alike are one
     request, so that its prompt is read once; later turns have prompts and seeds of their own."""
     asked = [(run, run.request()) for run in runs]
-    groups = [list(g) for _, g in itertools.groupby(asked, lambda a: _key(*a))]
+    groups: dict[tuple[int, int, int, bytes], list[tuple[Run, Request]]] = {}
+    for each in asked:
+        groups.setdefault(_key(*each), []).append(each)
     return [
-        (replace(g[0][1], sampling=replace(g[0][1].sampling, n=len(g))), [run for run, _ in g]) for g in groups
+        (replace(g[0][1], sampling=replace(g[0][1].sampling, n=len(g))), [run for run, _ in g])
+        for g in groups.values()
     ]
 
 
@@ -305,10 +307,9 @@ class Run:
         try:
             return within(self.limits.seconds - self.seconds, call, argument)
         except TimeoutError as error:
-            if self.seconds + time.monotonic() - start < self.limits.seconds:  # not ours: somebody it waited for
-                self._end("failed", f"TimeoutError: {error}")
-            else:
-                self._end("seconds", f"the environment took more than {self.limits.seconds:g} s")
+            ours = self.seconds + time.monotonic() - start >= self.limits.seconds  # or of somebody it waited for
+            detail = f"the environment took more than {self.limits.seconds:g} s" if ours else f"TimeoutError: {error}"
+            self._end("seconds" if ours and self.turns else "failed", detail)  # no turn: the policy had no part in it
         except MachineError as error:
             self._end("failed", " ".join(str(error).split()))
         finally:

@@ -120,6 +120,18 @@ def test_samples_that_begin_alike_share_a_request():
     assert [r.sampling.n for r in engine.seen] == [4, 4] + [1] * 8
 
 
+def test_samples_that_begin_alike_share_a_request_also_where_others_stand_between():
+    engine, prompts = FakeEngine(lambda prompt, seed, sample: f"{prompt.count('odd')}.{sample}"), iter("0101")
+
+    class Drawn(Talk):
+        def reset(self, task):
+            return [{"role": "user", "content": "odd" if next(prompts) == "1" else "even"}]
+
+    _, made = run(engine, lambda: Drawn(turns=1), ["a"], Sampling(max_tokens=8, n=4), EpisodeLimits(parallel=1))
+    assert [r.sampling.n for r in engine.seen] == [2, 2]
+    assert [env.seen for env in made] == [["0.0"], ["1.0"], ["0.1"], ["1.1"]]
+
+
 def test_the_version_of_every_token():
     engine = FakeEngine(lambda prompt, seed, sample: "ab")
 
@@ -282,6 +294,14 @@ def test_seconds_in_the_environment():
     assert "more than 1.5 s" in episode.detail
     assert 1.4 < episode.seconds < 2
     assert time.monotonic() - start < 4
+    assert env.closed == 1
+
+
+def test_a_reset_that_is_too_slow_is_a_failure_and_no_wrong_answer():
+    (episode,), (env,) = run(FakeEngine(lambda *_: "x"), lambda: Talk(act=lambda *_: time.sleep(5)), ["a"],
+                             limits=EpisodeLimits(seconds=0.2))  # fmt: skip
+    assert (episode.ended, episode.completion.finish, episode.turns) == ("failed", "abort", ())
+    assert episode.detail == "the environment took more than 0.2 s"
     assert env.closed == 1
 
 
