@@ -92,6 +92,10 @@ def test_the_demo_survives_kills_of_any_of_its_processes(tmp_path, seed):
     seen = [_groups(place / "rl" / "rollouts" / f"step_{n:06}.jsonl") for n in range(1, 9)]
     groups = [group for step in seen for group in step]
     assert len(groups) == len(set(groups)), "no group is learnt from twice"
+    parents = json.loads((place / "rl" / "manifest.json").read_text())["parents"]
+    assert {p["address"]: p["manifest"]["steps"] for p in parents} == {
+        "runs/demo/sft/final": 60, "runs/demo/judge/final": 8, "runs/demo/rm/final": 6,
+    }  # fmt: skip
     assert (place / "report.html").stat().st_size > 100_000
 
 
