@@ -140,7 +140,9 @@ def _padded(arrays: Sequence[np.ndarray], width: int) -> np.ndarray:
 
 def token_rewards(samples: Samples, outcome_N: np.ndarray) -> np.ndarray:
     """[N, T]: penalties at every sampled token, the outcome added at the last one; no reward counts as 0."""
-    mask_NT = _padded(samples.masks, max(len(m) for m in samples.masks))
+    mask_NT = _padded(samples.masks, max((len(m) for m in samples.masks), default=0))
+    if not mask_NT.size:
+        return mask_NT
     rewards_NT = np.zeros(mask_NT.shape) if samples.penalties is None else _padded(samples.penalties, mask_NT.shape[1])
     rewards_NT *= mask_NT
     last_N = mask_NT.shape[1] - 1 - mask_NT[:, ::-1].argmax(-1)

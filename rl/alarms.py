@@ -56,9 +56,7 @@ class AlarmLimits(Frozen):
     violation: float = Field(2.0, gt=1)
     """largest expert load above the mean, as a multiple of the first step's"""
     reference_kl: float = Field(1.0, gt=0)
-    """KL to the reference at the first step, nats per token: there both should be nearly the same model"""
-    lag: int = Field(8, ge=1)
-    """updates between drawing a token and training on it"""
+    """KL to the reference at the policy's first step, nats per token: there both should be nearly the same model"""
     budget_fill: float = Field(0.9, ge=0)
     """least share of a fixed token budget that a rollout batch brings"""
 
@@ -99,11 +97,11 @@ def _reads(key: str, compare: Callable[[float, float], bool], limit: Limit, text
     return said
 
 
-def _zero(key: str, text: str, unless_zero: str = "") -> Said:
-    """`unless_zero`: another reading that explains this one, and has a rule of its own."""
+def _zero(key: str, text: str, *unless_zero: str) -> Said:
+    """`unless_zero`: other readings that explain this one, and have a rule of their own."""
 
     def said(row: Row, state: State, limits: AlarmLimits) -> str | None:
-        explained = bool(unless_zero) and _read(row, unless_zero) == 0
+        explained = any(_read(row, other) == 0 for other in unless_zero)
         return text if _read(row, key) == 0 and not explained else None
 
     return said
@@ -136,8 +134,8 @@ def _violation(row: Row, state: State, limits: AlarmLimits) -> str | None:
 
 
 def _reference(row: Row, state: State, limits: AlarmLimits) -> str | None:
-    kl = _read(row, "kl_reference" if "kl_reference" in row else "kl_reward")
-    if state.get("steps", 0) > 1 or kl is None or abs(kl) <= limits.reference_kl:
+    kl = state.get("first.kl")
+    if kl is None or abs(kl) <= limits.reference_kl:
         return None
     return f"the reference policy is {abs(kl):.1f} nats per token away before anything was learnt"
 
@@ -162,10 +160,10 @@ RULES = (
           remedy="Every completion was left out: rewards equal in each group, or none at all (see infra_errors)"),
     _Rule(name="learning_rate", after=2, said=_zero("learning_rate", "the learning rate is 0"),
           remedy="Set optim.learning_rate, or a schedule that does not end before the run: optim.total_steps"),
-    _Rule(name="gradient", after=1, said=_zero("grad_norm", "the gradient is 0", unless_zero="trained_tokens"),
+    _Rule(name="gradient", after=1, said=_zero("grad_norm", "the gradient is 0", "trained_tokens"),
           remedy="Every advantage is 0 or every token refused: see groups_* and w_refused"),
     _Rule(name="weights", after=2, said=_zero("weights_change", "the published weights are those of the step before",
-                                              unless_zero="learning_rate"),
+                                              "learning_rate", "trained_tokens"),
           remedy="Updates are lost on their way to the sampler, or are too small for its number format"),
     _Rule(name="logprobs", after=2, said=_reads("w_kl", gt, lambda x: x.logprob_kl,
                                                "sampler and learner differ by {:.3f} nats per token (k3)"),
@@ -189,8 +187,9 @@ RULES = (
           remedy="The router collapses: raise aux.balance, set router.freeze=true, or lower optim.learning_rate"),
     _Rule(name="reference", after=1, said=_reference,
           remedy="Is it another model, or one with another tokenizer or chat template?"),
-    _Rule(name="stale", after=2, said=_reads("lag.max", gt, lambda x: x.lag, "tokens are {:.0f} updates old"),
-          remedy="The sampler does not take new weights: see events.jsonl for its version"),
+    _Rule(name="stale", after=2, said=_reads("groups_stale", gt, lambda _: 0.0,
+                                             "{:.0f} groups were thrown away, older than rollout.max_lag"),
+          remedy="The sampler does not take new weights (see events.jsonl), or groups take longer than max_lag steps"),
     _Rule(name="budget", after=3, said=_reads("budget_fill", lt, lambda x: x.budget_fill,
                                               "rollouts bring {:.0%} of the token budget"),
           remedy="Lower algorithm.budget or raise rollout.prompts: the divisor stays the budget, and updates weaken"),
@@ -199,10 +198,11 @@ RULES = (
 
 def check(row: Row, step: int, state: State, limits: AlarmLimits = AlarmLimits()) -> tuple[list[Alarm], State]:
     """Alarms that go off at this step, and the state for the next call. `row` as it stands in metrics.jsonl."""
-    new = {**state, "steps": state.get("steps", 0) + 1}
-    violation = _read(row, "moe.max_violation")
-    if violation is not None:
-        new.setdefault("first.max_violation", violation)
+    new = {**state}
+    kl = _read(row, "kl_reference" if "kl_reference" in row else "kl_reward")
+    for name, value in (("first.max_violation", _read(row, "moe.max_violation")), ("first.kl", kl)):
+        if value is not None:
+            new.setdefault(name, value)
     alarms = []
     for rule in RULES:
         said = rule.said(row, new, limits)

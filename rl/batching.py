@@ -203,7 +203,8 @@ def minibatches(
     group_N = np.array([r.group for r in rollouts])
     kept = np.flatnonzero(advantages.keep_N)
     order = kept[shuffled_groups(group_N[kept], rng)] if len(kept) else kept
-    parts = np.array_split(np.unique(group_N[order]), count) if len(order) else []
+    groups = list(dict.fromkeys(group_N[order].tolist()))  # in their random order
+    parts = np.array_split(np.array(groups), count) if groups else []
     made = []
     for part in parts:
         members = [int(i) for i in order if group_N[i] in part]

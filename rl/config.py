@@ -145,7 +145,9 @@ class Ppo(Frozen):
     value_clip: float = Field(0.2, ge=0)
     """how far a value may move from what it was before the update, 0 for no bound"""
     value_coef: float = Field(0.1, gt=0)
-    """weight of the value loss in a shared trunk; not used by `own`, which has a learning rate of its own"""
+    """weight of the value loss in a shared trunk; not used by `own`, see critic_learning_rate"""
+    critic_learning_rate: float | None = Field(None, gt=0)
+    """of a trunk of its own; null: `optim.learning_rate`. A policy's 1e-6 is slow for a critic: others take 1e-5"""
     gamma: float = Field(1.0, gt=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
     """of returns, and of advantages unless length_adaptive"""
@@ -154,13 +156,15 @@ class Ppo(Frozen):
     bootstrap: bool = False
     """a truncated response ends with the critic's value of its last state, instead of as a failure"""
     warmup_updates: int = Field(10, ge=0)
-    """updates of the critic before the policy's first"""
+    """updates of the critic before the policy's first, to the end of the rollout batch they fall into"""
     aggregation: Aggregation = "token_mean"
 
     @model_validator(mode="after")
     def _check(self) -> Ppo:
         if self.critic == "shared" and self.warmup_updates:
             raise ValueError("a shared trunk cannot be warmed up without the policy: set warmup_updates to 0")
+        if self.critic == "shared" and self.critic_learning_rate is not None:
+            raise ValueError("a shared trunk learns at the policy's rate: set critic_learning_rate to null")
         return self
 
 

@@ -21,7 +21,7 @@ from cabochon.rl.estimators import majority_at_k, over_problems, paired_test, pa
 from cabochon.rollouts.local import LocalEngine, requests_for
 from cabochon.rollouts.prompts import encode_prompt
 from cabochon.rollouts.slots import SlotConfig
-from cabochon.types import Sampling, Task, Thinking
+from cabochon.types import Completion, Sampling, Task, Thinking, Verdict
 from cabochon.verifiers.build import SandboxName, probes_for, verifier_for
 from cabochon.verifiers.pool import VerifierPool
 from cabochon.verifiers.tasks import read_tasks
@@ -65,7 +65,7 @@ def answer(
         out.append(
             Answered(
                 task=task,
-                score_n=np.array([np.nan if v.score is None else v.score for v in said]),
+                score_n=np.array([_score(c, v) for c, v in zip(some, said, strict=True)]),
                 tokens_n=np.array([int(c.mask.sum()) for c in some]),
                 truncated_n=np.array([c.finish == "length" for c in some]),
                 texts=[c.text for c in some],
@@ -73,6 +73,21 @@ def answer(
             )
         )
     return out
+
+
+def _score(completion: Completion, verdict: Verdict) -> float:
+    """NaN where the machine failed, in drawing or in judging."""
+    return np.nan if completion.finish == "abort" or verdict.score is None else verdict.score
+
+
+def distinct(paths: Sequence[str], where: str) -> list[Task]:
+    """The tasks of all files. Raises UserError, which names `where` they were given, for an id that is used twice."""
+    tasks: dict[str, Task] = {}
+    for task in (t for path in paths for t in read_tasks(path)):
+        if task.id in tasks:
+            raise UserError(f"{where}: the id {task.id!r} is in two of the files; make ids different")
+        tasks[task.id] = task
+    return list(tasks.values())
 
 
 def first_of_each(tasks: Sequence[Task], most: int) -> list[Task]:
@@ -130,7 +145,7 @@ def compare(models: Sequence[str], asked: Asked, told: Callable[[str], None]) ->
     """
     if asked.temperature == 0 and asked.samples > 1:
         raise UserError(f"samples={asked.samples} at temperature 0 are all alike: ask for 1, or raise the temperature")
-    tasks = first_of_each([task for path in asked.tasks for task in read_tasks(path)], asked.most)
+    tasks = first_of_each(distinct(asked.tasks, "--tasks"), asked.most)
     entries: list[dict[str, Any]] = []
     first: dict[str, Any] | None = None
     with VerifierPool(verifier=verifier_for(tasks, sandbox=asked.sandbox), probes=probes_for(tasks)) as verifiers:

@@ -60,13 +60,14 @@ class Feed(Iterator[Task]):
         """tasks drawn so far, by phase"""
         self.rates = dict(rates or {})
         """running solve rate by bucket, of those that were seen"""
-        self._again = list(unfinished)
+        self.again = list(unfinished)
+        """ids of those that were in flight and have not been handed out again"""
         self._bucket = {t.id: bucket(t, curriculum.by) for t in tasks} if curriculum else {}
 
     def __next__(self) -> Task:
         schedule, place = self._schedules[self.phase], self.places[self.phase]
-        if self._again:
-            return schedule.by_id(self._again.pop(0))
+        if self.again:
+            return schedule.by_id(self.again.pop(0))
         self.places[self.phase] += 1
         if self._curriculum is None:
             return schedule[place]

@@ -55,29 +55,41 @@ def measure(
     learners: Learners, states: States, reference: tf.Params | None, rollouts: Sequence[Rollout], cfg: UpdateConfig,
     update: Update,
 ) -> Known:  # fmt: skip
-    """What advantages and KL need of each completion, by forward passes over whole batches."""
+    """What advantages and KL need of each completion, by forward passes over whole batches.
+
+    One without a token (an episode that failed before its first turn) has nothing to measure, and its value is 0.
+    """
     learner = learners.policy
     in_reward = cfg.kl.coef > 0 and cfg.kl.placement == "reward"
-    found: dict[str, list[Any]] = {"reference": [], "policy": [], "values": []}
-    for part in np.array_split(np.arange(len(rollouts)), cfg.minibatches):
-        some = [rollouts[i] for i in part]
-        if not some or not (reference is not None or in_reward or update.critic != "none"):
+    wanted = {"reference": reference is not None, "policy": in_reward or update.critic == "shared"}
+    found = {name: [np.zeros(0, np.float32) for _ in rollouts] for name, there in wanted.items() if there}
+    if update.critic != "none":
+        found["values"] = [np.zeros(1, np.float32) for _ in rollouts]
+    drawn = [i for i, r in enumerate(rollouts) if len(r.completion.tokens)] if found else []
+
+    def put(name: str, part: np.ndarray, measured: Sequence[np.ndarray]) -> None:
+        for i, x in zip(part, measured, strict=True):
+            found[name][i] = x
+
+    for part in np.array_split(np.array(drawn, int), cfg.minibatches):
+        if not len(part):
             continue
+        some = [rollouts[i] for i in part]
         at = layout(some, learner.cfg.step)
         # the reference is another router: it is left its own choice of experts (section 7)
         natural = parallel.place(to_batch(some, at), learner.mesh)
         batch = parallel.place(to_batch(some, at, routes=True), learner.mesh) if update.replays_sampler else natural
         if reference is not None:
-            found["reference"] += at.from_rows(_logp(learner, reference, natural))
+            put("reference", part, at.from_rows(_logp(learner, reference, natural)))
         if in_reward or update.critic == "shared":
             forward = learner.score(states.policy.params, batch).tokens
-            found["policy"] += at.from_rows(np.asarray(forward.logp_BT))
+            put("policy", part, at.from_rows(np.asarray(forward.logp_BT)))
             if update.critic == "shared":
-                found["values"] += at.states(np.asarray(forward.value_BT))
+                put("values", part, at.states(np.asarray(forward.value_BT)))
         if learners.critic is not None and states.critic is not None:
             values_BT = learners.critic.score(states.critic.params, natural).tokens.value_BT
-            found["values"] += at.states(np.asarray(values_BT))
-    return Known(found["reference"] or None, found["policy"] or None, found["values"] or None)
+            put("values", part, at.states(np.asarray(values_BT)))
+    return Known(found.get("reference"), found.get("policy"), found.get("values"))
 
 
 def kl_penalties(known: Known, rollouts: Sequence[Rollout], coef: float) -> tuple[list[np.ndarray], float]:
@@ -176,7 +188,8 @@ def _keep(
 
 @jax.jit
 def fingerprint(params: tf.Params) -> jax.Array:
-    """[tensors] f32 sum of each: two sets of weights whose sums all agree are the same for all we care."""
+    """[tensors] f32 sum of each: two sets of weights whose sums all agree are the same for all we care. Give them as an
+    engine has them, since a change may be too small for its number format."""
     return jnp.stack([x.astype(jnp.float32).sum() for x in jax.tree.leaves(params)])
 
 

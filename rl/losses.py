@@ -196,9 +196,9 @@ def policy_loss(surrogate: Surrogate, mismatch: MismatchConfig, kl: KlConfig, en
     def loss(outputs: TokenOutputs, batch: Batch) -> Loss:
         trained, segment = batch.mask_BT > 0, batch.segment_BT
         logp = jnp.where(trained, outputs.logp_BT, 0.0)
-        proximal = stop_gradient(logp) if batch.logp_proximal_BT is None else jnp.asarray(batch.logp_proximal_BT)
-        if mismatch.proximal == "sampler":
-            proximal = _given(batch.logp_behaviour_BT, "logp_behaviour_BT")
+        own = stop_gradient(logp) if batch.logp_proximal_BT is None else jnp.asarray(batch.logp_proximal_BT)
+        bypass = mismatch.proximal == "sampler"
+        proximal = _given(batch.logp_behaviour_BT, "logp_behaviour_BT") if bypass else own
         ratio = log_ratio(logp, proximal, trained)
         per_token, clipped = surrogate(logp, ratio, _given(batch.advantage_BT, "advantage_BT"), trained, segment)
         metrics = {
@@ -207,10 +207,11 @@ def policy_loss(surrogate: Surrogate, mismatch: MismatchConfig, kl: KlConfig, en
             "off_ratio": token_mean(stop_gradient(ratio) != 0, trained),
         }
         if batch.logp_behaviour_BT is not None:
-            log_w = stop_gradient(log_ratio(proximal, jnp.asarray(batch.logp_behaviour_BT), trained))
+            gap = stop_gradient(log_ratio(own, jnp.asarray(batch.logp_behaviour_BT), trained))
+            log_w = jnp.zeros_like(gap) if bypass else gap
             weight, kept = importance_weights(log_w, trained, segment, mismatch)
             per_token = per_token * jnp.where(kept, weight, 0.0)
-            metrics |= _mismatch_metrics(log_w, weight, kept, trained)
+            metrics |= _mismatch_metrics(gap, weight, kept, trained)
         terms = {"policy": weighted(per_token, batch)}
         tokens = {"clipped": jnp.where(trained, clipped, False).astype(jnp.float32)}
         if kl.coef and kl.placement == "loss":
@@ -227,14 +228,15 @@ def policy_loss(surrogate: Surrogate, mismatch: MismatchConfig, kl: KlConfig, en
     return loss
 
 
-def _mismatch_metrics(log_w: Tokens, weight: Tokens, kept: Array, trained: Array) -> dict[str, Mean]:
-    """Over every trained token, refused ones included. Effective sample size: w^2 / w_squared of the two means."""
+def _mismatch_metrics(gap: Tokens, weight: Tokens, kept: Array, trained: Array) -> dict[str, Mean]:
+    """Over every trained token, refused ones included. Effective sample size: w^2 / w_squared of the two means. `gap`:
+    the learner's log-probs less the sampler's, whichever of them the ratio is taken to."""
     return {
         "w": token_mean(weight, trained),
         "w_squared": token_mean(weight * weight, trained),
-        "w_kl": token_mean(jnp.expm1(log_w) - log_w, trained),
-        "w_gap": token_mean(jnp.abs(log_w), trained),
-        "w_large": token_mean(jnp.abs(log_w) > LARGE_LOG_W, trained),
+        "w_kl": token_mean(jnp.expm1(gap) - gap, trained),
+        "w_gap": token_mean(jnp.abs(gap), trained),
+        "w_large": token_mean(jnp.abs(gap) > LARGE_LOG_W, trained),
         "w_refused": token_mean(~kept, trained),
     }
 

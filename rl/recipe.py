@@ -11,7 +11,7 @@ from cabochon.config import Frozen, RayConfig, StageConfig
 from cabochon.rl.alarms import AlarmLimits
 from cabochon.rl.config import UpdateConfig
 from cabochon.rl.feed import CurriculumConfig
-from cabochon.rl.rewards import LengthReward, RewardConfig
+from cabochon.rl.rewards import SHAPING, LengthReward, RewardConfig
 from cabochon.types import Sampling, Thinking
 
 
@@ -230,7 +230,7 @@ class RlConfig(StageConfig):
                 )
         if self.engine.kind == "local" and self.rollout.max_lag:
             raise ValueError("engine.kind=local samples and learns in turn: set rollout.max_lag to 0, or kind to ray")
-        if taken := sorted({"verifier", "environment"} & set(self.models)):
+        if taken := sorted({*SHAPING, "environment"} & set(self.models)):
             raise ValueError(f"models.{taken[0]}: that name is not a model's; choose another")
         self._check_shapes()
         return self

@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from cabochon.rl.rewards import Rewards
+from cabochon.errors import MachineError, UserError
+from cabochon.rl.rewards import SHAPING, Rewards
 from cabochon.types import Rollout
 
 
-def rollout_row(rollouts: Sequence[Rollout], rewards: Rewards, step: int) -> dict[str, Any]:
+def rollout_row(
+    rollouts: Sequence[Rollout], rewards: Rewards, step: int, dropped: Sequence[Rollout] = ()
+) -> dict[str, Any]:
     """Means over a step's completions. `score` is the verifier's alone, before any shaping; both it and the reward also
     by domain, where there are several. `agreement`: of reward models with the verifier. `lag`: updates between drawing
-    a token and training on it."""
+    a token and training on it. `dropped`: of groups with nothing to teach, which `completions` and `infra_errors` count
+    as well: a grader that fails makes groups such."""
     statuses = [r.verdict.status for r in rollouts if r.verdict is not None]
     completions = [r.completion for r in rollouts]
     tokens = np.array([int(c.mask.sum()) for c in completions])
@@ -24,12 +28,12 @@ def rollout_row(rollouts: Sequence[Rollout], rewards: Rewards, step: int) -> dic
     row: dict[str, Any] = {
         "reward": mean(rewards.reward_N),
         "score": mean(rewards.parts["verifier"]),
-        "completions": len(rollouts),
+        "completions": len(rollouts) + len(dropped),
         "tokens": float(tokens.mean()),
         "longest": int(tokens.max()),
         "truncated": float(np.mean([c.finish == "length" for c in completions])),
         "empty": float(np.mean(tokens == 0)),
-        "infra_errors": statuses.count("infra_error"),
+        "infra_errors": len(unjudged([*rollouts, *dropped])),
         "status": {name: statuses.count(name) / len(statuses) for name in sorted(set(statuses))} if statuses else {},
         "parts": {name: mean(x) for name, x in rewards.parts.items()},
         "lag": {"mean": float((step - 1 - versions).mean()), "max": int((step - 1 - versions).max())}
@@ -47,8 +51,28 @@ def rollout_row(rollouts: Sequence[Rollout], rewards: Rewards, step: int) -> dic
     return row
 
 
-SHAPING = ("verifier", "quality", "length", "format", "overlong")
-"""parts of a reward that are not a model's score"""
+def unjudged(rollouts: Sequence[Rollout]) -> list[str]:
+    """What the machine said of each completion that it could not judge."""
+    return [r.verdict.detail for r in rollouts if r.verdict is not None and r.verdict.status == "infra_error"]
+
+
+def nothing_to_learn(step: int, dropped: Sequence[Rollout], groups: int) -> UserError | MachineError:
+    """Why no group is left: the tasks, unless it is that most completions could not be judged."""
+    failed = unjudged(dropped)
+    if failed and 2 * len(failed) >= len(dropped):
+        return MachineError(
+            f"step {step}: {len(failed)} of {len(dropped)} completions could not be judged, so nothing can be learnt: "
+            f"{failed[0]}; `cabochon doctor` looks at sandboxes"
+        )
+    return UserError(
+        f"step {step}: all {groups} groups were alike, all right or all wrong, so nothing can be "
+        "learnt: choose easier or harder tasks, more samples (rollout.group_size), or another algorithm"
+    )
+
+
+def verify_seconds(rollouts: Sequence[Rollout]) -> float:
+    """Spent in judging; what several samples said was judged once, and they share the verdict."""
+    return sum({id(r.verdict): r.verdict.seconds for r in rollouts if r.verdict is not None}.values())
 
 
 def agreement(rollouts: Sequence[Rollout], rewards: Rewards) -> dict[str, float]:

@@ -20,6 +20,9 @@ from cabochon.rl.advantages import overlong_penalty
 from cabochon.rl.config import Overlong
 from cabochon.types import Rollout, Score
 
+SHAPING = ("verifier", "quality", "length", "format", "overlong")
+"""parts of a reward that are not a model's score"""
+
 
 class LengthReward(Frozen):
     """LCPO (2503.04697): a number of tokens that the prompt asks for, in the task's payload under `tokens`."""

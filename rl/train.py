@@ -34,7 +34,7 @@ from cabochon.reward.open import JudgeRun, open_reward
 from cabochon.rl import journal, reports
 from cabochon.rl.advantages import informative
 from cabochon.rl.alarms import check as check_alarms
-from cabochon.rl.evaluate import accuracies, answer, first_of_each
+from cabochon.rl.evaluate import accuracies, answer, distinct, first_of_each
 from cabochon.rl.feed import Feed
 from cabochon.rl.learning import Learners, States, advantages_of, fingerprint, kl_of, learn, measure
 from cabochon.rl.losses import adapted_coef
@@ -71,7 +71,7 @@ class Progress:
     """running solve rates of the curriculum"""
     next_group: int = 0
     unfinished: list[str] = field(default_factory=list)
-    """ids of tasks that were in flight: they are started again after a resume, so that none is lost"""
+    """ids of tasks that were in flight, or still to be started again: a resume starts them, so that none is lost"""
     kl_coef: float = 0.0
     alarms: dict[str, float] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
@@ -126,7 +126,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
         )  # fmt: skip
         scorers = scorers_of(cfg, run)
         watch, kl_coef, alarmed = reports.Stopwatch(), progress.kl_coef, progress.alarms
-        published = np.asarray(fingerprint(states.policy.params))
+        published = published_by(learners.policy, states)
 
         def held_out(now: RlConfig) -> dict[str, float]:
             some, drawn = first_of_each(held, cfg.eval.tasks), now.sampling.drawn(cfg.eval.samples)
@@ -153,11 +153,9 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                     cfg.rollout.prompts, keep=worth_learning if update.dynamic_sampling else _anything, more=feed,
                     refills=cfg.rollout.refills * cfg.rollout.prompts, max_lag=cfg.rollout.max_lag,
                 )  # fmt: skip
+            dropped = [r for g in got.dropped for r in g.rollouts]
             if not got.rollouts:
-                raise UserError(
-                    f"step {step}: all {len(got.dropped)} groups were alike, all right or all wrong, so nothing can be "
-                    "learnt: choose easier or harder tasks, more samples (rollout.group_size), or another algorithm"
-                )
+                raise reports.nothing_to_learn(step, dropped, len(got.dropped))
             rollouts = got.rollouts
             feed.observe([r for g in (*got.groups, *got.dropped, *got.stale) for r in g.rollouts])
             with watch("score"):
@@ -173,16 +171,16 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 advantages = advantages_of(rollouts, rewards.reward_N, known, update, penalties)
             with watch("update"):
                 rng = np.random.default_rng((cfg.seed, step))
-                warming = update.critic == "own" and step <= update.warmup_updates
+                warming = states.critic is not None and int(states.critic.step) < update.warmup_updates
                 learnt = learn(
                     learners, states, rollouts, advantages, known, cfg.update, update, rng, critic_only=warming
                 )
                 states = learnt.states
             with watch("sync"):
                 engine.load(weights_of(learners.policy, states, step))
-                before_update, published = published, np.asarray(fingerprint(states.policy.params))
+                before_update, published = published, published_by(learners.policy, states)
             row: dict[str, Any] = {
-                **reports.rollout_row(rollouts, rewards, step),
+                **reports.rollout_row(rollouts, rewards, step, dropped),
                 **reports.group_row(rollouts, rewards.parts["verifier"]),
                 **learnt.row,
                 **feed.row(),
@@ -207,7 +205,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             journal.write_rollouts(run.dir / "rollouts", step, rows)
             if cfg.samples_every and (step == 1 or step % cfg.samples_every == 0):
                 run.console.line(journal.table(rows))
-            verifying = sum(r.verdict.seconds for r in rollouts if r.verdict)
+            verifying = reports.verify_seconds(rollouts)
             experts = metrics.expert_row(learnt.router, replayed=replayed)
             run.log(step, row, clock={**watch.take(), "verify_seconds": verifying}, experts=experts)
             alarms, alarmed = check_alarms(row, step, alarmed, cfg.alarms)
@@ -216,7 +214,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             if step == cfg.steps or run.save_due(step):
                 progress = Progress(
                     places=feed.places, rates=feed.rates, next_group=collector.next_group,
-                    unfinished=collector.unfinished, kl_coef=kl_coef, alarms=alarmed, before=before,
+                    unfinished=[*collector.unfinished, *feed.again], kl_coef=kl_coef, alarms=alarmed, before=before,
                 )  # fmt: skip
                 run.save(step, states._asdict(), asdict(progress))
             if alarms and cfg.fail_on_alarm:
@@ -226,7 +224,8 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
         convert.save(
             run.final, policy.config, merged(learners.policy, states), tokenizer=policy.tokenizer, overwrite=True
         )
-        run.finish(steps=cfg.steps, results=results(run, before))
+        used = [model.address for model in cfg.models.values()]
+        run.finish(steps=cfg.steps, results=results(run, before), parents=used)
         return run.final
 
 
@@ -235,12 +234,8 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
 
 def tasks_of(cfg: RlConfig) -> tuple[list[Task], list[Task]]:
     """(training, held-out). Raises UserError where a held-out prompt is trained on, or an id is used twice."""
-    train, held = ([t for path in paths for t in read_tasks(path)] for paths in (cfg.tasks.train, cfg.tasks.held_out))
-    ids: set[str] = set()
-    for task in train:
-        if task.id in ids:
-            raise UserError(f"tasks.train: the id {task.id!r} is in two of the files; make ids different")
-        ids.add(task.id)
+    train = distinct(cfg.tasks.train, "tasks.train")
+    held = [task for path in cfg.tasks.held_out for task in read_tasks(path)]
     trained = {content_hash(t.prompt): t.id for t in train}
     for task in held:
         if (same := trained.get(content_hash(task.prompt))) is not None:
@@ -264,7 +259,10 @@ def learners_of(cfg: RlConfig, update: Update, mesh: Mesh | None) -> Learners:
     critic = None
     if update.critic == "own":
         assert update.critic_loss is not None
-        critic = Learner(replace(shape, value=True, entropy=False, lora=None), update.critic_loss, mesh)
+        rate = cfg.optim.learning_rate if update.critic_rate is None else update.critic_rate
+        optim = cfg.optim.model_copy(update={"learning_rate": rate})
+        own = replace(shape, optim=optim, value=True, entropy=False, lora=None)
+        critic = Learner(own, update.critic_loss, mesh)
     return Learners(policy=Learner(shape, update.loss, mesh), critic=critic)
 
 
@@ -355,6 +353,11 @@ def merged(learner: Learner, states: States) -> tf.Params:
 def weights_of(learner: Learner, states: States, version: int) -> Weights:
     """For the engine; copied to the host, since the next update takes the learner's arrays over."""
     return Weights(version=version, params=jax.tree.map(lambda x: np.array(x), merged(learner, states)))
+
+
+def published_by(learner: Learner, states: States) -> np.ndarray:
+    """[tensors] `fingerprint` of the weights as the engine takes them, in its number format."""
+    return np.asarray(fingerprint(tf.cast(merged(learner, states), learner.cfg.precision.compute)))
 
 
 def _copy(params: tf.Params) -> tf.Params:

@@ -53,6 +53,8 @@ class Update:
     """of a critic with a trunk of its own"""
     warmup_updates: int = 0
     """updates of the critic alone, first"""
+    critic_rate: float | None = None
+    """learning rate of a critic with a trunk of its own; None: the policy's"""
     overlong: Overlong | None = None
     """added to the reward"""
     dynamic_sampling: bool = False
@@ -146,6 +148,7 @@ def plan_update(cfg: UpdateConfig, *, sparse: bool) -> Update:
                 critic=algorithm.critic,
                 critic_loss=None if shared else value,
                 warmup_updates=algorithm.warmup_updates,
+                critic_rate=algorithm.critic_learning_rate,
             )
     assert_never(algorithm)
 

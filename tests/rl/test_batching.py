@@ -131,6 +131,9 @@ def test_what_is_not_kept_is_in_no_batch_and_groups_stay_whole():
     assert nothing == []
     again = minibatches(data, constant(data, keep=keep), plan(Grpo()), step(4, 12), 2, np.random.default_rng(0))
     assert [m.members for m in again] == [m.members for m in made]
+    firsts = [minibatches(data, constant(data), plan(Grpo()), step(4, 12), 2, np.random.default_rng(seed))[0].members
+              for seed in range(20)]  # fmt: skip
+    assert len({frozenset(members) for members in firsts}) == 6, "any two of the four groups"
 
 
 def test_a_budget_cuts_the_last_response_and_drops_what_follows():

@@ -24,6 +24,7 @@ def test_kind_chooses_the_algorithm():
         (lambda: Clip(dual=0.5), "dual=0.5 would clip below ratio 1"),
         (lambda: Overlong(max_tokens=4, buffer=5), "buffer=5 is more than max_tokens=4"),
         (lambda: Ppo(critic="shared"), "set warmup_updates to 0"),
+        (lambda: Ppo(critic="shared", warmup_updates=0, critic_learning_rate=1e-5), "critic_learning_rate to null"),
         (lambda: KlConfig(coef=0.1, target=1.0), "set placement to reward, or target to null"),
         (lambda: KlConfig(placement="reward", target=1.0), "target multiplies coef, which is 0"),
         (lambda: MismatchConfig(token_band=(2, 5)), r"token_band=\[2.0, 5.0\]: expected \[low, high\] with"),

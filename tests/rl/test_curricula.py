@@ -222,6 +222,8 @@ def test_phases_and_the_curriculum_go_on_as_if_nothing_had_happened(place, monke
         ({"phases": [{"name": "a", "start": 5, "thinking": {"max_tokens": 8}}]}, "leaves nothing for the answer"),
         ({"environment": {}}, "either tools or an address"),
         ({"models": {"environment": {"address": "x"}}}, "models.environment: that name is not a model's"),
+        ({"models": {"quality": {"address": "x"}}}, "models.quality: that name is not a model's"),
+        ({"models": {"format": {"address": "x"}}}, "models.format: that name is not a model's"),
     ],
 )
 def test_recipes_that_cannot_be(place, changes, says):

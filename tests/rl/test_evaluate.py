@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,10 @@ import pytest
 from cabochon.errors import UserError
 from cabochon.rl import evaluate
 from cabochon.rl.evaluate import Answered, Asked
-from cabochon.types import Task
+from cabochon.testing import FakeEngine
+from cabochon.types import Sampling, Task
+from cabochon.verifiers.build import probes_for, verifier_for
+from cabochon.verifiers.pool import VerifierPool
 
 
 def answered(name, scores, domain="a", answers=None):
@@ -29,6 +33,26 @@ def test_a_majority_of_different_right_forms_is_one_class():
     found = evaluate.summary([answered("x", [1, 1, 0, 0], answers=["1/2", "0.5", "3", "3"])])
     assert found["maj@4"] == pytest.approx(0.5), "two against two: a tie"
     assert evaluate.summary([answered("x", [1, 1, 0, 0], answers=["1/2", "0.5", "3", "4"])])["maj@4"] == 1.0
+
+
+def test_an_episode_that_the_machine_broke_is_no_wrong_answer():
+    class Engine(FakeEngine):
+        def generate(self, requests):
+            first, *rest = super().generate(requests)
+            return [replace(first, finish="abort"), *rest]
+
+    tasks = [Task(id=f"t{i}", prompt="1+1=", verifier="math", payload={"answer": "2"}) for i in range(2)]
+    with VerifierPool(verifier=verifier_for(tasks), probes=probes_for(tasks)) as verifiers:
+        found = evaluate.answer(Engine(lambda *_: "3"), verifiers, tasks, Sampling(max_tokens=8, n=2), seed=0)
+    np.testing.assert_array_equal([a.score_n for a in found], [[np.nan, 0], [0, 0]])
+
+
+def test_an_id_in_two_files_is_refused(tmp_path):
+    row = {"id": "x", "prompt": "1+1=", "verifier": "math", "payload": {"answer": "2"}}
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="--tasks: the id 'x' is in two of the files"):
+        evaluate.compare(["nowhere"], Asked(tasks=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))), told=print)
 
 
 def test_the_first_of_each_domain_alike():

@@ -32,8 +32,11 @@ def drawn(feed, n):
 
 def test_without_a_curriculum_it_is_the_schedule_after_what_was_in_flight():
     schedule = Schedule(TASKS, {"a": 3, "b": 1}, seed=4)
-    feed = Feed(TASKS, [{"a": 3, "b": 1}], 4, unfinished=["b7"])
-    assert drawn(feed, 20) == ["b7", *(schedule[i].id for i in range(19))]
+    feed = Feed(TASKS, [{"a": 3, "b": 1}], 4, unfinished=["b7", "a2"])
+    assert drawn(feed, 1) == ["b7"]
+    assert (feed.again, feed.places) == (["a2"], [0]), "what a checkpoint needs to start the rest again"
+    assert drawn(feed, 20) == ["a2", *(schedule[i].id for i in range(19))]
+    assert feed.again == []
     feed.observe(seen(TASKS[0], [1.0]))
     assert (feed.rates, feed.row()) == ({}, {}), "nothing is kept that nothing reads"
 

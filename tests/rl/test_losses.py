@@ -348,6 +348,20 @@ def test_mismatch_metrics_by_hand():
     assert metrics["clip_fraction"] == 0
 
 
+def test_a_ratio_to_the_sampler_hides_no_gap_between_sampler_and_learner():
+    bypass = MismatchConfig(proximal="sampler", weight="none", token_band=None, veto=0)
+    data = batch(np.ones(3), 1.0, logp_behaviour_BT=[-1.0, -1, -3.5])
+    found = losses.policy_loss(losses.token_clipped(Clip()), bypass, NO_KL, 0.0)(outputs(np.log(W) - 1), data)
+    metrics = {k: float(m.value) for k, m in found.metrics.items()}
+    gap = np.add(np.log(W), [0, 0, 2.5])
+    assert metrics["w_gap"] == pytest.approx(np.abs(gap).mean(), rel=1e-5)
+    assert metrics["w_kl"] == pytest.approx((np.expm1(gap) - gap).mean(), rel=1e-5)
+    assert (metrics["w_large"], metrics["w"], metrics["w_refused"]) == (0, 1, 0)
+    far = outputs(np.add(np.log(W), [-1, -1, 1.0]))
+    loss = losses.policy_loss(losses.token_clipped(Clip()), bypass, NO_KL, 0.0)(far, data)
+    assert float(loss.metrics["w_large"].value) == pytest.approx(1 / 3)
+
+
 def test_weights_carry_no_gradient():
     def loss(behaviour):
         data = batch(np.ones(2), 1.0, logp_behaviour_BT=[0.0, 0.0])

@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from cabochon.errors import MachineError, UserError
 from cabochon.rl import reports
 from cabochon.rl.rewards import Component, RewardConfig, compose, verified
 from cabochon.types import Completion, Rollout, Task, Verdict
@@ -32,6 +35,26 @@ def test_a_failure_of_the_machine_is_counted_and_is_in_no_mean():
     assert row["lag"]["max"] == 2
     assert row["lag"]["mean"] == pytest.approx((15 * 1 + 3 * 2) / 18)
     assert row["domains"]["b"] == {"score": 1.0, "reward": 1.0}
+    dropped = [rollout(2, None), rollout(2, 0.0)]
+    assert reports.rollout_row(some, rewards, 4, dropped) == row | {"completions": 6, "infra_errors": 2}
+
+
+def test_that_nothing_is_left_is_put_down_to_the_grader_where_it_failed():
+    failed, wrong = rollout(0, None), rollout(0, 0.0)
+    failed = replace(failed, verdict=replace(failed.verdict, detail="the sandbox is gone"))
+    error = reports.nothing_to_learn(3, [failed, failed, wrong, wrong], 1)
+    assert isinstance(error, MachineError)
+    assert "step 3: 2 of 4 completions could not be judged, so nothing can be learnt: the sandbox is gone" in str(error)
+    error = reports.nothing_to_learn(3, [failed, wrong, wrong, wrong], 1)
+    assert isinstance(error, UserError)
+    assert "all 1 groups were alike" in str(error)
+
+
+def test_a_verdict_that_samples_share_took_its_time_once():
+    one = rollout(0, 1.0)
+    one = replace(one, verdict=replace(one.verdict, seconds=2.0))
+    another, none = replace(one, verdict=replace(one.verdict)), replace(one, verdict=None)
+    assert reports.verify_seconds([one, one, another, none]) == 4
 
 
 def test_agreement_is_of_pairs_of_one_prompt_as_the_verifier_orders_them():

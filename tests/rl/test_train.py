@@ -7,17 +7,23 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from cabochon.config import PrecisionConfig
 from cabochon.errors import MachineError, UserError
+from cabochon.learner import Learner, LearnerConfig, TrainState, cross_entropy
+from cabochon.model import transformer as tf
 from cabochon.overrides import dump
 from cabochon.policy import open_policy
+from cabochon.rl.learning import States
 from cabochon.rl.recipe import RlConfig
-from cabochon.rl.train import main
+from cabochon.rl.train import main, published_by
 from cabochon.rollouts.sampler import Sampler
-from cabochon.testing import tiny_moe
+from cabochon.testing import tiny_config, tiny_moe
 
 MODEL = tiny_moe(
     family="qwen3_moe", vocab_size=264, num_layers=2, layer_kinds=("moe", "moe"), head_dim=8, eos_ids=(260, 258),
@@ -230,6 +236,59 @@ def test_the_reference_is_the_policy_before_it_learnt_whatever_the_learner_adds_
     first, *_, last = (r[key] for r in metrics(place / "run"))
     assert abs(first) < 1e-6
     assert abs(last) > 1e-4
+
+
+ENVIRONMENT = '''
+from cabochon.errors import MachineError
+from cabochon.rollouts.environment import Step
+
+class Flaky:
+    tools = ()
+
+    def reset(self, task):
+        if task.id in ("train/3", "train/7"):
+            raise MachineError("no server")
+        return [{"role": "user", "content": task.prompt}]
+
+    def step(self, text):
+        return Step(done=True)
+
+    def close(self):
+        pass
+'''
+
+
+@pytest.mark.parametrize("critic", ["own", "shared"])
+def test_an_environment_that_fails_at_once_costs_its_episodes_and_not_the_run(place, critic):
+    (place / "flaky.py").write_text(ENVIRONMENT)
+    algorithm = {"kind": "ppo", "critic": critic, "warmup_updates": 3 if critic == "own" else 0}
+    if critic == "own":
+        algorithm["critic_learning_rate"] = 5e-3
+    cfg = config(
+        place, steps=3, environment={"address": f"{place / 'flaky.py'}:Flaky", "turns": 1},
+        engine={"kind": "local", "slots": 16, "length": 96}, step={"batch_size": 16, "sequence_length": 96},
+        update={"algorithm": algorithm, "minibatches": 2, "kl": {"coef": 0.01, "placement": "reward"}},
+    )  # fmt: skip
+    main(cfg)
+    rows = metrics(place / "run")
+    assert sum(r["infra_errors"] for r in rows) in (4, 8), "groups of one or both of the two tasks"
+    assert all(r["trained_tokens"] for r in rows)
+    if critic == "own":
+        assert ["weights_change" in r for r in rows] == [False, False, True], "3 updates of the critic, 2 a step"
+        assert [r["critic_learning_rate"] for r in rows] == pytest.approx([5e-3] * 3)
+        assert rows[-1]["learning_rate"] == pytest.approx(1e-2)
+
+
+def test_a_change_too_small_for_the_engine_s_numbers_is_none():
+    params = jax.tree.map(jnp.ones_like, tf.init(tiny_config(), jax.random.key(0)))
+    more = jax.tree.map(lambda x: x * (1 + 1e-5), params)
+    for compute, changed in (("float32", 1.0), ("bfloat16", 0.0)):
+        shape = LearnerConfig(model=tiny_config(), precision=PrecisionConfig(compute=compute))
+        learner = Learner(shape, cross_entropy)
+        a, b = (
+            published_by(learner, States(TrainState(step=0, params=p, opt_state=None), None)) for p in (params, more)
+        )
+        assert (a != b).mean() == changed
 
 
 def test_a_run_knows_the_model_it_began_with_from_another_at_the_same_place(place):
