@@ -15,8 +15,9 @@
 
 namespace {
 
-using Any = ffi::AnyBuffer;
-using Out = ffi::Result<ffi::AnyBuffer>;
+using Tensor = ffi::Buffer<ffi::F32>;  // a call with another type is refused
+using Bools = ffi::Buffer<ffi::PRED>;
+using Out = ffi::Result<Tensor>;
 
 constexpr int64_t kBlock = 64;  // queries, and keys
 #ifdef __AVX512F__
@@ -28,7 +29,7 @@ constexpr float kLow = -1e30f;
 
 struct Shape {
   int64_t B, T, S, K, G, H, width;  // width: H in whole vectors
-  Shape(const Any& q, const Any& k)
+  Shape(const Tensor& q, const Tensor& k)
       : B(q.dimensions()[0]), T(q.dimensions()[1]), S(k.dimensions()[1]), K(q.dimensions()[2]), G(q.dimensions()[3]),
         H(q.dimensions()[4]), width((H + kLanes - 1) / kLanes * kLanes) {}
   int64_t queries(int64_t b, int64_t head) const { return (b * T * K * G + head) * H; }  // the first one's place
@@ -110,12 +111,12 @@ struct Sight {
 using Block = float[kBlock][kBlock];
 
 // q, k, v, allow -> out [B,T,K,G,H] and, for the gradient, each query's log-sum-exp of its scores [B,T,K,G]
-ffi::Error Attend(ffi::ThreadPool pool, Any q, Any k, Any v, Any allow, Out out, Out lse, float scale) {
+ffi::Error Attend(ffi::ThreadPool pool, Tensor q, Tensor k, Tensor v, Bools allow, Out out, Out lse, float scale) {
   const Shape s(q, k);
-  auto *queries = static_cast<const float*>(q.untyped_data()), *keys = static_cast<const float*>(k.untyped_data());
-  auto *values = static_cast<const float*>(v.untyped_data());
-  auto* seen = static_cast<const uint8_t*>(allow.untyped_data());
-  auto *to = static_cast<float*>(out->untyped_data()), *sums = static_cast<float*>(lse->untyped_data());
+  auto *queries = q.typed_data(), *keys = k.typed_data();
+  auto *values = v.typed_data();
+  auto* seen = reinterpret_cast<const uint8_t*>(allow.typed_data());
+  auto *to = out->typed_data(), *sums = lse->typed_data();
   const int64_t heads = s.K * s.G, q_step = heads * s.H, k_step = s.K * s.H;
   parallel(pool, s.B * heads, 4.0 * s.B * heads * s.T * s.S * s.H, [&](int64_t t) {
     const int64_t b = t / heads, head = t % heads, columns = s.blocks(s.S) * kBlock;
@@ -166,15 +167,15 @@ ffi::Error Attend(ffi::ThreadPool pool, Any q, Any k, Any v, Any allow, Out out,
 }
 
 // The gradients of q [B,T,K,G,H] and, for each head by itself, of k and v [B,S,K,G,H], from `out`'s
-ffi::Error AttendGrad(ffi::ThreadPool pool, Any q, Any k, Any v, Any allow, Any out, Any lse, Any from, Out dq, Out dk,
-                      Out dv, float scale) {
+ffi::Error AttendGrad(ffi::ThreadPool pool, Tensor q, Tensor k, Tensor v, Bools allow, Tensor out, Tensor lse,
+                      Tensor from, Out dq, Out dk, Out dv, float scale) {
   const Shape s(q, k);
-  auto *queries = static_cast<const float*>(q.untyped_data()), *keys = static_cast<const float*>(k.untyped_data());
-  auto *values = static_cast<const float*>(v.untyped_data()), *sums = static_cast<const float*>(lse.untyped_data());
-  auto *outs = static_cast<const float*>(out.untyped_data()), *grads = static_cast<const float*>(from.untyped_data());
-  auto* seen = static_cast<const uint8_t*>(allow.untyped_data());
-  auto *to_q = static_cast<float*>(dq->untyped_data()), *to_k = static_cast<float*>(dk->untyped_data());
-  auto* to_v = static_cast<float*>(dv->untyped_data());
+  auto *queries = q.typed_data(), *keys = k.typed_data();
+  auto *values = v.typed_data(), *sums = lse.typed_data();
+  auto *outs = out.typed_data(), *grads = from.typed_data();
+  auto* seen = reinterpret_cast<const uint8_t*>(allow.typed_data());
+  auto *to_q = dq->typed_data(), *to_k = dk->typed_data();
+  auto* to_v = dv->typed_data();
   const int64_t heads = s.K * s.G, q_step = heads * s.H, k_step = s.K * s.H;
   parallel(pool, s.B * heads, 10.0 * s.B * heads * s.T * s.S * s.H, [&](int64_t t) {
     const int64_t b = t / heads, head = t % heads, columns = s.blocks(s.S) * kBlock, first = s.queries(b, head);
@@ -224,9 +225,10 @@ ffi::Error AttendGrad(ffi::ThreadPool pool, Any q, Any k, Any v, Any allow, Any 
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     cabochon_flash, Attend,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>().Ret<Any>().Ret<Any>()
-        .Attr<float>("scale"));
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Tensor>().Arg<Tensor>().Arg<Tensor>().Arg<Bools>()
+        .Ret<Tensor>().Ret<Tensor>().Attr<float>("scale"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     cabochon_flash_grad, AttendGrad,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>()
-        .Ret<Any>().Ret<Any>().Ret<Any>().Attr<float>("scale"));
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Tensor>().Arg<Tensor>().Arg<Tensor>().Arg<Bools>()
+        .Arg<Tensor>().Arg<Tensor>().Arg<Tensor>()
+        .Ret<Tensor>().Ret<Tensor>().Ret<Tensor>().Attr<float>("scale"));

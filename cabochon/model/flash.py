@@ -14,7 +14,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
@@ -45,7 +44,7 @@ def attend(
 
 
 def _forward(q: Array, k: Array, v: Array, allow: Array, scale: float) -> tuple[Array, Array]:
-    out = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
+    out = jax.ShapeDtypeStruct(q.shape, np.float32), jax.ShapeDtypeStruct(q.shape[:-1], np.float32)
     y, lse = jax.ffi.ffi_call("cabochon_flash", out)(q, k, v, allow, scale=np.float32(scale))
     return y, lse
 
@@ -57,8 +56,8 @@ def _kept(q: Array, k: Array, v: Array, allow: Array, scale: float) -> tuple[Arr
 
 def _backward(scale: float, kept: tuple[Array, ...], from_BTKGH: Array) -> tuple[Array, Array, Array, None]:
     q, k = kept[:2]
-    by_head = jax.ShapeDtypeStruct((*k.shape[:3], q.shape[3], k.shape[3]), jnp.float32)
-    out = jax.ShapeDtypeStruct(q.shape, jnp.float32), by_head, by_head
+    by_head = jax.ShapeDtypeStruct((*k.shape[:3], q.shape[3], k.shape[3]), np.float32)
+    out = jax.ShapeDtypeStruct(q.shape, np.float32), by_head, by_head
     dq, dk, dv = jax.ffi.ffi_call("cabochon_flash_grad", out)(*kept, from_BTKGH, scale=np.float32(scale))
     return dq, dk.sum(3), dv.sum(3), None
 

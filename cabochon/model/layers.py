@@ -214,7 +214,7 @@ class Attention(nnx.Module):
     ) -> Array:
         """Softmax attention in f32 and the output projection. A query that may see nothing gets a finite value."""
         whole = mesh is None or mesh.size == 1  # XLA cannot divide a call of ours among devices
-        f32 = q_BTKGH.dtype == k_BSKH.dtype == jnp.float32
+        f32 = q_BTKGH.dtype == k_BSKH.dtype == np.float32
         if whole and f32 and target.platform() == "cpu" and not flash.missing():
             return self.out(flash.attend(q_BTKGH, k_BSKH, v_BSKH, allow_BTS, self.scale))
         scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * self.scale

@@ -92,3 +92,10 @@ def test_is_the_same_however_often_it_is_asked():
     first, *rest = (value_and_grads(flash.attend, q, k, v, allow, weight, 0.2) for _ in range(3))
     for other in rest:
         assert all(np.array_equal(x, y) for x, y in zip(first, other, strict=True))
+
+
+def test_another_number_format_is_refused():
+    """Not read as if it were f32."""
+    q, k, v, allow, _ = problem(1, 5, 5, 1, 1, 8, 100)
+    with jax.enable_x64(True), pytest.raises(jax.errors.JaxRuntimeError, match="dtype"):
+        jax.block_until_ready(flash.attend(jnp.asarray(np.asarray(q), jnp.float64), k, v, allow, 1.0))
