@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -76,35 +77,32 @@ def our_logits(ours, continued):
 
 
 def test_logits_equal_transformers(theirs, continued, our_logits):
-    """Against transformers in f32, and both against transformers in f64.
+    """Within 1e-4 of transformers, both in f32; and both as near to transformers in f64.
 
-    Logits reach 38 and f32 is only so good over 30 layers: transformers differs from its own f64 by up to 1.0e-4 and,
-    with its key-value cache, from its own uncached f32 by up to 1.6e-4 (measured on these prompts). So two f32 programs
-    cannot be held to 1e-4 at every one of 8 million logits: 999 of 1,000 are, and our error is of the size of theirs.
+    Logits reach 42 and f32 is only so good over 30 layers: transformers itself is up to 1.0e-4 from its own f64 here.
+    Both libraries' products round differently on other processors, so 1e-4 is held where it was measured.
     """
     import copy
 
     import torch
 
     tokens, lengths = continued
+    limit = 1e-4 if "avx512f" in Path("/proc/cpuinfo").read_text() else 1.5e-4
     exact_model = copy.deepcopy(theirs).double()
     for row, n in enumerate(lengths):
         with torch.no_grad():
             ids = torch.tensor(tokens[row : row + 1, : n + NEW])
             expected, exact = theirs(ids).logits[0].numpy(), exact_model(ids).logits[0].numpy()
         got = our_logits[row, : n + NEW]
-        difference = np.abs(got - expected)
-        assert (difference > 1e-4).mean() < 1e-3
-        assert difference.max() < 2.5e-4
+        assert np.abs(got - expected).max() <= limit
         our_error, their_error = (np.sqrt(np.square(x - exact).mean()) for x in (got, expected))
-        assert our_error < 2.5 * their_error < 5e-5
+        assert our_error < 1.25 * their_error < 2.5e-5
 
 
 def test_logits_in_double_precision(theirs, exported, continued, monkeypatch):
     """The same function, beyond f32's noise: both in f64, where they differ by what RoPE's tables in f32 leave.
 
-    f32 holds 1e-4 at most, not all, of 8 million logits (see above), whoever computes it; f64 tells a wrong constant
-    from noise.
+    In f32 a slightly wrong constant hides in the noise.
     """
     import copy
 
