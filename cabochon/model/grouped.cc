@@ -26,13 +26,22 @@ struct Matrix {
   const float* at;
   int step;  // from one row to the next, as it lies
   bool turned;
+  const float* row(int64_t n) const { return at + (turned ? n : n * step); }
   const float* column(int64_t n) const { return at + (turned ? n * step : n); }
 };
 
 // c [M,N], rows `step` apart, = a [M,K] times b [K,N]. BLAS counts columns first, so it is given c' = b' a'.
+// Sums of at most 256 are added up: a single long one loses twice as much, and SmolLM2's first token, whose
+// activations are in the thousands, shows it (docs/log.md).
 void product(const Matrix& a, const Matrix& b, float* c, int step, int M, int N, int K) {
   const float one = 1, zero = 0;
-  sgemm(b.turned ? "T" : "N", a.turned ? "T" : "N", &N, &M, &K, &one, b.at, &b.step, a.at, &a.step, &zero, c, &step);
+  const int parts = std::max(1, (K + 255) / 256);
+  for (int p = 0; p < parts; p++) {
+    const int64_t k = int64_t(p) * K / parts;
+    const int n = int64_t(p + 1) * K / parts - k;
+    sgemm(b.turned ? "T" : "N", a.turned ? "T" : "N", &N, &M, &n, &one, b.row(k), &b.step, a.column(k), &a.step,
+          p ? &one : &zero, c, &step);
+  }
 }
 
 struct Piece {  // columns [first, last) of expert e's result; its rows begin at `row`

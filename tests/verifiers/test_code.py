@@ -8,6 +8,8 @@ import json
 import os
 import pathlib
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -331,19 +333,31 @@ def mbpp_jobs(table, seed):
             yield one, kind, source
 
 
+def passes_plainly(one, source):
+    """Whether a bare interpreter, without any of ours, runs the program and its asserts to the end."""
+    lines = [source, one.payload["test_setup_code"], *one.payload["test_list"]]
+    command = [sys.executable, "-I", "-c", "\n".join(lines).replace("\r\n", "\n")]
+    try:
+        return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=20).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
 def check_mbpp(verifier, table, threads):
-    """Canonical solutions pass, sure mutants fail; what an operator swap does is reported for comparison of
-    sandboxes."""
+    """Canonical solutions pass, sure mutants fail, and a swapped operator is judged as a bare interpreter judges it:
+    a few swaps are no error that the row's three asserts would notice."""
     jobs = list(mbpp_jobs(table, 7))
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         verdicts = list(pool.map(lambda job: verifier.verify(job[0], fenced(job[2])), jobs))
+        swaps = {job[0].id: pool.submit(passes_plainly, job[0], job[2]) for job in jobs if job[1] == "swap"}
     killed = {}
     for (one, kind, source), verdict in zip(jobs, verdicts, strict=True):
         assert verdict.status != "infra_error", (one.id, kind, verdict)
         if kind == "canonical":
             assert verdict.score == 1.0, (one.id, verdict)
-        elif kind != "swap":
-            assert verdict.score == 0.0, (one.id, kind, source, verdict)
+        else:
+            right = kind == "swap" and swaps[one.id].result()
+            assert verdict.score == float(right), (one.id, kind, source, verdict)
         if kind != "canonical":
             killed[one.id] = killed.get(one.id, 0) + (verdict.score == 0.0)
     assert min(killed.values()) >= 3
