@@ -48,7 +48,8 @@ $(VENV)/.ready-dev: $(VENV)/.ready-base
 demo: setup
 	@$(BIN)/cabochon doctor
 	@$(BIN)/cabochon run demo
-	@echo "look at runs/demo/report.html; try it: $(BIN)/cabochon generate runs/demo/rl/final --prompt 'Spell this word backward (example: sun -> nus): lamp'"
+	@echo "look at runs/demo/report.html; try it (its prompts end in a line break):"
+	@printf '%s\n' "$(BIN)/cabochon generate runs/demo/rl/final --temperature 0 --prompt \$$'Spell this word backward (example: sun -> nus): lamp\\n'"
 
 tour: setup
 	@$(BIN)/python -m cabochon.demo

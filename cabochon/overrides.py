@@ -217,7 +217,7 @@ def _explain(schema: type[BaseModel], layers: Layers, errors: list[ErrorDetails]
     where = layers.where(path[:-1] if first["type"] == "missing" else path)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
-        raise UserError(f"{where}: unknown key {key}{_nearest_key(schema, path)}{more}")
+        raise UserError(f"{where}: unknown key {key}{_nearest_key(schema, path, first['input'])}{more}")
     if first["type"] == "missing":
         raise UserError(f"{where}: key {key} is missing and has no default{more}")
     said = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
@@ -275,9 +275,16 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
 
 
-def _nearest_key(schema: type[BaseModel], path: KeyPath) -> str:
-    """`; did you mean optim.b1?`: a sibling with a similar name, else the same name elsewhere, else the siblings."""
+def _nearest_key(schema: type[BaseModel], path: KeyPath, value: Any) -> str:
+    """`; did you mean optim.b1?`: a key that ends in all that was written (`path`, and the keys of its value while they
+    are one), else a sibling with a similar name, else the same name elsewhere, else the siblings."""
     known = list(dict.fromkeys(keys_of(schema)))
+    whole = path
+    while isinstance(value, dict) and len(value) == 1:
+        ((key, value),) = value.items()
+        whole = (*whole, key)
+    if len(whole) > 1 and (inside := [k for k in known if k[-len(whole) :] == whole]):
+        return f"; did you mean {_dotted(inside[0])}?"
     siblings = [str(k[-1]) for k in known if k[:-1] == path[:-1]]
     if near := difflib.get_close_matches(str(path[-1]), siblings, 1, 0.5):
         return f"; did you mean {_dotted((*path[:-1], near[0]))}?"

@@ -82,6 +82,7 @@ def test_values_are_yaml_1_2_taken_literally(text, value):
 ERRORS = [
     ("optim.learning_rat=1", "unknown key optim.learning_rat; did you mean optim.learning_rate?"),
     ("learning_rate=1", "unknown key learning_rate; did you mean optim.learning_rate?"),
+    ("rope.kind=yarn", "unknown key rope; did you mean model.scratch.rope.kind?"),
     ("model.scratch.rope.knd=yarn", "unknown key model.scratch.rope.knd; did you mean model.scratch.rope.kind?"),
     ("precision.zzz=1", "unknown key precision.zzz; precision has compute"),
     ("optim.kind=adam", "optim.kind: expected 'adamw' or 'adafactor', got 'adam'; did you mean adamw?"),

@@ -119,7 +119,10 @@ def _probe(name: str, task: Task) -> Probe:
 
 
 def gold_text(task: Task) -> str | None:
-    """A completion that must score 1, made of the task's payload; None where the payload does not tell."""
+    """A completion that must score 1, made of the task's payload; None where the payload does not tell.
+
+    A reward function (`module:name`) is given the plain answer: in what form it wants one, nobody knows here.
+    """
     answer = task.payload.get("answer")
     match task.verifier:
         case "reasoning":
@@ -135,4 +138,6 @@ def gold_text(task: Task) -> str | None:
             gold = task.payload.get("gold")
             return str(gold) if gold else None
     gold = task.payload.get("gold", answer[0] if isinstance(answer, list) and answer else answer)
-    return None if gold is None else f"The answer is \\boxed{{{gold}}}."
+    if gold is None or ":" in task.verifier:
+        return None if gold is None else str(gold)
+    return f"The answer is \\boxed{{{gold}}}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -72,7 +73,9 @@ def reward_test_command(
         score = "-" if item.score is None else f"{item.score:g}"
         print(f"{item.task[:24]:24} {item.probe:26} {score:>6} {item.status:12} {item.seconds:8.3f}  {item.suspicious}")
     bad = [item for item in findings if item.suspicious]
-    print(f"\n{len(findings)} probes, {len(bad)} suspicious" + ("" if bad else ": the reward looks sound"))
+    untried = not any(item.probe == "gold" for item in findings)
+    sound = "no right answer was tried, give the rows a `gold`" if untried else "the reward looks sound"
+    print(f"\n{len(findings)} probes, {len(bad)} suspicious" + ("" if bad else f": {sound}"))
     if bad:
         raise typer.Exit(1)
 
@@ -121,4 +124,6 @@ def _table(tasks: list[Task], verdicts: list[Verdict]) -> str:
         counts = ", ".join(f"{status} {sum(v.status == status for v in mine)}" for status in statuses)
         time_ms = 1000 * sum(verdict.seconds for verdict in mine) / len(mine)
         lines.append(f"{name[:20]:20} {len(mine):7d} {len(scores):7d} {mean:>7} {time_ms:8.2f}  {counts}")
+        failures = Counter(verdict.detail for verdict in mine if verdict.status == "infra_error")
+        lines += [f"  {count} x {detail}" for detail, count in failures.most_common(3)]
     return "\n".join(lines)

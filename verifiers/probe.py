@@ -29,13 +29,12 @@ class Finding:
     suspicious: str = ""
 
 
-def _texts(task: Task, others: Sequence[str]) -> list[tuple[str, str, bool]]:
+def _texts(task: Task, gold: str | None, others: Sequence[str | None]) -> list[tuple[str, str, bool]]:
     """(name, completion, whether it must score 1) of each probe; those that need not must score 0."""
-    gold = gold_text(task)
     found = [("gold", gold, True)] if gold else []
     prompt = task.prompt if isinstance(task.prompt, str) else "\n".join(str(m.get("content", "")) for m in task.prompt)
     answer = task.payload.get("answer")
-    wrong = next((other for other in others if other != gold), None)
+    wrong = next((other for other in others if other is not None and other != gold), None)
     zero = [
         ("blank", ""), ("spaces", " \n\t "), ("prompt echoed", prompt), ("another task's gold", wrong),
         ("wrong", "The answer is \\boxed{-987654321}."),
@@ -51,11 +50,20 @@ def _texts(task: Task, others: Sequence[str]) -> list[tuple[str, str, bool]]:
 
 def probe(verifier: Verifier, tasks: Sequence[Task], *, repeats: int = 3) -> list[Finding]:
     """Every probe on every task, each `repeats` times."""
-    golds = [text for task in tasks if (text := gold_text(task)) is not None]
+    golds = [_gold(verifier, task) for task in tasks]
     return [
         _one(verifier, task, name, text, full, repeats)
-        for task in tasks for name, text, full in _texts(task, golds)
+        for task, gold in zip(tasks, golds, strict=True) for name, text, full in _texts(task, gold, golds)
     ]
+
+
+def _gold(verifier: Verifier, task: Task) -> str | None:
+    """The right answer; a reward function gets it boxed where it pays for that and not for the plain one."""
+    plain = gold_text(task)
+    if plain is None or ":" not in task.verifier:
+        return plain
+    boxed = f"The answer is \\boxed{{{plain}}}."
+    return next((text for text in (plain, boxed) if verifier.verify(task, text).score == 1.0), plain)
 
 
 def _one(verifier: Verifier, task: Task, name: str, text: str, full: bool, repeats: int) -> Finding:
@@ -70,10 +78,10 @@ def _one(verifier: Verifier, task: Task, name: str, text: str, full: bool, repea
                            suspicious=f"raised {type(error).__name__}: {error}"[:200])
         seconds.append(time.monotonic() - start)
     return Finding(task=task.id, probe=name, score=verdicts[0].score, status=verdicts[0].status, seconds=max(seconds),
-                   suspicious=_suspicion(name, verdicts, full, seconds))
+                   suspicious=_suspicion(name, text, verdicts, full, seconds))
 
 
-def _suspicion(name: str, verdicts: Sequence[Verdict], full: bool, seconds: Sequence[float]) -> str:
+def _suspicion(name: str, text: str, verdicts: Sequence[Verdict], full: bool, seconds: Sequence[float]) -> str:
     scores = {verdict.score for verdict in verdicts}
     if any(verdict.status == "infra_error" for verdict in verdicts):
         return f"infra_error: {next(v.detail for v in verdicts if v.status == 'infra_error')}"
@@ -81,7 +89,7 @@ def _suspicion(name: str, verdicts: Sequence[Verdict], full: bool, seconds: Sequ
         return f"not deterministic: {sorted(scores, key=str)}"
     (score,) = scores
     if full and score != 1.0:
-        return f"the right answer scores {score}: {verdicts[0].detail}"
+        return f"the right answer scores {score}: {verdicts[0].detail}; it was {text[:60]!r}"
     if not full and score != 0.0:
         return f"{name} scores {score}"
     usual = min(seconds)  # the first call of all starts a worker

@@ -138,6 +138,10 @@ def task_of_row(where: str, row: Mapping[str, Any], name: str, verifier: str | N
         payload = {"prompt": prompt, "test": _text(where, row, "test"), "entry_point": _text(where, row, "entry_point"),
                    "reference": prompt + str(row.get("canonical_solution", ""))}
         return Task(id=str(row.get("task_id", name)), prompt=prompt, verifier="code", payload=payload)
+    if "prompt" in row:
+        raise UserError(f"{where}: no column 'verifier', which says who judges the answer; the row has {sorted(row)}")
+    if "verifier" in row:
+        raise UserError(f"{where}: no column 'prompt'; the row has {sorted(row)}")
     raise UserError(
         f"{where}: not a task: expected `prompt`, `verifier` and what that needs in `payload`, or a GSM8K, MATH, MBPP "
         f"or HumanEval row; this one has the columns {sorted(row)}"

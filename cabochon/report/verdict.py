@@ -174,7 +174,7 @@ def _direction(change: Change) -> State:
 
 
 def _moved(change: Change, percent: bool = False) -> str:
-    verb = "rose" if change.low > 0 else "fell" if change.high < 0 else "hardly moved"
+    verb = "rose" if change.low > 0 else "fell" if change.high < 0 else "moved no more than chance would"
     if percent:
         n = [100 * x for x in (change.first, change.last, change.difference, change.low, change.high)]
         return f"{verb}: {n[0]:.1f} % to {n[1]:.1f} % ({n[2]:+.1f} points, 95 % interval {n[3]:+.1f} to {n[4]:+.1f})"

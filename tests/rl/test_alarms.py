@@ -1,6 +1,7 @@
 """Broken set-ups are named in their first steps, each with a remedy, and a healthy run is left in peace."""
 
 import json
+import re
 
 import pytest
 
@@ -114,3 +115,13 @@ def test_warm_up_s_first_step_is_no_alarm():
 def test_every_limit_moves_its_rule(key, value, row):
     assert not any(run([broken(**row)] * 3)[0])
     assert any(run([broken(**row)] * 3, **{key: value})[0])
+
+
+def test_every_key_that_a_remedy_names_is_one():
+    from cabochon import overrides
+    from cabochon.rl.recipe import RlConfig
+
+    keys = {".".join(map(str, key)) for key in overrides.keys_of(RlConfig)}
+    named = {w for rule in RULES for w in re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+", rule.remedy)} - {"events.jsonl"}
+    assert "update.algorithm.clip.high" in named
+    assert named <= keys

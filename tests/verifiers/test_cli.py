@@ -101,6 +101,51 @@ def test_bad_rewards_are_found_out(tmp_path: pathlib.Path, name: str, says: str)
     assert says in done.output
 
 
+OWN = """
+def exact(completions, answer, **kwargs): return [float(c.strip() == a) for c, a in zip(completions, answer)]
+def boxed(completions, answer, **kwargs): return [float(c.endswith(f"{{{a}}}.")) for c, a in zip(completions, answer)]
+def zero(completions, **kwargs): return [0.0 for _ in completions]
+def percent(completions, answer, **kwargs): return [100.0 * (c.strip() == a) for c, a in zip(completions, answer)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("exact", "0 suspicious: the reward looks sound"),
+        ("boxed", "0 suspicious: the reward looks sound"),
+        ("zero", "the right answer scores 0.0: reward 0; it was '2 3'"),
+        ("percent", "returned 100, outside [0, 1]"),
+    ],
+)
+def test_a_reward_function_is_asked_for_the_answer_of_the_row_plain_or_boxed(
+    tmp_path: pathlib.Path, name: str, says: str
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    tasks = write(tmp_path / "tasks.jsonl", [{"prompt": "Sort 3 2.", "answer": "2 3"}])
+    done = RUN.invoke(APP, ["reward-test", f"{path}:{name}", "--tasks", tasks])
+    assert says in done.output
+    assert done.exit_code == ("sound" not in says)
+
+
+def test_a_reward_that_was_asked_for_no_right_answer_is_not_called_sound(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    tasks = write(tmp_path / "tasks.jsonl", [{"prompt": "Sort 3 2.", "numbers": "3 2"}])
+    done = RUN.invoke(APP, ["reward-test", f"{path}:zero", "--tasks", tasks])
+    assert "0 suspicious: no right answer was tried, give the rows a `gold`" in done.output
+
+
+def test_verify_says_why_verdicts_are_missing(tmp_path: pathlib.Path) -> None:
+    reward = tmp_path / "own.py"
+    reward.write_text("def raises(completions, **kwargs): return [1 / 0]\n")
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "x"}] * 2)
+    done = RUN.invoke(APP, ["verify", path, "--reward", f"{reward}:raises"])
+    assert done.exit_code == 1
+    assert "infra_error 2\n  2 x ZeroDivisionError" in done.output
+
+
 def test_probing_with_ones_own_tasks(tmp_path: pathlib.Path) -> None:
     path = write(
         tmp_path / "tasks.jsonl", [{"question": "1+1?", "answer": "#### 2"}, {"question": "1+2?", "answer": "#### 3"}]

@@ -52,9 +52,18 @@ def test_our_own_rows(tmp_path: pathlib.Path) -> None:
     assert task == Task(id="a/1", prompt=({"role": "user", "content": "Hi"},), verifier="thinking", domain="d")
 
 
+def test_what_is_no_task_says_which_column_is_not_there(tmp_path: pathlib.Path) -> None:
+    for row, said in (
+        ({"question": "1+1?", "verifier": "math"}, r"rows.jsonl:1: no column 'prompt'"),
+        ({"ask": "1+1?"}, r"rows.jsonl:1: not a task: expected `prompt`, `verifier`"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_tasks(write(tmp_path / "rows.jsonl", row))
+
+
 def test_a_row_without_payload_has_its_other_columns_for_one_as_in_trl(tmp_path: pathlib.Path) -> None:
     row = {"prompt": "A colour?", "colours": ["red"], "level": 2, "completion": "red", "id": "c"}
-    with pytest.raises(UserError, match="not a task: expected `prompt`, `verifier`"):
+    with pytest.raises(UserError, match="no column 'verifier'"):
         read_tasks(write(tmp_path / "rows.jsonl", row))
     (task,) = read_tasks(tmp_path / "rows.jsonl", verifier="mine.py:colour")
     assert (task.id, task.verifier, task.payload) == ("c", "mine.py:colour", {"colours": ["red"], "level": 2})
