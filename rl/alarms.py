@@ -146,7 +146,8 @@ RULES = (
     _Rule(name="all_right", after=2, said=_reads("groups_solved", ge, _all, "every completion is judged right"),
           remedy="Harder tasks; or the verifier accepts anything: try it with `cabochon reward test`"),
     _Rule(name="flat_groups", after=3, said=_flat,
-          remedy="Tasks solved sometimes (a mixture, or update.algorithm.kind=dapo, which samples anew), or more each"),
+          remedy="Tasks solved sometimes (a mixture, or update.algorithm.kind=dapo, which samples anew), or "
+                 "larger groups"),
     _Rule(name="truncated", after=1, said=_reads("truncated", ge, lambda x: x.truncated,
                                                  "{:.0%} of the completions were cut off at the length limit"),
           remedy="Raise sampling.max_tokens, or check that the model learnt its end-of-text token (chat template)"),

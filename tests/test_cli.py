@@ -33,28 +33,16 @@ def run(monkeypatch, capfd):
     return run
 
 
-BARE = """
-import typer
-app = typer.Typer()
-app.command("one")(lambda: None)
-app.command("two")(lambda: None)
-app(["--help"])
-"""
-
-
 def test_help_is_there_in_seven_tenths_of_a_second_and_names_every_command():
-    """Or, where the machine is too busy for that, in three times what a bare application of typer's takes, which is
-    1.6 times on a quiet one. The next test names what would make it slow."""
-    ours, bare = [], []
-    for _ in range(5):
-        for command, seconds in (([*MODULE, "--help"], ours), ([sys.executable, "-c", BARE], bare)):
-            start = time.monotonic()
-            subprocess.run(command, capture_output=True, check=True)
-            seconds.append(time.monotonic() - start)
-    assert min(ours) < max(0.7, 3 * min(bare)), (ours, bare)
-    told = subprocess.run([*MODULE, "--help"], capture_output=True, text=True, check=True).stdout
+    """0.35 on a quiet machine, on a busy one the shortest of many tries; the next test names what would be slow."""
+    seconds = []
+    while not seconds or (min(seconds) >= 0.7 and len(seconds) < 30):
+        start = time.monotonic()
+        done = subprocess.run([*MODULE, "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 0.7, seconds
     for command in ("doctor", "config", "inspect", "export", "upcycle", "verify", "reward", "sandbox"):
-        assert f" {command} " in told
+        assert f" {command} " in done.stdout
 
 
 def test_help_reads_in_nothing_that_is_slow():

@@ -114,30 +114,31 @@ def _probe(name: str, task: Task) -> Probe:
             payload = {"tests": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}
             gold = "```python\ndef add(a, b):\n    return a + b\n```"
         case _:
-            return Probe(task=task, gold=gold_text(task) or "")
+            return Probe(task=task, gold=next(iter(gold_texts(task)), ""))
     return Probe(task=Task(id=f"probe/{name}", prompt="A probe.", verifier=name, payload=payload), gold=gold)
 
 
-def gold_text(task: Task) -> str | None:
-    """A completion that must score 1, made of the task's payload; None where the payload does not tell.
+def gold_texts(task: Task) -> tuple[str, ...]:
+    """Completions of which one must score 1, made of the task's payload; none where the payload does not tell.
 
-    A reward function (`module:name`) is given the plain answer: in what form it wants one, nobody knows here.
+    A reward function (`module:name`) wants the answer plain or boxed, which nobody knows here.
     """
     answer = task.payload.get("answer")
     match task.verifier:
         case "reasoning":
-            return None if answer is None else f"<answer>{answer}</answer>"
+            return () if answer is None else (f"<answer>{answer}</answer>",)
         case "code":
             reference = task.payload.get("reference")
-            return f"```python\n{reference}\n```" if reference else None
+            return (f"```python\n{reference}\n```",) if reference else ()
         case "thinking":
-            return "<think>because</think>the answer"
+            return ("<think>because</think>the answer",)
         case "verdict":
-            return f"Verdict: {task.payload.get('label')}"
+            return (f"Verdict: {task.payload.get('label')}",)
         case "instructions":
             gold = task.payload.get("gold")
-            return str(gold) if gold else None
+            return (str(gold),) if gold else ()
     gold = task.payload.get("gold", answer[0] if isinstance(answer, list) and answer else answer)
-    if gold is None or ":" in task.verifier:
-        return None if gold is None else str(gold)
-    return f"The answer is \\boxed{{{gold}}}."
+    if gold is None:
+        return ()
+    boxed = f"The answer is \\boxed{{{gold}}}."
+    return (str(gold), boxed) if ":" in task.verifier else (boxed,)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cabochon.protocols import Verifier
 from cabochon.types import Task, Verdict
-from cabochon.verifiers.build import gold_text
+from cabochon.verifiers.build import gold_texts
 
 SLOW_SECONDS = 1.0
 """Slower than this over an ordinary answer is worth a word."""
@@ -58,12 +58,11 @@ def probe(verifier: Verifier, tasks: Sequence[Task], *, repeats: int = 3) -> lis
 
 
 def _gold(verifier: Verifier, task: Task) -> str | None:
-    """The right answer; a reward function gets it boxed where it pays for that and not for the plain one."""
-    plain = gold_text(task)
-    if plain is None or ":" not in task.verifier:
-        return plain
-    boxed = f"The answer is \\boxed{{{plain}}}."
-    return next((text for text in (plain, boxed) if verifier.verify(task, text).score == 1.0), plain)
+    """The right answer, in the form that is paid for where there is more than one."""
+    texts = gold_texts(task)
+    if len(texts) < 2:
+        return next(iter(texts), None)
+    return next((text for text in texts if _one(verifier, task, "gold", text, True, 1).score == 1.0), texts[0])
 
 
 def _one(verifier: Verifier, task: Task, name: str, text: str, full: bool, repeats: int) -> Finding:

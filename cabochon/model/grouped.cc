@@ -31,11 +31,10 @@ struct Matrix {
 };
 
 // c [M,N], rows `step` apart, = a [M,K] times b [K,N]. BLAS counts columns first, so it is given c' = b' a'.
-// Sums of at most 256 are added up: a single long one loses twice as much, and SmolLM2's first token, whose
-// activations are in the thousands, shows it (docs/log.md).
-void product(const Matrix& a, const Matrix& b, float* c, int step, int M, int N, int K) {
+// Sums of at most `longest` are added up: shorter ones round less.
+void product(const Matrix& a, const Matrix& b, float* c, int step, int M, int N, int K, int longest) {
   const float one = 1, zero = 0;
-  const int parts = std::max(1, (K + 255) / 256);
+  const int parts = (K + longest - 1) / longest;
   for (int p = 0; p < parts; p++) {
     const int64_t k = int64_t(p) * K / parts;
     const int n = int64_t(p + 1) * K / parts - k;
@@ -62,8 +61,11 @@ std::vector<Piece> pieces(const int32_t* count, int64_t E, int64_t columns, int6
   return out;
 }
 
-// y [S,O] = x [S,I] times w[e] [I,O] (or [O,I] if turned) for the rows of each expert; rows past the last group are 0
+// y [S,O] = x [S,I] times w[e] [I,O] (or [O,I] if turned) for the rows of each expert; rows past the last group are 0.
+// Values are summed in short pieces: SmolLM2's first token has activations in the thousands, and whole sums put its
+// logits half as far again off f64 (docs/log.md). What is turned is a gradient, and needs no such care.
 ffi::Error Rows(ffi::ThreadPool pool, Any x, Any w, Any counts, Out y, bool turned) {
+  constexpr int kShort = 64;
   const int64_t S = x.dimensions()[0], I = x.dimensions()[1], O = y->dimensions()[1], E = w.dimensions()[0];
   auto *from = static_cast<const float*>(x.untyped_data()), *weights = static_cast<const float*>(w.untyped_data());
   auto* to = static_cast<float*>(y->untyped_data());
@@ -74,7 +76,7 @@ ffi::Error Rows(ffi::ThreadPool pool, Any x, Any w, Any counts, Out y, bool turn
     if (!count[p.e]) return;
     const Matrix rows{from + p.row * I, int(I), false}, weight{weights + p.e * I * O, int(turned ? I : O), turned};
     const Matrix slice{weight.column(p.first), weight.step, turned};
-    product(rows, slice, to + p.row * O + p.first, O, count[p.e], p.last - p.first, I);
+    product(rows, slice, to + p.row * O + p.first, O, count[p.e], p.last - p.first, I, turned ? I : kShort);
   });
   const int64_t used = E ? work.back().row + count[E - 1] : 0;
   std::memset(to + used * O, 0, sizeof(float) * (S - used) * O);
@@ -93,7 +95,7 @@ ffi::Error Outer(ffi::ThreadPool pool, Any a, Any b, Any counts, Out w) {
     float* out = to + p.e * A * B;
     if (!count[p.e]) return void(std::memset(out, 0, sizeof(float) * A * B));  // in one piece
     const Matrix rows{left + p.row * A, int(A), true}, other{right + p.row * B + p.first, int(B), false};
-    product(rows, other, out + p.first, B, A, p.last - p.first, count[p.e]);
+    product(rows, other, out + p.first, B, A, p.last - p.first, count[p.e], count[p.e]);
   });
   return ffi::Error::Success();
 }

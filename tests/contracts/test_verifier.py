@@ -3,7 +3,7 @@
 import pytest
 
 from cabochon.protocols import Verifier
-from cabochon.verifiers.build import gold_text, probes_for, verifier_for, verifier_named
+from cabochon.verifiers.build import gold_texts, probes_for, verifier_for, verifier_named
 from cabochon.verifiers.pool import VerifierPool
 from cabochon.verifiers.probe import sample_tasks
 
@@ -32,4 +32,4 @@ def test_the_door(name: str) -> None:
         for verdict in pool.verify([tasks[0]] * len(TEXTS), TEXTS):
             assert verdict.score == 0.0
             assert verdict.status in ("wrong", "no_answer", "malformed", "timeout", "crash")
-        assert pool.verify_one(tasks[0], gold_text(tasks[0]) or "").score == 1.0
+        assert pool.verify_one(tasks[0], gold_texts(tasks[0])[0]).score == 1.0
