@@ -22,7 +22,7 @@ def report(
     """
     from cabochon.report import build
 
-    text = build.report(runs)
+    text, verdicts = build.report(runs)
     draft = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +31,7 @@ def report(
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise MachineError(f"{out}: cannot be written: {error.strerror or error}") from error
+    print("\n".join(verdicts))
     print(f"{out}   {len(text.encode()) / 1e6:.1f} MB")
 
 

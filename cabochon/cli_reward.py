@@ -204,9 +204,11 @@ def sample(
     wanted = first_of_each(read_tasks(tasks), limit)
     engine = make_engine(*open_model(model), length=length, slots=slots)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, n=n)
+    print(f"drawing {n} completions of each of {len(wanted):,} tasks from {model}", file=sys.stderr)
     drawn = engine.generate(requests_for([as_turns(task.prompt, chat) for task in wanted], sampling, seed))
     each = [task for task in wanted for _ in range(n)]
     ended = [(task, c.text) for task, c in zip(each, drawn, strict=True) if c.finish == "stop"]
+    print(f"judging the {len(ended):,} that came to an end", file=sys.stderr)
     with VerifierPool(verifier=verifier_for(wanted), probes=probes_for(wanted)) as pool:
         verdicts = pool.verify([task for task, _ in ended], [text for _, text in ended])
     kept = [

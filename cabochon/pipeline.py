@@ -30,6 +30,7 @@ from pydantic import Field, field_validator
 
 from cabochon import overrides
 from cabochon.config import Frozen
+from cabochon.console import duration
 from cabochon.errors import MachineError, UserError
 
 _PDEATHSIG = 1  # prctl(2)
@@ -91,7 +92,7 @@ def run(cfg: PipelineConfig) -> None:
         for number, (name, words) in enumerate(cfg.stages.items(), 1):
             title = f"[{number}/{len(cfg.stages)}] {name}"
             if done.get(name, {}).get("command") == list(words):
-                print(f"{title}: done before, {done[name]['seconds']:.0f} s", flush=True)
+                print(f"{title}: done before, in {duration(done[name]['seconds'])}", flush=True)
                 continue
             for later in list(cfg.stages)[number - 1 :]:  # what follows is made of this, also where this is killed
                 done.pop(later, None)
@@ -103,6 +104,9 @@ def run(cfg: PipelineConfig) -> None:
                 raise SystemExit(code)
             done[name] = {"command": list(words), "seconds": time.monotonic() - begin}
             _write(place, done)
+            print(f"{title}: done in {duration(done[name]['seconds'])}", flush=True)
+    total = duration(sum(stage["seconds"] for stage in done.values()))
+    print(f"{place}: all {len(cfg.stages)} stages are done, {total} in all", flush=True)
 
 
 def _command(words: Sequence[str]) -> int:

@@ -1,7 +1,8 @@
 """Runs that train nothing, or the wrong thing, say so in their first steps (architecture.md section 7).
 
 One pure function from a step's row of metrics and a small state to alarms, each with what to do about it. A rule reads
-only what the row has. It fires once its condition has held for so many steps in a row, and again only after it went.
+only what the row has. It fires once its condition has held for so many steps in a row, and again only after it was gone
+for `QUIET` steps, since a reading that hovers about its limit has nothing new to say.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from cabochon.config import Frozen
 
 Row = Mapping[str, Any]
 State = dict[str, float]
-"""Plain JSON for the checkpoint: consecutive steps per rule, and readings of the first step. Begins empty."""
+"""Plain JSON for the checkpoint: consecutive steps per rule, readings of the first step, and as `quiet.RULE`, once that
+rule has fired, for how many steps it had nothing to say. Begins empty."""
+
+QUIET = 10
+"""steps without its condition after which a rule may fire again"""
 
 
 class Alarm(NamedTuple):
@@ -123,7 +128,8 @@ def _unjudged(row: Row, state: State, limits: AlarmLimits) -> str | None:
     errors, all_ = _read(row, "infra_errors"), _read(row, "completions")
     if errors is None or not all_ or errors / all_ < limits.infra_errors:
         return None
-    return f"{errors / all_:.0%} of the verdicts are failures of the machine, not of the model"
+    reason = f", most often: {row['infra_reason']}" if row.get("infra_reason") else ""
+    return f"{errors / all_:.0%} of the completions could not be judged{reason}"
 
 
 def _violation(row: Row, state: State, limits: AlarmLimits) -> str | None:
@@ -156,7 +162,7 @@ RULES = (
     _Rule(name="no_answer", after=2, said=_no_answer,
           remedy="Check the chat template and what the prompt asks for against what the verifier reads"),
     _Rule(name="unjudged", after=1, said=_unjudged,
-          remedy="See the verdicts' details in rollouts/ and run `cabochon doctor`; nothing is trained on these"),
+          remedy="Mend what the verifier stumbles over, or the machine (`cabochon doctor`); these are not trained on"),
     _Rule(name="nothing_trained", after=1, said=_zero("trained_tokens", "no token was trained on"),
           remedy="Every completion was left out: rewards equal in each group, or none at all (see infra_errors)"),
     _Rule(name="learning_rate", after=2, said=_zero("learning_rate", "the learning rate is 0"),
@@ -209,6 +215,12 @@ def check(row: Row, step: int, state: State, limits: AlarmLimits = AlarmLimits()
         said = rule.said(row, new, limits)
         held = state.get(rule.name, 0) + 1 if said else 0
         new[rule.name] = held
-        if said and held == rule.after:
+        quiet = f"quiet.{rule.name}"
+        if said and held == rule.after and new.get(quiet, QUIET) >= QUIET:
             alarms.append(Alarm(rule.name, step, said, rule.remedy))
+            new[quiet] = 0
+        elif not said and quiet in new:
+            new[quiet] += 1
+        elif said and new.get(quiet, QUIET) < QUIET:
+            new[quiet] = 0
     return alarms, new

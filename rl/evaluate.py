@@ -176,10 +176,11 @@ def _sampling(asked: Asked, budget: int | None) -> Sampling:
 
 
 def summary(answered: Sequence[Answered]) -> dict[str, Any]:
-    """avg@n with its 95 % interval (clustered by task), pass@k and maj@k for k = 1, 2, 4 ... n, lengths, truncation.
+    """avg@n with its 95 % interval (clustered by task), pass@k for k = 1, 2, 4 ... n, maj@k from 2 on, lengths,
+    truncation.
 
-    An answer counts as right where its score is 1. Samples that the machine failed are left out; a task that has none
-    left is counted in `unjudged` alone.
+    The mean takes parts of a score as they are; for pass@k and maj@k an answer is right where its score is 1. Samples
+    that the machine failed are left out; a task that has none left is counted in `unjudged` alone.
     """
     known = [a for a in answered if not np.isnan(a.score_n).all()]
     out: dict[str, Any] = {"tasks": len(answered), "unjudged": len(answered) - len(known)}
@@ -191,8 +192,10 @@ def summary(answered: Sequence[Answered]) -> dict[str, Any]:
     whole = [a for a in known if not np.isnan(a.score_n).any()]
     n = len(known[0].score_n)
     for k in (1 << i for i in range(n.bit_length()) if 1 << i <= n):
-        if whole and k > 1:
-            out[f"pass@{k}"] = float(np.mean([pass_at_k(n, int((a.score_n == 1).sum()), k) for a in whole]))
+        if not whole:
+            break
+        out[f"pass@{k}"] = float(np.mean([pass_at_k(n, int((a.score_n == 1).sum()), k) for a in whole]))
+        if k > 1:
             out[f"maj@{k}"] = float(np.mean([majority_at_k(_classes(a), (a.score_n == 1).tolist(), k) for a in whole]))
     return out
 
@@ -247,13 +250,18 @@ def as_table(report: dict[str, Any]) -> str:
             difference = (
                 ""
                 if paired is None
-                else f"{paired['difference']:+.1%} [{paired['low']:+.1%}, {paired['high']:+.1%}], p {paired['p']:.3g}"
+                else f"{_points(paired['difference'])} points [{_points(paired['low'])}, {_points(paired['high'])}], "
+                     f"p {paired['p']:.3g}"
             )
             interval = f"{m['low']:.1%} - {m['high']:.1%}"
             lines.append(f"  {_name(e):{width}}  {m['mean']:6.1%}  {interval:>15}  "
                          + "  ".join(f"{d.get(k, float('nan')):7.1%}" for k in ks)
                          + f"  {d['tokens']:6.1f}  {d['truncated']:7.1%}  {difference}")  # fmt: skip
     return "\n".join(lines)
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f}"
 
 
 def write(report: dict[str, Any], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,11 +21,12 @@ def rollout_row(
     """Means over a step's completions. `score` is the verifier's alone, before any shaping; both it and the reward also
     by domain, where there are several. `agreement`: of reward models with the verifier. `lag`: updates between drawing
     a token and training on it. `dropped`: of groups with nothing to teach, which `completions` and `infra_errors` count
-    as well: a grader that fails makes groups such."""
+    as well: a grader that fails makes groups such; `infra_reason` is what most of the latter failed of."""
     statuses = [r.verdict.status for r in rollouts if r.verdict is not None]
     completions = [r.completion for r in rollouts]
     tokens = np.array([int(c.mask.sum()) for c in completions])
     versions = np.concatenate([c.policy_version[c.mask] for c in completions])
+    failed = unjudged([*rollouts, *dropped])
     row: dict[str, Any] = {
         "reward": mean(rewards.reward_N),
         "score": mean(rewards.parts["verifier"]),
@@ -33,13 +35,15 @@ def rollout_row(
         "longest": int(tokens.max()),
         "truncated": float(np.mean([c.finish == "length" for c in completions])),
         "empty": float(np.mean(tokens == 0)),
-        "infra_errors": len(unjudged([*rollouts, *dropped])),
+        "infra_errors": len(failed),
         "status": {name: statuses.count(name) / len(statuses) for name in sorted(set(statuses))} if statuses else {},
         "parts": {name: mean(x) for name, x in rewards.parts.items()},
         "lag": {"mean": float((step - 1 - versions).mean()), "max": int((step - 1 - versions).max())}
         if len(versions)
         else {},
     }
+    if failed:
+        row["infra_reason"] = Counter(failed).most_common(1)[0][0]
     if agreed := agreement(rollouts, rewards):
         row["agreement"] = agreed
     domains = [r.task.domain for r in rollouts]

@@ -54,6 +54,8 @@ def verifier_named(name: str, *, sandbox: SandboxName = "bubblewrap") -> Verifie
         if form in ("verl", "rubric") and ":" in rest:
             return VerlVerifier(address=rest) if form == "verl" else RubricVerifier(address=rest)
         return FunctionVerifier(address=name)
+    if name.endswith(".py"):
+        raise UserError(f"{name!r} is a file: add the reward function in it, {name}:function")
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
     raise UserError(
         f"no verifier is called {name!r}: there are {', '.join(NAMES)} and 'module:function'; the nearest is {near!r}"

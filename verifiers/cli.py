@@ -62,16 +62,20 @@ def reward_test_command(
     from dataclasses import replace
 
     from cabochon.verifiers.build import verifier_named
-    from cabochon.verifiers.probe import probe, sample_tasks
+    from cabochon.verifiers.probe import HANG_SECONDS, HANGS, probe, sample_tasks
     from cabochon.verifiers.tasks import read_tasks
 
     verifier = verifier_named(reward, sandbox=_sandbox(sandbox))
     found = read_tasks(tasks, verifier=reward)[:limit] if tasks else sample_tasks(reward)
-    findings = probe(verifier, [task if ":" in reward else replace(task, verifier=reward) for task in found])
-    print(f"{'task':24} {'probe':26} {'score':>6} {'status':12} {'seconds':>8}  suspicious")
-    for item in findings:
+    print(f"{'task':24} {'probe':26} {'score':>6} {'status':12} {'seconds':>8}  suspicious", flush=True)
+    findings = []
+    for item in probe(verifier, [task if ":" in reward else replace(task, verifier=reward) for task in found]):
+        findings.append(item)
         score = "-" if item.score is None else f"{item.score:g}"
-        print(f"{item.task[:24]:24} {item.probe:26} {score:>6} {item.status:12} {item.seconds:8.3f}  {item.suspicious}")
+        line = f"{item.task[:24]:24} {item.probe:26} {score:>6} {item.status:12} {item.seconds:8.3f}  {item.suspicious}"
+        print(line, flush=True)
+    if sum(item.seconds >= HANG_SECONDS for item in findings) >= HANGS:
+        print(f"the other probes were left out: {HANGS} that hang say enough")
     bad = [item for item in findings if item.suspicious]
     untried = not any(item.probe == "gold" for item in findings)
     sound = "no right answer was tried, give the rows a `gold`" if untried else "the reward looks sound"

@@ -9,6 +9,8 @@ columns.
 
 from __future__ import annotations
 
+import ast
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,7 +128,43 @@ def checked_address(address: str) -> str:
     place = os.path.abspath(os.path.expanduser(place))
     if not os.path.isfile(place):
         raise UserError(f"{place}: no such file (reward function {name!r})")
+    defined = names_defined(place)
+    if defined is not None and name not in defined:
+        raise UserError(f"{place}: defines no {name!r}{_nearest(name, defined)}")
     return f"{place}:{name}"
+
+
+def names_defined(file: str) -> list[str] | None:
+    """What a Python file binds at its top level, read and not run; None where only running it tells.
+
+    Raises UserError for a file that is no Python.
+    """
+    try:
+        with open(file, "rb") as source:
+            body = ast.parse(source.read(), file).body
+    except (SyntaxError, ValueError, OSError) as error:
+        raise UserError(f"{file}: cannot be read as Python: {error}") from None
+    names: list[str] = []
+    for node in body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.append(name)
+            case ast.Assign(targets=targets) if all(isinstance(t, ast.Name) for t in targets):
+                names += [t.id for t in targets if isinstance(t, ast.Name)]
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names.append(name)
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases) if all(a.name != "*" for a in aliases):
+                names += [alias.asname or alias.name.partition(".")[0] for alias in aliases]
+            case ast.Expr():
+                pass
+            case _:  # under an `if`, a loop, unpacked or starred: anything may be bound
+                return None
+    return names
+
+
+def _nearest(name: str, defined: list[str]) -> str:
+    near = difflib.get_close_matches(name, defined, n=1, cutoff=0.0)
+    return f"; the nearest name in it is {near[0]!r}" if near else "; it defines nothing"
 
 
 def _workers(address: str, memory_mib: int, keep_environment: tuple[str, ...]) -> WorkerConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cabochon.protocols import Verifier
@@ -15,6 +15,9 @@ SLOW_SECONDS = 1.0
 
 HANG_SECONDS = 30.0
 """No answer may take longer, whatever it is."""
+
+HANGS = 2
+"""After so many probes that took that long the others are left out: each would cost as much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +51,17 @@ def _texts(task: Task, gold: str | None, others: Sequence[str | None]) -> list[t
     return found + [(name, text, False) for name, text in zero if text is not None]
 
 
-def probe(verifier: Verifier, tasks: Sequence[Task], *, repeats: int = 3) -> list[Finding]:
-    """Every probe on every task, each `repeats` times."""
+def probe(verifier: Verifier, tasks: Sequence[Task], *, repeats: int = 3) -> Iterator[Finding]:
+    """Every probe on every task, each `repeats` times, as they are done; after `HANGS` that hung, no more."""
     golds = [_gold(verifier, task) for task in tasks]
-    return [
-        _one(verifier, task, name, text, full, repeats)
-        for task, gold in zip(tasks, golds, strict=True) for name, text, full in _texts(task, gold, golds)
-    ]
+    hung = 0
+    for task, gold in zip(tasks, golds, strict=True):
+        for name, text, full in _texts(task, gold, golds):
+            finding = _one(verifier, task, name, text, full, repeats)
+            yield finding
+            hung += finding.seconds >= HANG_SECONDS
+            if hung >= HANGS:
+                return
 
 
 def _gold(verifier: Verifier, task: Task) -> str | None:
@@ -62,7 +69,13 @@ def _gold(verifier: Verifier, task: Task) -> str | None:
     texts = gold_texts(task)
     if len(texts) < 2:
         return next(iter(texts), None)
-    return next((text for text in texts if _one(verifier, task, "gold", text, True, 1).score == 1.0), texts[0])
+    for text in texts:
+        found = _one(verifier, task, "gold", text, True, 1)
+        if found.score == 1.0:
+            return text
+        if found.seconds >= HANG_SECONDS:
+            break
+    return texts[0]
 
 
 def _one(verifier: Verifier, task: Task, name: str, text: str, full: bool, repeats: int) -> Finding:
@@ -76,12 +89,16 @@ def _one(verifier: Verifier, task: Task, name: str, text: str, full: bool, repea
             return Finding(task=task.id, probe=name, score=None, status="raised", seconds=time.monotonic() - start,
                            suspicious=f"raised {type(error).__name__}: {error}"[:200])
         seconds.append(time.monotonic() - start)
+        if seconds[-1] >= HANG_SECONDS:
+            break
     return Finding(task=task.id, probe=name, score=verdicts[0].score, status=verdicts[0].status, seconds=max(seconds),
                    suspicious=_suspicion(name, text, verdicts, full, seconds))
 
 
 def _suspicion(name: str, text: str, verdicts: Sequence[Verdict], full: bool, seconds: Sequence[float]) -> str:
     scores = {verdict.score for verdict in verdicts}
+    if max(seconds) >= HANG_SECONDS:
+        return f"hangs: {verdicts[-1].detail or 'no verdict'} ({max(seconds):.0f} s)"
     if any(verdict.status == "infra_error" for verdict in verdicts):
         return f"infra_error: {next(v.detail for v in verdicts if v.status == 'infra_error')}"
     if len(scores) > 1:
@@ -92,7 +109,7 @@ def _suspicion(name: str, text: str, verdicts: Sequence[Verdict], full: bool, se
     if not full and score != 0.0:
         return f"{name} scores {score}"
     usual = min(seconds)  # the first call of all starts a worker
-    if max(seconds) > HANG_SECONDS or (full and usual > SLOW_SECONDS):
+    if full and usual > SLOW_SECONDS:
         return f"slow: {max(seconds):.1f} s"
     return ""
 

@@ -94,7 +94,16 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": "recursion", "detail": "nested too deeply for the judge"}
     except Exception as error:  # the worker's door: anything a grader raises is reported to the owner, never swallowed
         where = traceback.format_exc(limit=-4)[-2000:]
-        return {"error": "exception", "detail": f"{type(error).__name__}: {error}"[:500], "traceback": where}
+        detail = f"{type(error).__name__}: {str(error)[:200]} ({_place(error)})"
+        return {"error": "exception", "detail": detail, "traceback": where}
+
+
+def _place(error: Exception) -> str:
+    """`file.py:12`, the innermost line that is of no installed library, since there its author can mend it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((sys.prefix, sys.base_prefix, "<"))]
+    last = (own or frames)[-1]
+    return f"{os.path.basename(last.filename)}:{last.lineno}"
 
 
 def _reply(body: bytes) -> bytes:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cabochon.report import lineage, page, rollouts
 from cabochon.report.files import Row, Tail, read_object, stamp
@@ -151,14 +151,14 @@ class Readers:
     def snapshot(self) -> Row:
         runs = [run.snapshot() for run in self.runs]
         job = self.places[0] if len(self.places) == 1 and not lineage.is_run(self.places[0]) else None
-        evaluation = _evaluation(job) if job else None
+        beside = {place: _evaluation(place) for place in {Path(run["dir"]).parent for run in runs}}
         for run in runs:
-            run["verdict"] = verdict(run, _paired(evaluation, run["dir"]))
+            run["verdict"] = verdict(run, _paired(beside[Path(run["dir"]).parent], run["dir"]))
         return {
             "title": str(self.places[0]) if len(self.places) == 1 else f"{len(runs)} runs",
             "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "live": False, "runs": runs,
             "differences": lineage.differences([run["config"] for run in runs]),
-            "job": None if job is None else {"stages": read_object(job / "pipeline.json"), "eval": evaluation},
+            "job": None if job is None else {"stages": read_object(job / "pipeline.json"), "eval": _evaluation(job)},
         }  # fmt: skip
 
 
@@ -184,7 +184,13 @@ def _paired(evaluation: Row | None, place: str) -> dict[str, float] | None:
     return None
 
 
-def report(places: Sequence[Path]) -> str:
+class Page(NamedTuple):
+    html: str
+    verdicts: list[str]
+    """a line for each run: its name, its verdict, and the first reason for it"""
+
+
+def report(places: Sequence[Path]) -> Page:
     """The page of these runs, of at most `PAGE` bytes. Raises UserError where a directory holds no run."""
     readers = Readers(places)
     readers.refresh()
@@ -194,7 +200,10 @@ def report(places: Sequence[Path]) -> str:
     having = [i for i, run in enumerate(data["runs"]) if run["rollout_steps"]]
     for i in having:
         _embed(readers.runs[i], data["runs"][i], room // len(having))
-    return page.render(data)
+    verdicts = [
+        f"{run['name']}: {run['verdict']['title']}: {next(iter(run['verdict']['because']), '')}" for run in data["runs"]
+    ]
+    return Page(page.render(data), verdicts)
 
 
 def _embed(reader: RunReader, run: Row, room: int) -> None:

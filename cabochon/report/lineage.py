@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from cabochon.errors import UserError
-from cabochon.report.files import Row, read_object
+from cabochon.report.files import Row, Tail, read_object
 
 KEPT = ("stage", "finished_at", "steps", "seconds", "results", "seed", "data", "versions")
 
@@ -20,7 +20,8 @@ def is_run(place: Path) -> bool:
 
 
 def runs_in(place: Path) -> list[tuple[str, Path]]:
-    """(name, directory) of the run at `place`, or of a job's in the order they were run.
+    """(name, directory) of the run at `place`, or of a job's in the order they were run; those that failed before their
+    first step are left out where there are others.
 
     Raises UserError where there is none.
     """
@@ -33,10 +34,17 @@ def runs_in(place: Path) -> list[tuple[str, Path]]:
         below = sorted(str(p.parent) for p in place.glob("*/*/config.yaml"))[:1]
         nearest = f"; did you mean {below[0]}?" if below else ""
         raise UserError(f"{place}: no run in here: expected config.yaml, or directories that hold one{nearest}")
+    found = {name: p for name, p in found.items() if not _refused(p)} or found
     stages = list(read_object(place / "pipeline.json") or {})
     begun = {name: (p / "config.yaml").stat().st_mtime for name, p in found.items()}
     order = sorted(found, key=lambda name: (stages.index(name) if name in stages else len(stages), begun[name]))
     return [(name, found[name]) for name in order]
+
+
+def _refused(place: Path) -> bool:
+    """It made no step and the last thing it said is why: a wrong key, a missing file."""
+    metrics, events = place / "metrics.jsonl", list(Tail(place / "events.jsonl").rows())
+    return not (metrics.exists() and metrics.stat().st_size) and bool(events) and events[-1].get("event") == "failed"
 
 
 def config_of(place: Path) -> Row:

@@ -123,7 +123,7 @@ def asked_completion(served: Served, body: CompletionBody) -> Asked:
 
 def _check(served: Served, body: Body, *, prompts: int) -> None:
     """What can be said before a prompt becomes tokens, of which there may be millions in a body."""
-    if body.model != served.name:
+    if body.model not in (None, served.name):
         message = f"the model {body.model!r} is not served here; this is {served.name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
     if (wanted := prompts * body.n) > served.places:

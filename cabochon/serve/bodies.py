@@ -59,7 +59,8 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    model: str
+    model: str | None = None
+    """the one that is served, where it is left out"""
     n: int = Field(1, ge=1)
     seed: int | None = None
     """a random one by default"""

@@ -9,7 +9,7 @@ import runs
 from typer.testing import CliRunner
 
 from cabochon.cli import app
-from cabochon.report.build import Readers, RunReader
+from cabochon.report.build import Readers, RunReader, report
 
 
 def snapshot(place):
@@ -99,6 +99,8 @@ def test_the_evaluation_of_a_job_decides_its_verdict(tmp_path):
     found = readers.snapshot()["runs"][0]["verdict"]
     assert found["state"] == "learning"
     assert "+20.0 points, 95 % interval +10.0 to +30.0" in found["because"][0]
+    alone = report([tmp_path / "rl"])
+    assert alone.verdicts == [f"rl: {found['title']}: {found['because'][0]}"], "also where the run is looked at alone"
 
 
 def test_looking_changes_nothing_in_the_run(tmp_path):

@@ -16,6 +16,20 @@ def test_a_jobs_runs_come_in_the_order_of_its_stages(tmp_path):
     assert [name for name, _ in lineage.runs_in(tmp_path / "m")] == ["m"]
 
 
+def test_a_run_that_was_refused_before_its_first_step_is_left_out_unless_it_is_all_there_is(tmp_path):
+    refused = tmp_path / "refused"
+    refused.mkdir()
+    (refused / "config.yaml").write_text("stage: rl\n")
+    (refused / "events.jsonl").write_text('{"event": "started"}\n{"event": "failed", "message": "no such file"}\n')
+    assert [name for name, _ in lineage.runs_in(tmp_path)] == ["refused"]
+    runs.rl_run(tmp_path / "good", 2)
+    assert [name for name, _ in lineage.runs_in(tmp_path)] == ["good"]
+    broken = runs.rl_run(tmp_path / "late", 2)
+    with (broken / "events.jsonl").open("a") as events:
+        events.write('{"event": "failed", "message": "disk full"}\n')
+    assert {name for name, _ in lineage.runs_in(tmp_path)} == {"good", "late"}, "it made steps: worth a look"
+
+
 def test_what_is_no_run_is_one_line_that_says_what_was_expected(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         lineage.runs_in(tmp_path / "none")

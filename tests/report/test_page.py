@@ -14,7 +14,7 @@ pytestmark = pytest.mark.chromium
 
 
 def written(place, *directories):
-    place.write_text(build.report(directories), encoding="utf-8")
+    place.write_text(build.report(directories).html, encoding="utf-8")
     return place.as_uri()
 
 
@@ -194,7 +194,7 @@ def test_a_long_run_opens_at_once_and_fits(tmp_path, chrome):
 def test_completions_are_left_out_before_the_file_gets_too_large(tmp_path):
     texts = tuple("<" * 590 for _ in range(8))
     place = runs.rl_run(tmp_path / "run", 30, rollouts=30, groups=8, texts=texts)
-    text = build.report([place])
+    text = build.report([place]).html
     assert 1_000_000 < len(text.encode()) <= PAGE
     assert "30 steps, at most" in text
 

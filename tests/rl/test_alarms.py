@@ -36,6 +36,19 @@ def test_a_healthy_run_is_quiet():
     assert run([{}] * 5) == ([[]] * 5, []), "nothing known is nothing wrong"
 
 
+def test_a_reading_about_its_limit_alarms_once_and_again_only_after_ten_quiet_steps():
+    low, fine = broken(entropy=0.05), HEALTHY
+    names, _ = run([*[low] * 3, fine, *[low] * 3, *[fine] * 9, *[low] * 5])
+    assert names == [[], [], ["entropy"], *[[]] * 18], "nine quiet steps are too few, and lasting on is no news"
+    names, _ = run([*[low] * 3, *[fine] * 10, *[low] * 3])
+    assert names == [[], [], ["entropy"], *[[]] * 12, ["entropy"]]
+
+
+def test_the_reason_why_completions_could_not_be_judged_is_in_the_alarm():
+    _, said = run([broken(infra_errors=64, infra_reason="mine.py:score returned 72, outside [0, 1]")])
+    assert "100% of the completions could not be judged, most often: mine.py:score returned 72" in said[0]
+
+
 CASES = [
     ("all_wrong", {"groups_failed": 1.0, "groups_solved": 0.0}, 2),
     ("all_right", {"groups_failed": 0.0, "groups_solved": 1.0}, 2),
@@ -89,7 +102,7 @@ def test_a_kl_in_the_reward_betrays_the_reference_too():
 
 def test_an_alarm_comes_back_after_it_was_gone():
     cut = broken(truncated=1.0)
-    assert run([cut, cut, HEALTHY, cut])[0] == [["truncated"], [], [], ["truncated"]]
+    assert run([cut, cut, *[HEALTHY] * 10, cut])[0] == [["truncated"], *[[]] * 11, ["truncated"]]
 
 
 def test_warm_up_s_first_step_is_no_alarm():

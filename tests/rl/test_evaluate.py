@@ -29,6 +29,11 @@ def test_means_count_tasks_alike_and_leave_out_what_the_machine_failed():
     assert found["pass@2"] == pytest.approx(1 - 1 / 6), "of the one task that was judged whole"
 
 
+def test_parts_of_a_score_are_in_the_mean_and_no_right_answer():
+    found = evaluate.summary([answered("x", [0.5, 0.5, 1, 0])])
+    assert (found["mean"]["mean"], found["pass@1"]) == (0.5, 0.25)
+
+
 def test_a_majority_of_different_right_forms_is_one_class():
     found = evaluate.summary([answered("x", [1, 1, 0, 0], answers=["1/2", "0.5", "3", "3"])])
     assert found["maj@4"] == pytest.approx(0.5), "two against two: a tie"
@@ -87,6 +92,6 @@ def test_the_table_and_the_file(tmp_path):
     report = {"asked": {}, "evaluations": [first, second]}
     table = evaluate.as_table(report)
     assert " 25.0%" in table
-    assert "+25.0% [+10.0%, +40.0%], p 0.01" in table
+    assert "+25.0 points [+10.0, +40.0], p 0.01" in table
     evaluate.write(report, tmp_path / "new" / "e.json")
     assert json.loads((tmp_path / "new" / "e.json").read_text())["evaluations"][0]["model"] == "one"

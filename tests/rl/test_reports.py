@@ -30,6 +30,7 @@ def test_a_failure_of_the_machine_is_counted_and_is_in_no_mean():
     row = reports.rollout_row(some, rewards, step=4)
     assert row["score"] == pytest.approx(2 / 3)
     assert row["infra_errors"] == 1
+    assert row["infra_reason"] == some[2].verdict.detail
     assert row["truncated"] == 0.25
     assert row["longest"] == 9
     assert row["lag"]["max"] == 2

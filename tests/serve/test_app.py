@@ -39,6 +39,8 @@ def test_a_chat_is_what_the_sampler_draws(server, sampler):
     assert reply["usage"] == {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
     assert reply["model"] == "tiny"
     assert reply["object"] == "chat.completion"
+    unnamed = server.client.post("/chat/completions", json={"messages": HI, **asked}).json()
+    assert (unnamed["model"], unnamed["choices"]) == ("tiny", reply["choices"]), "the one there is"
 
 
 def test_a_stream_says_the_same_as_one_answer(server):

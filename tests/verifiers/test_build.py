@@ -12,7 +12,7 @@ from cabochon.verifiers.probe import probe, sample_tasks
 
 
 def test_probing_finds_nothing_wrong_with_the_math_verifier() -> None:
-    findings = probe(verifier_named("math"), sample_tasks("math"), repeats=2)
+    findings = list(probe(verifier_named("math"), sample_tasks("math"), repeats=2))
     assert {finding.probe for finding in findings} >= {
         "gold",
         "blank",
@@ -52,6 +52,31 @@ def test_a_verifier_that_is_always_slow_is_found_out_and_one_that_has_to_start_i
 
     assert found(1) == "", "the worker started"
     assert found(3) == "slow: 0.3 s"
+
+
+def test_after_two_hangs_the_other_probes_are_left_out(monkeypatch) -> None:
+    class Hangs:
+        calls = 0
+
+        def verify(self, task: Task, text: str) -> Verdict:
+            self.calls += 1
+            if text.startswith("<think>"):
+                return Verdict(score=0.0, status="wrong")
+            time.sleep(0.1)
+            return Verdict(score=0.0, status="timeout", detail="no verdict within 0.1 s")
+
+    monkeypatch.setattr(probing, "HANG_SECONDS", 0.1)
+    task = Task(id="t", prompt="2 + 2?", verifier="my:reward", payload={"answer": "4"})
+    verifier = Hangs()
+    findings = list(probe(verifier, [task, task]))
+    assert [f.probe for f in findings] == ["gold", "blank"]
+    assert all(f.suspicious.startswith("hangs: no verdict within 0.1 s") for f in findings)
+    assert verifier.calls == 4, "one to find the form of each task's right answer, one for each finding"
+
+
+def test_a_file_without_its_function_is_told_what_to_add() -> None:
+    with pytest.raises(UserError, match=r"'mine\.py' is a file: add the reward function in it, mine\.py:function"):
+        verifier_named("mine.py")
 
 
 def test_unknown_names() -> None:

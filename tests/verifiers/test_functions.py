@@ -93,13 +93,18 @@ def test_the_declared_range_is_mapped_to_a_score(rewards: str) -> None:
         ("raises", "ConnectionError: judge is down"),
         ("not_a_number", "nan"),
         ("two", "2 rewards for one"),
-        ("no_such", "no_such"),
     ],
 )
 def test_a_function_that_fails_is_an_infra_error_not_a_zero(rewards: str, name: str, says: str) -> None:
     found = FunctionVerifier(address=f"{rewards}:{name}").verify(task(), "x")
     assert (found.score, found.status) == (None, "infra_error")
     assert says in found.detail
+
+
+def test_a_module_without_the_function_is_an_infra_error() -> None:
+    found = FunctionVerifier(address="json:no_such").verify(task(), "x")
+    assert (found.score, found.status) == (None, "infra_error")
+    assert "no_such" in found.detail
 
 
 def test_a_function_that_hangs_is_killed(rewards: str) -> None:
@@ -155,6 +160,42 @@ def test_verls_compute_score(rewards: str) -> None:
 def test_addresses_that_are_none(address: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         FunctionVerifier(address=address)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("def score(completions): return [1.0]\n", "defines no 'scores'; the nearest name in it is 'score'"),
+        ("", "defines no 'scores'; it defines nothing"),
+        ("def score(:\n", "cannot be read as Python"),
+    ],
+)
+def test_a_function_that_its_file_does_not_define(tmp_path: pathlib.Path, text: str, says: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        FunctionVerifier(address=f"{path}:scores")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from math import fsum as score", "score = lambda completions: [1.0]", "score: object = print",
+        "if True:\n    def score(completions): return [1.0]", "from os.path import *", "score, other = 1, 2",
+    ],
+)
+def test_a_function_that_may_be_there_is_left_to_its_first_call(tmp_path: pathlib.Path, text: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f'"""Doc."""\n{text}\n')
+    FunctionVerifier(address=f"{path}:score")
+
+
+def test_the_line_of_the_users_file_is_said(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("import json\n\ndef score(completions):\n    return [json.loads(completions[0])]\n")
+    found = FunctionVerifier(address=f"{path}:score").verify(task(), "no JSON")
+    assert found.status == "infra_error"
+    assert found.detail.endswith("(mine.py:4)"), "and not a line of the json module"
 
 
 def test_a_range_that_is_none(tmp_path: pathlib.Path) -> None:

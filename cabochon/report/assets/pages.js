@@ -45,12 +45,12 @@ function evaluationOf(job) {
       if (!m) continue;
       const rates = Object.entries(d).filter(([k]) => k.includes("@")).map(([k, v]) => `${k} ${percent(v)}`).join(", ");
       rows.push([domain, visible(e.model + (known(e.thinking) ? ` (thinking ${e.thinking})` : "")), percent(m.mean),
-        intervalOf(m.low, m.mean, m.high, 0, 1), whole(`${percent(m.low)} – ${percent(m.high)}`),
-        p ? el("td", { class: `whole ${p.low > 0 ? "good" : p.high < 0 ? "bad" : ""}` }, `${signed(100 * p.difference)} points [${signed(100 * p.low)}, ${signed(100 * p.high)}], p ${number(p.p)}`) : "", whole(rates)]);
+        p ? el("td", { class: `whole ${p.low > 0 ? "good" : p.high < 0 ? "bad" : ""}` }, `${signed(100 * p.difference)} points [${signed(100 * p.low)}, ${signed(100 * p.high)}], p ${number(p.p)}`) : "",
+        intervalOf(m.low, m.mean, m.high, 0, 1), whole(`${percent(m.low)} – ${percent(m.high)}`), whole(rates)]);
     }
   }
   return section("evaluation", "Before and after, on held-out tasks",
-    el("div", { class: "panel" }, table(["domain", "model", "accuracy", "", "95 % interval", "against the first", "of several answers"], rows, [2])));
+    el("div", { class: "panel" }, table(["domain", "model", "accuracy", "against the first", "", "95 % interval", "of several answers"], rows, [2])));
 }
 
 // Confidence in ten bins against how often the answer was right: on the diagonal where the score can be taken at its word.
