@@ -77,8 +77,9 @@ def our_logits(ours, continued):
 
 
 def test_logits_equal_transformers(theirs, continued, our_logits):
-    """Within 1e-4 of transformers, both in f32; and both as near to transformers in f64.
+    """Within 1e-4 of transformers, both in f32; and over all prompts both as near to transformers in f64.
 
+    Of one prompt the larger part of the error is at its first token, where either may be the luckier by a factor of 4.
     Logits reach 42 and f32 is only so good over 30 layers: transformers itself is up to 1.0e-4 from its own f64 here.
     Both libraries' products round differently on other processors, so 1e-4 is held where it was measured.
     """
@@ -89,14 +90,17 @@ def test_logits_equal_transformers(theirs, continued, our_logits):
     tokens, lengths = continued
     limit = 1e-4 if "avx512f" in Path("/proc/cpuinfo").read_text() else 1.5e-4
     exact_model = copy.deepcopy(theirs).double()
+    errors = []
     for row, n in enumerate(lengths):
         with torch.no_grad():
             ids = torch.tensor(tokens[row : row + 1, : n + NEW])
             expected, exact = theirs(ids).logits[0].numpy(), exact_model(ids).logits[0].numpy()
         got = our_logits[row, : n + NEW]
         assert np.abs(got - expected).max() <= limit
-        our_error, their_error = (np.sqrt(np.square(x - exact).mean()) for x in (got, expected))
-        assert our_error < 1.25 * their_error < 2.5e-5
+        errors.append([np.sqrt(np.square(x - exact).mean()) for x in (got, expected)])
+        assert max(errors[-1]) < 2e-5
+    our_error, their_error = np.sqrt(np.square(errors).mean(0))
+    assert our_error < 1.25 * their_error
 
 
 def test_logits_in_double_precision(theirs, exported, continued, monkeypatch):
