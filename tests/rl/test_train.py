@@ -291,9 +291,11 @@ def test_a_change_too_small_for_the_engine_s_numbers_is_none():
         assert (a != b).mean() == changed
 
 
-def test_a_run_knows_the_model_it_began_with_from_another_at_the_same_place(place):
+@pytest.mark.parametrize("part", ["policy", "judge"])
+def test_a_run_knows_the_models_it_began_with_from_others_at_the_same_place(place, part):
     model = {"address": str(main(config(place, "first", steps=1)))}
-    cfg = config(place, model=model, steps=1)
+    changes = {"model": model} if part == "policy" else {"models": {"judge": model | {"judge": "judge-terse"}}}
+    cfg = config(place, steps=1, **changes)
     main(cfg)
     main(config(place, "first", steps=2, seed=1), resume_anyway=True)
     with pytest.raises(UserError, match="first/final was changed since"):
