@@ -36,23 +36,28 @@ class Change(NamedTuple):
         return self.last - self.first
 
 
-def trend(values: Sequence[float | None]) -> Change | None:
+def trend(values: Sequence[float | None], *, steep: bool = False) -> Change | None:
     """The last third of a curve against its first, with a 95 % interval of the difference; None where it is too short.
 
     Neighbouring points resemble each other: each third counts as n (1 - r) / (1 + r) independent ones, r being the
-    correlation of neighbours about the thirds' own means.
+    correlation of neighbours about the thirds' own means. `steep`: the noise is that of each point against the next
+    (von Neumann's estimate), for losses: what they fall by within the first third is no noise, and batches are drawn
+    independently.
     """
     y = np.array([v for v in values if v is not None], np.float64)
     if len(y) < LEAST:
         return None
     parts = np.split(y, [len(y) // 3, len(y) - len(y) // 3])
     ends = (parts[0], parts[2])
+    first, last = (float(x.mean()) for x in ends)
+    if steep:
+        error = math.sqrt(sum(float(np.square(np.diff(x)).mean()) / 2 / len(x) for x in ends))
+        return Change(first, last, last - first - 1.96 * error, last - first + 1.96 * error)
     rest = [x - x.mean() for x in ends]
     power = sum(float((r**2).sum()) for r in rest)
     r = sum(float((x[1:] * x[:-1]).sum()) for x in rest) / power if power > 0 else 0.0
     r = min(max(r, 0.0), 0.95)
     error = math.sqrt(sum(float(x.var(ddof=1)) / max(len(x) * (1 - r) / (1 + r), 1.0) for x in ends))
-    first, last = float(ends[0].mean()), float(ends[1].mean())
     return Change(first, last, last - first - 1.96 * error, last - first + 1.96 * error)
 
 
@@ -158,7 +163,7 @@ def _descent(run: Mapping[str, Any], names: Sequence[str], what: str) -> tuple[S
             if known[-1] > best * 1.02 and known[-1] - best > 0.5 * abs(known[0] - best):
                 return "worse", [f"{said}; its best was {best:.4g}: it fits its training data too closely"]
             return ("learning" if down > 0.005 * abs(known[0]) else "flat"), [said]
-        if change := trend(known):
+        if change := trend(known, steep=True):
             state = _direction(Change(-change.first, -change.last, -change.high, -change.low))
             return state, [f"the {held}{what} {_moved(change)}"]
     return "early", [f"{LEAST} steps are the least a trend is read from"]

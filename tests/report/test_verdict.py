@@ -50,6 +50,16 @@ def test_a_collapse_is_named_with_the_alarm_that_explains_it():
     assert "after the alarms entropy" in found["because"][0]
 
 
+def test_a_loss_that_falls_at_once_and_then_stays_low_was_learnt():
+    """As the demo's judge: nearly all of it within the first third, where it makes the third's own spread."""
+    fall = 8.0 * np.exp(-np.arange(120) / 6) + 0.02 + np.abs(noise(120, 0, 0.01))
+    assert verdict(run(stage="sft", loss=fall.tolist()))["state"] == "learning"
+    assert verdict(run(stage="sft", loss=fall[::-1].tolist()))["state"] == "worse"
+    rng = np.random.default_rng(3)
+    flat = [verdict(run(stage="sft", loss=rng.normal(2, 0.1, 90).tolist()))["state"] for _ in range(200)]
+    assert flat.count("flat") > 0.9 * len(flat)
+
+
 def test_chance_is_called_a_change_about_as_often_as_the_interval_says():
     """5 % in theory; the thirds' error is estimated, and neighbours that resemble each other make it harder."""
     rng = np.random.default_rng(1)
