@@ -18,8 +18,8 @@ from cabochon.config import Frozen
 
 Row = Mapping[str, Any]
 State = dict[str, float]
-"""Plain JSON for the checkpoint: consecutive steps per rule, readings of the first step, and as `quiet.RULE`, once that
-rule has fired, for how many steps it had nothing to say. Begins empty."""
+"""Plain JSON for the checkpoint: consecutive steps per rule, readings of the first step, and as `quiet.RULE` for how
+many steps, at most `QUIET`, a rule that fired has had nothing to say. Begins empty."""
 
 QUIET = 10
 """steps without its condition after which a rule may fire again"""
@@ -215,12 +215,11 @@ def check(row: Row, step: int, state: State, limits: AlarmLimits = AlarmLimits()
         said = rule.said(row, new, limits)
         held = state.get(rule.name, 0) + 1 if said else 0
         new[rule.name] = held
-        quiet = f"quiet.{rule.name}"
-        if said and held == rule.after and new.get(quiet, QUIET) >= QUIET:
+        quiet = state.get(f"quiet.{rule.name}", QUIET)
+        if said and held == rule.after and quiet >= QUIET:
             alarms.append(Alarm(rule.name, step, said, rule.remedy))
-            new[quiet] = 0
-        elif not said and quiet in new:
-            new[quiet] += 1
-        elif said and new.get(quiet, QUIET) < QUIET:
-            new[quiet] = 0
+            quiet = 0
+        elif quiet < QUIET:
+            quiet = 0 if said else quiet + 1
+        new[f"quiet.{rule.name}"] = quiet
     return alarms, new

@@ -84,9 +84,9 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
     Raises UserError (recipe, tasks, directory), MachineError (disk, workers, graders), NonFiniteError, and
     KeyboardInterrupt after Ctrl-C saved a checkpoint.
     """
-    models = [cfg.model.address, *(model.address for model in cfg.models.values())]
+    addresses = [cfg.model.address, *(model.address for model in cfg.models.values())]
     # a model that was trained anew is another input at the same place
-    files = [*cfg.tasks.train, *cfg.tasks.held_out, *(str(resolve(m).path) for m in models if m is not None)]
+    files = [*cfg.tasks.train, *cfg.tasks.held_out, *(str(resolve(a).path) for a in addresses if a is not None)]
     with open_run(cfg, "rl", data=files, resume_anyway=resume_anyway, shown=SHOWN) as run, ExitStack() as stack:
         if run.finished:
             return run.final

@@ -82,11 +82,16 @@ class RaySession:
             raise MachineError(f"Ray does not start: {str(error).splitlines()[0]}; its logs: {log_dir}") from error
 
     def close(self) -> None:
-        """Nothing of ours is left running. May be called again."""
+        """Nothing of ours is left running, and of Ray's files only its logs: sockets, and a link to the latest of them,
+        would keep the run's directory from being copied. May be called again.
+        """
         if self._ours and ray.is_initialized():
             ray.shutdown()
         if self._link is not None:
             shutil.rmtree(self._link, ignore_errors=True)
+            (self.log_dir / "session_latest").unlink(missing_ok=True)
+            for sockets in self.log_dir.glob("session_*/sockets"):
+                shutil.rmtree(sockets, ignore_errors=True)
 
 
 def _keep_stdout_clean() -> None:

@@ -21,6 +21,8 @@ class Probe:
     task: Task
     gold: str | None
     """None where nobody knows one, as of a user's reward function: it then only has to judge, whatever it says"""
+    candidates: tuple[str, ...] = ()
+    """without `gold`: answers of which one is probably right; each has to be judged as well"""
     blank: str = ""
     garbage: str = "zq \\boxed{%%% never an answer ~~}"
 

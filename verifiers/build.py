@@ -91,13 +91,15 @@ def verifier_for(tasks: Iterable[Task], *, sandbox: SandboxName = "bubblewrap") 
 
 
 def probes_for(tasks: Iterable[Task]) -> list[Probe]:
-    """A probe for each name these tasks ask for; of a reward function one without gold, which nobody knows here."""
+    """A probe for each name these tasks ask for. Of a reward function nobody knows the gold here: of what the row gives
+    as its answer, plain and boxed, it only has to make something."""
     first: dict[str, Task] = {}
     for task in tasks:
         if task.verifier not in first and (task.verifier != "reasoning" or task.payload.get("answer")):
             first[task.verifier] = task
     return [
-        _probe(name, task) if name in NAMES else Probe(task=task, gold=None) for name, task in sorted(first.items())
+        _probe(name, task) if name in NAMES else Probe(task=task, gold=None, candidates=gold_texts(task))
+        for name, task in sorted(first.items())
     ]
 
 

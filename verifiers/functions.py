@@ -46,7 +46,7 @@ class _AtAddress:
         outcome = shared_pool(_workers(self.address, self.memory_mib, self.keep_environment)).call(
             f"cabochon.verifiers.functions_worker:{form}",
             {"address": self.address, **arguments},
-            deadline=self.deadline,
+            deadline=self.deadline, on_stall="fail",
         )
         if outcome.status != "done":
             return verdict_of_outcome(outcome)
@@ -155,9 +155,9 @@ def names_defined(file: str) -> list[str] | None:
                 names.append(name)
             case ast.Import(names=aliases) | ast.ImportFrom(names=aliases) if all(a.name != "*" for a in aliases):
                 names += [alias.asname or alias.name.partition(".")[0] for alias in aliases]
-            case ast.Expr():
+            case ast.Expr(value=ast.Constant()):
                 pass
-            case _:  # under an `if`, a loop, unpacked or starred: anything may be bound
+            case _:  # a call, an `if`, a loop, unpacked or starred: anything may be bound
                 return None
     return names
 

@@ -109,12 +109,13 @@ class VerifierPool:
 
     def prove(self, probes: Sequence[Probe]) -> None:
         """Gold must score 1, blank and garbage 0, through the same threads and workers as the run's items. Where no
-        gold is known, both must get a verdict that is no failure of the machine."""
+        gold is known, both and the candidates must get a verdict that is no failure of the machine."""
         wanted = [
             (probe, what, text, score)
             for probe in probes
             for what, text, score in (
-                ("gold", probe.gold, 1.0), ("blank", probe.blank, 0.0), ("garbage", probe.garbage, 0.0)
+                ("gold", probe.gold, 1.0), ("blank", probe.blank, 0.0), ("garbage", probe.garbage, 0.0),
+                *(("right", text, 1.0) for text in probe.candidates),
             )
             if text is not None
         ]

@@ -53,7 +53,8 @@ def _texts(task: Task, gold: str | None, others: Sequence[str | None]) -> list[t
 
 def probe(verifier: Verifier, tasks: Sequence[Task], *, repeats: int = 3) -> Iterator[Finding]:
     """Every probe on every task, each `repeats` times, as they are done; after `HANGS` that hung, no more."""
-    golds = [_gold(verifier, task) for task in tasks]
+    form = _form(verifier, tasks)
+    golds = [texts[min(form, len(texts) - 1)] if texts else None for texts in map(gold_texts, tasks)]
     hung = 0
     for task, gold in zip(tasks, golds, strict=True):
         for name, text, full in _texts(task, gold, golds):
@@ -64,18 +65,18 @@ def probe(verifier: Verifier, tasks: Sequence[Task], *, repeats: int = 3) -> Ite
                 return
 
 
-def _gold(verifier: Verifier, task: Task) -> str | None:
-    """The right answer, in the form that is paid for where there is more than one."""
-    texts = gold_texts(task)
-    if len(texts) < 2:
-        return next(iter(texts), None)
-    for text in texts:
+def _form(verifier: Verifier, tasks: Sequence[Task]) -> int:
+    """Which of the forms of a right answer is paid for, by the first task that has several; the first if none is."""
+    task = next((task for task in tasks if len(gold_texts(task)) > 1), None)
+    if task is None:
+        return 0
+    for i, text in enumerate(gold_texts(task)):
         found = _one(verifier, task, "gold", text, True, 1)
         if found.score == 1.0:
-            return text
+            return i
         if found.seconds >= HANG_SECONDS:
             break
-    return texts[0]
+    return 0
 
 
 def _one(verifier: Verifier, task: Task, name: str, text: str, full: bool, repeats: int) -> Finding:

@@ -106,6 +106,6 @@ class ReasoningVerifier:
             "cabochon.verifiers.reasoning_worker:judge",
             {"text": text[-400_000:], "prompt": task.prompt, "name": task.payload["dataset"],
              **{name: task.payload[name] for name in wanted[1:]}},
-            deadline=self.deadline, single_use=True, stall_is_timeout=True,
+            deadline=self.deadline, single_use=True, on_stall="timeout",
         )
         return verdict_of_outcome(outcome)

@@ -134,13 +134,13 @@ class WorkerPool:
         *,
         deadline: float,
         single_use: bool = False,
-        stall_is_timeout: bool = False,
+        on_stall: Literal["retry", "fail", "timeout"] = "retry",
     ) -> Outcome:
         """Run `target` ("package.module:function") with JSON-able keyword arguments in a worker.
 
-        `single_use` gives the item a worker of its own that dies afterwards. `stall_is_timeout` puts a deadline missed
-        without using the CPU down to the item (where the item can sleep), not to the machine. Never raises for what the
-        function does; blocks while all workers are busy.
+        `single_use` gives the item a worker of its own that dies afterwards. `on_stall`: a deadline missed without
+        using the CPU is the machine's doing and tried again, or not (where the item would wait again), or it is the
+        item's own (where it can sleep). Never raises for what the function does; blocks while all workers are busy.
         """
         try:
             number = secrets.token_hex(8)  # the reply must carry it: one left over from another item is never taken
@@ -154,18 +154,18 @@ class WorkerPool:
             try:
                 worker = self._take()
                 start = time.monotonic()
-                fresh = worker.items == 0
-                outcome = self._converse(worker, number, request, deadline, stall_is_timeout)
+                before = worker.items
+                outcome = self._converse(worker, number, request, deadline, on_stall)
             except (_MachineFailure, OSError) as error:
                 failed = Outcome(status="infra_error", detail=str(error))
                 if worker is not None:
                     self._discard(worker)
                 continue
-            if outcome.status in ("done", "recursion") or (outcome.status == "infra_error" and worker.items):
+            if outcome.status in ("done", "recursion") or (outcome.status == "infra_error" and worker.items > before):
                 self._give_back(worker, discard=single_use)
             else:
                 self._discard(worker)
-                if outcome.status == "oom" and not fresh:  # memory left over from earlier items may be to blame
+                if outcome.status == "oom" and before:  # memory left over from earlier items may be to blame
                     failed = outcome
                     continue
             failed = outcome
@@ -186,9 +186,7 @@ class WorkerPool:
 
     # ------------------------------------------------------------------------------------------ one conversation
 
-    def _converse(
-        self, worker: _Worker, number: str, request: bytes, deadline: float, stall_is_timeout: bool
-    ) -> Outcome:
+    def _converse(self, worker: _Worker, number: str, request: bytes, deadline: float, on_stall: str) -> Outcome:
         until = time.monotonic() + deadline
         cpu = cpu_seconds(worker.pid)
         try:
@@ -201,11 +199,12 @@ class WorkerPool:
             reply = json.loads(read_until(worker.connection, length, until))
         except TimeoutError:
             used = cpu_seconds(worker.pid) - cpu
-            if used < STALLED_SHARE * deadline and not stall_is_timeout:
+            if used < STALLED_SHARE * deadline and on_stall != "timeout":
                 self._add(stalled=1)
-                raise _MachineFailure(
-                    f"the worker got {used:.1f} s of CPU in {deadline:g} s: starved or blocked"
-                ) from None
+                detail = f"the worker got {used:.1f} s of CPU in {deadline:g} s: starved, or waiting for something"
+                if on_stall == "fail":
+                    return Outcome(status="infra_error", detail=detail)
+                raise _MachineFailure(detail) from None
             return Outcome(status="timeout", detail=f"no verdict within {deadline:g} s")
         except (EOFError, ConnectionError):
             return self._post_mortem(worker)

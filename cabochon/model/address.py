@@ -64,6 +64,8 @@ def resolve(name: str, *, hub_deadline: float = HUB_DEADLINE) -> Source:
         return Source(name=name, path=_from_hub(name, hub_deadline), kind="hf")
     path = Path(name).expanduser()
     if path.is_dir():
+        if not (path / "config.json").exists() and (path / "final" / "config.json").exists():
+            raise UserError(f"{name}: the directory of a run; its model is {Path(name) / 'final'}")
         return Source(name=name, path=path, kind="hf")
     if path.is_file():
         if path.suffix != ".gguf":

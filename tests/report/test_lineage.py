@@ -24,6 +24,9 @@ def test_a_run_that_was_refused_before_its_first_step_is_left_out_unless_it_is_a
     assert [name for name, _ in lineage.runs_in(tmp_path)] == ["refused"]
     runs.rl_run(tmp_path / "good", 2)
     assert [name for name, _ in lineage.runs_in(tmp_path)] == ["good"]
+    (refused / "events.jsonl").write_text('{"event": "started"}\n')
+    assert {name for name, _ in lineage.runs_in(tmp_path)} == {"good", "refused"}, "it is about to make its first step"
+    (refused / "events.jsonl").write_text('{"event": "failed"}\n')
     broken = runs.rl_run(tmp_path / "late", 2)
     with (broken / "events.jsonl").open("a") as events:
         events.write('{"event": "failed", "message": "disk full"}\n')

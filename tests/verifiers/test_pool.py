@@ -92,8 +92,12 @@ def test_a_reward_function_without_a_known_gold_starts_if_it_judges_and_not_if_i
     file.write_text(
         "def half(completions, **_): return [0.5] * len(completions)\n"
         "def broken(completions, lost, **_): return [1.0]\n"
+        "def percent(completions, answer, **_): return [100.0 * (c == a) for c, a in zip(completions, answer)]\n"
     )
-    tasks = {name: Task(id="t", prompt="p", verifier=f"{file}:{name}") for name in ("half", "broken")}
+    names = ("half", "broken", "percent")
+    tasks = {name: Task(id="t", prompt="p", verifier=f"{file}:{name}", payload={"answer": "7"}) for name in names}
+    fails = {"broken": r"broken fails on the blank answer of task t: .*lost",
+             "percent": r"percent fails on the right answer of task t: .*returned 100, outside \[0, 1\]"}  # fmt: skip
     for name, task in tasks.items():
         (probe,) = probes_for([task])
         assert probe.gold is None
@@ -101,7 +105,7 @@ def test_a_reward_function_without_a_known_gold_starts_if_it_judges_and_not_if_i
             with VerifierPool(verifier=verifier_for([task]), probes=[probe]) as pool:
                 assert pool.verify_one(task, "anything").score == 0.5
         else:
-            with pytest.raises(GradingBroken, match=r"broken fails on the blank answer of task t: .*lost"):
+            with pytest.raises(GradingBroken, match=fails[name]):
                 VerifierPool(verifier=verifier_for([task]), probes=[probe])
 
 

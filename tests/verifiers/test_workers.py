@@ -99,8 +99,11 @@ def test_an_endless_loop_is_a_timeout_within_a_second_of_the_deadline(pool: Work
 def test_a_deadline_missed_without_cpu_is_the_machines_doing_unless_said_otherwise(pool: WorkerPool) -> None:
     assert run(pool, "nap", deadline=0.2, seconds=30).status == "infra_error"
     assert pool.stats.stalled == 3  # one try and two retries
-    outcome = pool.call("cabochon_test_jobs:nap", {"seconds": 30}, deadline=0.2, stall_is_timeout=True)
+    outcome = pool.call("cabochon_test_jobs:nap", {"seconds": 30}, deadline=0.2, on_stall="timeout")
     assert outcome.status == "timeout"
+    stalled, replaced = pool.stats.stalled, pool.stats.replaced
+    assert pool.call("cabochon_test_jobs:nap", {"seconds": 30}, deadline=0.2, on_stall="fail").status == "infra_error"
+    assert (pool.stats.stalled, pool.stats.replaced) == (stalled + 1, replaced + 1), "one try, and its worker is gone"
 
 
 def test_waiting_for_a_free_worker_does_not_count(jobs: str, monkeypatch: pytest.MonkeyPatch) -> None:
