@@ -67,6 +67,6 @@ def test_a_new_user_gets_to_a_reward_of_their_own(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "0 suspicious" in done.stdout
-    (gain,) = re.findall(r"runs/rl/final .*?([+-][0-9.]+)% \[", done.stdout)[:1]
+    (gain,) = re.findall(r"runs/rl/final .*?([+-][0-9.]+) points \[", done.stdout)[:1]
     assert float(gain) > 10
     assert (tmp_path / "report.html").stat().st_size > 100_000

@@ -130,7 +130,7 @@ def demo(place: Path, job: Path) -> None:
         shutil.copytree(job / "runs/demo" / name, place / "runs" / name)
     tests = (job / "runs/demo/tasks/test.jsonl").read_text().splitlines(keepends=True)
     for name in ("test.jsonl", "tasks.jsonl"):
-        (place / name).write_text("".join(tests[:40]))
+        (place / name).write_text("".join(tests[:200]))  # a model this young solves few of them
 
 
 def begun(place: Path, job: Path) -> None:
