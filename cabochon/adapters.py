@@ -109,7 +109,8 @@ def _prompt(row: Row, column: str) -> Any:
     if isinstance(value, str) and value.strip():
         return value
     if not isinstance(value, list) or not value:
-        raise UserError(f"{row.where}: column {column!r}: expected text or a list of messages, got {_short(value)}")
+        have = "it is empty" if value is not None and not value else f"got {_short(value)}"
+        raise UserError(f"{row.where}: column {column!r}: expected text or a list of messages, {have}")
     for i, message in enumerate(value):
         if not (
             isinstance(message, Mapping)

@@ -297,6 +297,8 @@ def data_check(
     from cabochon.verifiers.tasks import read_tasks
 
     recipes, settings = overrides.split(parts)
+    if overrides.peek(recipes, settings, "steps") is None:
+        settings.append("steps=1")  # says nothing about data
     cfg: SftConfig | DistillConfig
     if overrides.peek(recipes, settings, "stage") == "distill":
         cfg = overrides.load(DistillConfig, recipes, settings)

@@ -190,7 +190,8 @@ def example_of(row: Row, columns: ColumnsConfig = ColumnsConfig(), *, chat: bool
 def _text(row: Row, column: str) -> str:
     value = row.values[column]
     if not isinstance(value, str) or not value:
-        raise UserError(f"{row.where}: column {column!r}: expected text, got {_short(value)}")
+        have = "it is empty" if value == "" else f"got {_short(value)}"
+        raise UserError(f"{row.where}: column {column!r}: expected text, {have}")
     return value
 
 

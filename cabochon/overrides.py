@@ -226,7 +226,11 @@ def _explain(schema: type[BaseModel], layers: Layers, errors: list[ErrorDetails]
         said = "expected a section of keys" if first["type"] == "model_type" else "expected a list, as in [a, b]"
     if first["type"] == "value_error":
         raise UserError(f"{where}: {key + ': ' if key else ''}{said}{more}")
-    near = _nearest(str(first["input"]), re.findall(r"'([^']+)'", said)) if first["type"] == "literal_error" else ""
+    near = ""
+    if first["type"] == "literal_error":
+        near = _nearest(str(first["input"]), re.findall(r"'([^']+)'", said))
+    elif first["type"] == "model_type":
+        near = _nearest(key, [_dotted(k) for k in keys_of(schema) if k[:-1] == path[:-1] and k != path])
     raise UserError(f"{where}: {key}: {said}, got {_short(first['input'])}{near}{more}")
 
 

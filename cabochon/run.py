@@ -221,12 +221,9 @@ class Run:
         for line in self._trackers.finish() if self._trackers else ():
             with contextlib.suppress(MachineError):
                 self.event("tracker", line)
-        self._metrics.close()
-        self._events.close()
-        if self._experts is not None:
-            self._experts.close()
-        if self._scalars is not None:
-            self._scalars.close()
+        for file in (self._metrics, self._events, self._experts, self._scalars):
+            if file is not None:
+                file.close()
 
 
 @contextmanager
@@ -252,7 +249,7 @@ def open_run(
         tracker_named(name)
     inputs = {"data": [_identity(Path(path)) for path in data]}
     with _locked(place), contextlib.ExitStack() as stack:
-        begun, differences = _begun(place), _differences(place, config, inputs)
+        begun, differences = _begun(place), _differences(place, stage, config, inputs)
         if differences and not resume_anyway:
             raise UserError(
                 f"{place}: the run there was begun with other settings: {'; '.join(differences)}. "
@@ -309,7 +306,7 @@ def _begun(place: Path) -> bool:
     return any(file.stat().st_size for file in place.glob("metrics.jsonl")) or any(place.glob("checkpoints/*"))
 
 
-def _differences(place: Path, config: StageConfig, inputs: Mapping[str, Any]) -> list[str]:
+def _differences(place: Path, stage: str, config: StageConfig, inputs: Mapping[str, Any]) -> list[str]:
     """What differs from the run in `place`, in words: `optim.b1: 0.9 -> 0.8`. Empty where none has begun."""
     file = place / "config.yaml"
     found = [p.name for p in place.iterdir() if p.name not in (".lock", "inputs.json")]
@@ -317,6 +314,8 @@ def _differences(place: Path, config: StageConfig, inputs: Mapping[str, Any]) ->
         raise UserError(f"{place}: holds {found[0]!r} and is no run directory; give another run.dir")
     if not _begun(place):
         return []
+    if (was := overrides.peek([str(file)], [], "stage")) not in (None, stage):
+        raise UserError(f"{place}: holds a run of `{was}`, this is one of `{stage}`; give another run.dir")
     old, new = (dict(_leaves(c.model_dump(mode="json"))) for c in (overrides.load(type(config), [str(file)]), config))
     out = []
     for key in [*old, *(k for k in new if k not in old)]:

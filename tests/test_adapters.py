@@ -92,7 +92,7 @@ def test_a_rubrics_function_judges_with_the_names_it_takes(tmp_path, rewards):
         ("verl", {"reward_model": None}, "rows.jsonl:2: column 'reward_model': expected an object with ground_truth"),
         ("verl", {"reward_model": {"style": "rule"}}, "rows.jsonl:2: column 'reward_model.ground_truth' is missing"),
         ("verl", {"reward_model": {"ground_truth": [1]}}, "'reward_model.ground_truth': expected an answer .*--reward"),
-        ("verl", {"prompt": []}, "rows.jsonl:2: column 'prompt': expected text or a list of messages"),
+        ("verl", {"prompt": []}, "rows.jsonl:2: column 'prompt': expected text or a list of messages, it is empty"),
         ("verl", {"prompt": [{"role": "user"}]}, "rows.jsonl:2: column 'prompt', message 0: expected a message"),
         ("verl", {"data_source": 7}, "rows.jsonl:2: column 'data_source': expected text, got int 7"),
         ("skyrl", {"reward_spec": "72"}, "rows.jsonl:2: column 'reward_spec': expected an object"),

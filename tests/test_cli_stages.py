@@ -120,7 +120,8 @@ def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(run, tmp_path, da
 
 def test_data_check_says_what_it_sees_and_fails_on_a_leak(run, tmp_path, data):
     train = data(GOOD, GOOD, {"prompt": "2+2=", "completion": "4"})
-    code, out, err = run("data", "check", *TINY, train, "--rows", "1")
+    unsteady = [part for part in TINY if part != "steps=2"]
+    code, out, err = run("data", "check", *unsteady, train, "--rows", "1")
     assert (code, err) == (0, "")
     assert "3 examples to train on (0 held out), 18 tokens, 6 with loss" in out
     assert "exact copies" in out

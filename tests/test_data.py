@@ -153,7 +153,7 @@ def test_kinds_of_rows():
     [
         ({"question": "a"}, "a column 'messages', or 'prompt' and 'completion', or 'text'; the row has question"),
         ({"prompt": "a"}, "the row has prompt"),
-        ({"text": ""}, "column 'text': expected text, got str ''"),
+        ({"text": ""}, "column 'text': expected text, it is empty"),
         ({"prompt": "a", "completion": 5}, "column 'completion': expected text, got int 5"),
         ({"prompt": "a", "completion": [BOT]}, "column 'prompt': expected a list of messages, got str 'a'"),
         ({"messages": []}, "column 'messages': expected a list of messages"),

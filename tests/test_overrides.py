@@ -12,6 +12,7 @@ from cabochon.config import Frozen, LoraConfig, TrainConfig
 from cabochon.errors import UserError
 from cabochon.model.config import ModelConfig
 from cabochon.overrides import dump, find_recipe, keys_of, load, parse_setting, peek, recipe_names, split, summary
+from cabochon.sft.config import SftConfig
 
 TINY = "tiny-dense"
 
@@ -154,6 +155,13 @@ def test_the_place_named_is_the_one_that_won(write):
         load(TrainConfig, [TINY, path], ["optim.b2=0.5"])
     with pytest.raises(UserError, match=r"^command line: step: batch_size=4 is not a multiple"):
         load(TrainConfig, [TINY, path], ["optim.b1=0.1", "step.micro_batches=3"])
+
+
+def test_a_value_where_a_section_is_expected_and_the_key_that_was_meant():
+    with pytest.raises(UserError, match=r"^command line: step: expected a section .*got 20; did you mean steps\?$"):
+        load(SftConfig, ["demo-sft"], ["step=20"])
+    with pytest.raises(UserError, match=r"^command line: optim: expected a section of keys, got 20$"):
+        load(SftConfig, ["demo-sft"], ["optim=20"])
 
 
 def test_a_missing_key_names_what_was_read(write):

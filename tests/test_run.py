@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -178,6 +179,19 @@ def test_what_stopped_before_its_first_step_may_be_mended_and_run_again(tmp_path
     assert events(place) == ["started", "failed", "started", "finished"]
     with pytest.raises(UserError, match=r"seed: 3 -> 4\."):
         toy_stage(config(place, seed=4), data=[str(data)])
+
+
+def test_a_run_of_another_stage_is_not_gone_on_with(tmp_path):
+    class Other(StageConfig):
+        stage: Literal["other"] = "other"
+
+    cfg = Other.model_validate(config(tmp_path / "run").model_dump())
+    with open_run(cfg, "other") as run:
+        run.log(1, {})
+    with pytest.raises(UserError, match=r"run: holds a run of `other`, this is one of `toy`; give another run\.dir$"):
+        toy_stage(config(tmp_path / "run"))
+    with open_run(cfg, "other") as run:
+        assert len(run.rows()) == 1
 
 
 def test_two_at_once_is_one_clear_line(tmp_path):

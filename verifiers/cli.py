@@ -62,7 +62,7 @@ def reward_test_command(
     from dataclasses import replace
 
     from cabochon.verifiers.build import verifier_named
-    from cabochon.verifiers.probe import HANG_SECONDS, HANGS, probe, sample_tasks
+    from cabochon.verifiers.probe import enough, probe, sample_tasks
     from cabochon.verifiers.tasks import read_tasks
 
     verifier = verifier_named(reward, sandbox=_sandbox(sandbox))
@@ -74,8 +74,8 @@ def reward_test_command(
         score = "-" if item.score is None else f"{item.score:g}"
         line = f"{item.task[:24]:24} {item.probe:26} {score:>6} {item.status:12} {item.seconds:8.3f}  {item.suspicious}"
         print(line, flush=True)
-    if sum(item.seconds >= HANG_SECONDS for item in findings) >= HANGS:
-        print(f"the other probes were left out: {HANGS} that hang say enough")
+    if reason := enough(findings):
+        print(f"the other probes were left out: {reason}")
     bad = [item for item in findings if item.suspicious]
     untried = not any(item.probe == "gold" for item in findings)
     sound = "no right answer was tried, give the rows a `gold`" if untried else "the reward looks sound"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,6 +125,7 @@ def checked_address(address: str) -> str:
     if not mark or not place or not name.isidentifier():
         raise UserError(f'{address!r}: a reward function is "module:function" or "path.py:function"')
     if not place.endswith(".py"):
+        _refuse_file_as_module(place, name)
         return address
     place = os.path.abspath(os.path.expanduser(place))
     if not os.path.isfile(place):
@@ -132,6 +134,13 @@ def checked_address(address: str) -> str:
     if defined is not None and name not in defined:
         raise UserError(f"{place}: defines no {name!r}{_nearest(name, defined)}")
     return f"{place}:{name}"
+
+
+def _refuse_file_as_module(place: str, name: str) -> None:
+    """A worker starts elsewhere and with a clean path: a file of the current directory is no module to it."""
+    file = place.replace(".", "/") + ".py"
+    if os.path.isfile(file) and importlib.util.find_spec(place.partition(".")[0]) is None:
+        raise UserError(f'{place}:{name}: no module {place!r} is installed; for the file here write "{file}:{name}"')
 
 
 def names_defined(file: str) -> list[str] | None:

@@ -31,8 +31,14 @@ def load(address: str) -> Callable[..., Any]:
 
 
 def _accepted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
-    """The columns a function takes: all of them with `**kwargs`, else those it names."""
+    """The columns a function takes: all of them with `**kwargs`, else those it names. Raises ValueError where it needs
+    one that is not offered."""
     parameters = inspect.signature(function).parameters
+    single = (p for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    missing = next((p.name for p in single if p.default is p.empty and p.name not in offered), None)
+    if missing is not None:
+        tokens = " (a reward here is given text, not tokens)" if missing == "completion_ids" else ""
+        raise ValueError(f"needs {missing!r}, which the row does not have{tokens}; there are {', '.join(offered)}")
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return offered
     return {name: value for name, value in offered.items() if name in parameters}
@@ -52,6 +58,8 @@ def trl(
     function = load(address) if factory is None else load(address)(**factory)
     offered = {"prompts": [prompt], "completions": [completion], **{name: [value] for name, value in columns.items()}}
     rewards = _finished(function(**_accepted(function, offered)))
+    if rewards is None or isinstance(rewards, str | int | float):
+        raise ValueError(f"{address} returned {rewards!r}; expected a list with one reward for each completion")
     rewards = list(rewards)
     if len(rewards) != 1:
         raise ValueError(f"{address} returned {len(rewards)} rewards for one completion")

@@ -19,6 +19,9 @@ HANG_SECONDS = 30.0
 HANGS = 2
 """After so many probes that took that long the others are left out: each would cost as much."""
 
+ALIKE = 4
+"""Where so many at the start fail with the same error, so would the others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -52,17 +55,25 @@ def _texts(task: Task, gold: str | None, others: Sequence[str | None]) -> list[t
 
 
 def probe(verifier: Verifier, tasks: Sequence[Task], *, repeats: int = 3) -> Iterator[Finding]:
-    """Every probe on every task, each `repeats` times, as they are done; after `HANGS` that hung, no more."""
+    """Every probe on every task, each `repeats` times, as they are done, until they are `enough`."""
     form = _form(verifier, tasks)
     golds = [texts[min(form, len(texts) - 1)] if texts else None for texts in map(gold_texts, tasks)]
-    hung = 0
+    found: list[Finding] = []
     for task, gold in zip(tasks, golds, strict=True):
         for name, text, full in _texts(task, gold, golds):
-            finding = _one(verifier, task, name, text, full, repeats)
-            yield finding
-            hung += finding.seconds >= HANG_SECONDS
-            if hung >= HANGS:
+            found.append(_one(verifier, task, name, text, full, repeats))
+            yield found[-1]
+            if enough(found):
                 return
+
+
+def enough(found: Sequence[Finding]) -> str:
+    """Why the other probes are left out; empty where they are not."""
+    if sum(finding.seconds >= HANG_SECONDS for finding in found) >= HANGS:
+        return f"{HANGS} that hang say enough"
+    begun = found[:ALIKE]
+    broken = len(begun) == ALIKE and all(finding.status in ("infra_error", "raised") for finding in begun)
+    return f"the first {ALIKE} failed alike" if broken and len({finding.suspicious for finding in begun}) == 1 else ""
 
 
 def _form(verifier: Verifier, tasks: Sequence[Task]) -> int:

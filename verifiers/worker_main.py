@@ -94,16 +94,16 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": "recursion", "detail": "nested too deeply for the judge"}
     except Exception as error:  # the worker's door: anything a grader raises is reported to the owner, never swallowed
         where = traceback.format_exc(limit=-4)[-2000:]
-        detail = f"{type(error).__name__}: {str(error)[:200]} ({_place(error)})"
+        detail = f"{type(error).__name__}: {str(error)[:200]}{_place(error)}"
         return {"error": "exception", "detail": detail, "traceback": where}
 
 
 def _place(error: Exception) -> str:
-    """`file.py:12`, the innermost line that is of no installed library, since there its author can mend it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith((sys.prefix, sys.base_prefix, "<"))]
-    last = (own or frames)[-1]
-    return f"{os.path.basename(last.filename)}:{last.lineno}"
+    """` (file.py:12)`, the innermost line of a file that is neither installed nor ours: there its author can mend it.
+    Empty where there is none."""
+    others = (sys.prefix, sys.base_prefix, os.path.dirname(os.path.abspath(__file__)), "<")
+    own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(others)]
+    return f" ({os.path.basename(own[-1].filename)}:{own[-1].lineno})" if own else ""
 
 
 def _reply(body: bytes) -> bytes:

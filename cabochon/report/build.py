@@ -71,7 +71,6 @@ class RunReader:
             "manifest": {k: v for k, v in (manifest or {}).items() if k in lineage.KEPT} or None,
             "evaluations": self._evaluations(), "left_out": self._left_out(),
         }  # fmt: skip
-        return out
 
     def groups(self, step: int, groups: int = GROUPS, completions: int = COMPLETIONS) -> Row:
         """Completions of a step; empty where there are none."""

@@ -70,7 +70,8 @@ def shares(first: float, last: float, tasks: int) -> Change:
 def verdict(run: Mapping[str, Any], paired: Mapping[str, float] | None = None) -> dict[str, Any]:
     """`state`, `title`, `because`: of a run as `build.RunReader.snapshot` has it.
 
-    `paired`: what `cabochon eval` found of its result against the model it began from, which outweighs the rest.
+    `paired`: what `cabochon eval` found of its result against the model it began from, which outweighs the rest. Why a
+    run failed stands first.
     """
     match run["stage"]:
         case "rl":
@@ -86,6 +87,8 @@ def verdict(run: Mapping[str, Any], paired: Mapping[str, float] | None = None) -
         d, low, high = (100 * x for x in (change.last, change.low, change.high))
         because.insert(0, f"evaluated afterwards against the first model, on the same held-out tasks: {d:+.1f} points, "
                           f"95 % interval {low:+.1f} to {high:+.1f}")  # fmt: skip
+    if run["status"] == "failed":
+        because.insert(0, next(str(e.get("message")) for e in reversed(run["events"]) if e["event"] == "failed"))
     alarms = [e for e in run["events"] if e["event"] == "alarm"]
     if alarms:
         names = sorted({str(e.get("alarm", "alarm")) for e in alarms})

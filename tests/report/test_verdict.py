@@ -31,6 +31,13 @@ def test_a_rise_and_a_fall_and_nothing():
     assert verdict(run([]))["state"] == "early"
 
 
+def test_why_a_run_failed_stands_first():
+    told = [{"event": "failed", "message": "the first"}, {"event": "failed", "message": "no space"}]
+    found = verdict(run(noise(60), status="failed", events=told))
+    assert found["title"] == "No clear change; it failed at step 60 of 120"
+    assert found["because"][0] == "no space"
+
+
 def test_held_out_tasks_speak_before_the_training_score():
     """With dynamic sampling the score of training stays where it is while the policy learns."""
     found = verdict(run(noise(60), held=[0.5, 0.7], before=0.4))

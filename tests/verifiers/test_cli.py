@@ -81,6 +81,7 @@ def substring(completions, solution, **kwargs):
 def chance(completions, **kwargs): return [random.random()]
 def always(completions, **kwargs): return [1.0]
 def crashes(completions, **kwargs): return [1.0 / len(completions[0])]
+def broken(completions, **kwargs): return [1.0 / 0]
 """
 
 
@@ -99,6 +100,16 @@ def test_bad_rewards_are_found_out(tmp_path: pathlib.Path, name: str, says: str)
     done = RUN.invoke(APP, ["reward-test", f"{path}:{name}"])
     assert done.exit_code == 1
     assert says in done.output
+    assert "left out" not in done.output
+
+
+def test_a_reward_that_always_fails_is_not_asked_everything(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text(BAD)
+    done = RUN.invoke(APP, ["reward-test", f"{path}:broken"])
+    assert done.exit_code == 1
+    assert done.output.count("ZeroDivisionError: float division by zero (bad.py:8)") == 4
+    assert "the other probes were left out: the first 4 failed alike\n\n4 probes, 4 suspicious" in done.output
 
 
 OWN = """

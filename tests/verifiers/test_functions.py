@@ -27,6 +27,9 @@ def minus(completions, **kwargs): return [-1.0]
 def minus_half(completions, **kwargs): return [-0.5]
 def not_a_number(completions, **kwargs): return [float("nan")]
 def two(completions, **kwargs): return [1.0, 0.0]
+def number(completions, **kwargs): return 1.0
+def wants(prompts, answers, scale=2, **kwargs): return [1.0]
+def wants_tokens(completion_ids, **kwargs): return [1.0]
 def raises(completions, **kwargs): raise ConnectionError("judge is down")
 def spins(completions, **kwargs):
     while True: pass
@@ -93,12 +96,16 @@ def test_the_declared_range_is_mapped_to_a_score(rewards: str) -> None:
         ("raises", "ConnectionError: judge is down"),
         ("not_a_number", "nan"),
         ("two", "2 rewards for one"),
+        ("number", "number returned 1.0; expected a list with one reward for each completion"),
+        ("wants", "needs 'answers', which the row does not have; there are prompts, completions"),
+        ("wants_tokens", "needs 'completion_ids', which the row does not have (a reward here is given text, not"),
     ],
 )
 def test_a_function_that_fails_is_an_infra_error_not_a_zero(rewards: str, name: str, says: str) -> None:
     found = FunctionVerifier(address=f"{rewards}:{name}").verify(task(), "x")
     assert (found.score, found.status) == (None, "infra_error")
     assert says in found.detail
+    assert "functions_worker" not in found.detail, "the author of a reward looks for the mistake in their own file"
 
 
 def test_a_module_without_the_function_is_an_infra_error() -> None:
@@ -160,6 +167,17 @@ def test_verls_compute_score(rewards: str) -> None:
 def test_addresses_that_are_none(address: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         FunctionVerifier(address=address)
+
+
+def test_a_file_of_this_directory_is_no_module(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("stars.py", "mine/stars.py", "json.py"):
+        (tmp_path / name).write_text("def score(completions): return [1.0]\n")
+    monkeypatch.chdir(tmp_path)
+    for module, file in {"stars": "stars.py", "mine.stars": "mine/stars.py"}.items():
+        with pytest.raises(UserError, match=f'no module {module!r} is installed; .* write "{file}:score"'):
+            FunctionVerifier(address=f"{module}:score")
+    FunctionVerifier(address="json:loads")
 
 
 @pytest.mark.parametrize(
