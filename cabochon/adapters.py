@@ -13,13 +13,13 @@ Without a reward function the maths verifier judges against the ground truth. Wi
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from cabochon.data import Row, read_rows
-from cabochon.errors import MachineError, UserError
+from cabochon.errors import UserError
+from cabochon.files import write_whole
 from cabochon.verifiers.functions import checked_address
 
 Form = Literal["verl", "skyrl", "verifiers"]
@@ -34,19 +34,7 @@ def import_tasks(form: Form, source: Path, out: Path, *, reward: str | None = No
         raise UserError(f"{out}: exists already; add --overwrite to replace it")
     address = None if reward is None else checked_address(reward)
     rows = [_task(form, row, f"{source.stem}/{i}", address) for i, row in enumerate(read_rows(source))]
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(row + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(out)
-    except OSError as error:
-        raise MachineError(f"{out}: cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(out, "".join(row + "\n" for row in rows))
     return len(rows)
 
 

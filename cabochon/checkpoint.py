@@ -34,7 +34,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from cabochon.errors import UserError
-from cabochon.files import sync
+from cabochon.files import sha256, sync
 
 _NAME = re.compile(r"(\d{4,})-step-(\d+)")
 _FORMAT = 1
@@ -197,7 +197,7 @@ def verify(path: Path) -> dict[str, Any]:
             raise CorruptCheckpoint(f"{file}: missing")
         if file.stat().st_size != expected["bytes"]:
             raise CorruptCheckpoint(f"{file}: {file.stat().st_size} bytes, {expected['bytes']} were written")
-        if _sha256(file) != expected["sha256"]:
+        if sha256(file) != expected["sha256"]:
             raise CorruptCheckpoint(f"{file}: checksum differs from what was written")
     return manifest
 
@@ -210,7 +210,7 @@ def _seal(directory: Path, arrays: Mapping[str, Any]) -> None:
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "arrays": {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()},
         "files": {
-            str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
+            str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files
         },
     }
     sealed = {"sha256": _digest_of(manifest), "manifest": manifest}
@@ -223,9 +223,6 @@ def _digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _metric(path: Path) -> float | None:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cabochon.errors import MachineError, UserError
+from cabochon.errors import UserError
+from cabochon.files import write_whole
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="directories of runs, or of a whole job")]
 
@@ -23,14 +24,7 @@ def report(
     from cabochon.report import build
 
     text, verdicts = build.report(runs)
-    draft = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(out)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise MachineError(f"{out}: cannot be written: {error.strerror or error}") from error
+    write_whole(out, text)
     print("\n".join(verdicts))
     print(f"{out}   {len(text.encode()) / 1e6:.1f} MB")
 

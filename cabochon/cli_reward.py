@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cabochon.cli_stages import DryRun, Parts, ResumeAnyway, TrainsByDefault, run_stage
-from cabochon.errors import MachineError, UserError
+from cabochon.errors import UserError
+from cabochon.files import write_whole
 
 if TYPE_CHECKING:
     from cabochon.model.config import ModelConfig
@@ -276,11 +277,4 @@ def _write(path: Path, text: str, *, overwrite: bool) -> None:
     """The whole file or none of it."""
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists; choose another name, or add --overwrite")
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.rename(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise MachineError(f"{path}: cannot be written: {error.strerror}") from error
+    write_whole(path, text)

@@ -13,7 +13,6 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cabochon.errors import MachineError, UserError
+from cabochon.errors import UserError
+from cabochon.files import writing
 from cabochon.model import moe
 from cabochon.model.config import ModelConfig
 from cabochon.model.upcycle import parameter_counts
 
 Row = dict[str, Any]
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A disk that is full or gone becomes a MachineError naming the file."""
-    try:
-        yield
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 class Journal:

@@ -223,7 +223,8 @@ def _explain(schema: type[BaseModel], layers: Layers, errors: list[ErrorDetails]
     said = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
     said = re.sub("expected (greater|less)", r"expected a number \1", said)
     if first["type"] in ("model_type", "tuple_type"):
-        said = "expected a section of keys" if first["type"] == "model_type" else "expected a list, as in [a, b]"
+        one = first["input"] if isinstance(first["input"], str) else "a, b"
+        said = "expected a section of keys" if first["type"] == "model_type" else f"expected a list, as in [{one}]"
     if first["type"] == "value_error":
         raise UserError(f"{where}: {key + ': ' if key else ''}{said}{more}")
     near = ""

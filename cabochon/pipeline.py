@@ -31,7 +31,8 @@ from pydantic import Field, field_validator
 from cabochon import overrides
 from cabochon.config import Frozen
 from cabochon.console import duration
-from cabochon.errors import MachineError, UserError
+from cabochon.errors import UserError
+from cabochon.files import write_whole
 
 _PDEATHSIG = 1  # prctl(2)
 
@@ -96,14 +97,14 @@ def run(cfg: PipelineConfig) -> None:
                 continue
             for later in list(cfg.stages)[number - 1 :]:  # what follows is made of this, also where this is killed
                 done.pop(later, None)
-            _write(place, done)
+            write_whole(place / "pipeline.json", json.dumps(done, indent=1) + "\n")
             print(f"{title}: cabochon {shlex.join(words)}", flush=True)
             begin = time.monotonic()
             if code := _command(words):
                 print(f"{title}: stopped with exit code {code}; the same command goes on from here", file=sys.stderr)
                 raise SystemExit(code)
             done[name] = {"command": list(words), "seconds": time.monotonic() - begin}
-            _write(place, done)
+            write_whole(place / "pipeline.json", json.dumps(done, indent=1) + "\n")
             print(f"{title}: done in {duration(done[name]['seconds'])}", flush=True)
     total = duration(sum(stage["seconds"] for stage in done.values()))
     print(f"{place}: all {len(cfg.stages)} stages are done, {total} in all", flush=True)
@@ -142,10 +143,3 @@ def _done(place: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not what this command writes; remove it to run every stage again") from None
 
 
-def _write(place: Path, done: Mapping[str, Any]) -> None:
-    draft = place / ".pipeline.json.partial"
-    try:
-        draft.write_text(json.dumps(done, indent=1) + "\n")
-        draft.rename(place / "pipeline.json")
-    except OSError as error:
-        raise MachineError(f"{place / 'pipeline.json'}: cannot be written: {error.strerror}") from error

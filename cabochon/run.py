@@ -55,8 +55,8 @@ from cabochon.checkpoint import Checkpointer, Restored
 from cabochon.config import StageConfig
 from cabochon.console import Console, duration
 from cabochon.errors import MachineError, UserError
-from cabochon.files import sync
-from cabochon.metrics import EventFile, Journal, plain, scalars, writing
+from cabochon.files import sha256, write_whole
+from cabochon.metrics import EventFile, Journal, plain, scalars
 from cabochon.trackers import Trackers, start_trackers, tracker_named
 
 PACKAGES = ("cabochon", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
@@ -160,11 +160,20 @@ class Run:
                 self.event("tracker", line, step=step)
         self.console.step(step, {**clock, **values}, seconds)
 
-    def event(self, kind: str, message: str, *, step: int | None = None, data: Mapping[str, Any] | None = None) -> None:
-        """A line of events.jsonl and of the console; `data` is plain JSON."""
+    def event(
+        self,
+        kind: str,
+        message: str,
+        *,
+        step: int | None = None,
+        data: Mapping[str, Any] | None = None,
+        shown: bool = True,
+    ) -> None:
+        """A line of events.jsonl and, where `shown`, of the console; `data` is plain JSON."""
         at = {} if step is None else {"step": step}
         self._events.append({"time": time.time(), "event": kind, **at, "message": message, **(data or {})})
-        self.console.line(f"{kind}: {message}")
+        if shown:
+            self.console.line(f"{kind}: {message}")
 
     def _expert_file(self) -> Journal:
         self._experts = self._experts or Journal(self.dir / EXPERTS)
@@ -206,12 +215,12 @@ class Run:
             "seconds": self.seconds,
             "results": plain(results),
             "seed": self.config.seed,
-            "config_sha256": _sha256(self.dir / "config.yaml"),
+            "config_sha256": sha256(self.dir / "config.yaml"),
             "parents": [{"address": a, "manifest": _manifest_of(Path(a))} for a in addresses],
             **self.inputs,
             "versions": _versions(),
         }
-        _write_whole(self.dir / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        write_whole(self.dir / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         self.finished = True
         told = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results.items())
         self.event("finished", f"{self.final}: {steps} steps in {duration(self.seconds)}; {told}", step=steps)
@@ -259,8 +268,8 @@ def open_run(
         if differences:
             (place / "manifest.json").unlink(missing_ok=True)  # no longer what final/ came from
         if not (place / "manifest.json").exists():
-            _write_whole(place / "inputs.json", json.dumps(inputs, indent=1) + "\n")
-            _write_whole(place / "config.yaml", overrides.dump(config))
+            write_whole(place / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+            write_whole(place / "config.yaml", overrides.dump(config))
         run = Run(config, stage, inputs=inputs, checkpoints=saver, console=Console(shown, config.run.log_every))
         stack.callback(run.close)
         if run.finished:
@@ -273,9 +282,10 @@ def open_run(
             yield run
         except BaseException as error:
             run.console.stop()
-            stopped = isinstance(error, KeyboardInterrupt)
+            stopped = isinstance(error, KeyboardInterrupt)  # any other error is printed by whoever catches it
             with contextlib.suppress(MachineError):  # the disk may be what failed: say the first thing, not the second
-                run.event("stopped" if stopped else "failed", str(error) or f"the same command goes on in {place}")
+                said = str(error) or f"the same command goes on in {place}"
+                run.event("stopped" if stopped else "failed", said, shown=stopped)
             raise
 
 
@@ -336,36 +346,16 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """The file with this text, or as it was before."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-            sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 def _identity(path: Path) -> dict[str, Any]:
     """A data file, or every file of a directory, by content. Raises UserError where there is none."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     try:
-        digests = [_sha256(file) for file in files]
+        digests = [sha256(file) for file in files]
         size = sum(file.stat().st_size for file in files)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     whole = digests[0] if digests and files == [path] else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     return {"path": str(path), "bytes": size, "sha256": whole}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _manifest_of(model: Path) -> Any:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cabochon.errors import UserError
-from cabochon.files import replaced_directory
+from cabochon.files import replaced_directory, sha256
 from cabochon.model import convert, value
 from cabochon.model import transformer as tf
 from cabochon.model.address import resolve
@@ -83,8 +83,7 @@ def pad_of(tokenizer: Tokenizer) -> str:
 
 def file_id(file: Path) -> str:
     """16 hex digits of a file's content."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+    return sha256(file)[:16]
 
 
 def directory_id(directory: Path) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 
 from cabochon.chat import as_turns
 from cabochon.errors import UserError
-from cabochon.metrics import plain, writing
+from cabochon.files import write_whole
+from cabochon.metrics import plain
 from cabochon.model.address import open_model
 from cabochon.protocols import PolicyEngine, Weights
 from cabochon.rl.estimators import majority_at_k, over_problems, paired_test, pass_at_k
@@ -266,8 +267,4 @@ def _points(difference: float) -> str:
 
 def write(report: dict[str, Any], path: Path) -> None:
     """As JSON, whole or not at all. Raises MachineError."""
-    draft = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(plain(report), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        draft.replace(path)
+    write_whole(path, json.dumps(plain(report), ensure_ascii=False, indent=1) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cabochon.metrics import plain, writing
+from cabochon.files import write_whole
+from cabochon.metrics import plain
 from cabochon.rl.advantages import Advantages
 from cabochon.rl.rewards import Rewards
 from cabochon.types import Rollout, Score
@@ -92,14 +92,8 @@ def expert_counts(routes_TLC: np.ndarray) -> list[list[int]]:
 
 def write_rollouts(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
     """`FOLDER/step_000123.jsonl`, whole or not at all. Raises MachineError."""
-    path = folder / f"step_{step:06d}.jsonl"
-    draft = path.with_suffix(".partial")
-    with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        with draft.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        os.replace(draft, path)
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    write_whole(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
 
 def table(rows: Sequence[Mapping[str, Any]], most: int = 6, width: int = 46) -> str:

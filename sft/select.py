@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,8 +22,9 @@ from cabochon.chat import as_turns
 from cabochon.checkpoint import Checkpointer
 from cabochon.config import StepConfig
 from cabochon.errors import MachineError, UserError
+from cabochon.files import write_whole
 from cabochon.learner import Learner, cross_entropy
-from cabochon.metrics import plain, writing
+from cabochon.metrics import plain
 from cabochon.model import transformer as tf
 from cabochon.model.config import ModelConfig
 from cabochon.model.lora import merge_lora
@@ -139,7 +139,8 @@ def select(
     state = saver.restore(learner.abstract_state(), step=chosen.step).state
     export(place / "selected", learner, state, tokenizer)
     said = {"asked": asdict(asked), "tasks": len(tasks), "chosen": chosen.step, "in_range": inside}
-    _write(place / "select.json", {**said, "candidates": [asdict(c) for c in found]})
+    told_all = plain({**said, "candidates": [asdict(c) for c in found]})
+    write_whole(place / "select.json", json.dumps(told_all, indent=1) + "\n")
     return found, chosen, inside
 
 
@@ -185,10 +186,3 @@ def sampled_entropy(cfg: ExamplesConfig, params: tf.Params, completions: Sequenc
         mean = masked_mean(learner.score(params, batch).tokens.entropy_BT, batch.mask_BT)
         total, count = total + float(mean.total), count + float(mean.count)
     return total / count
-
-
-def _write(path: Path, value: Any) -> None:
-    draft = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        draft.write_text(json.dumps(plain(value), indent=1) + "\n", encoding="utf-8")
-        draft.replace(path)

@@ -29,8 +29,7 @@ from jaxtyping import Array
 
 from cabochon.batch import Batch
 from cabochon.config import PrecisionConfig
-from cabochon.files import sync
-from cabochon.metrics import writing
+from cabochon.files import sync, writing
 from cabochon.model import transformer as tf
 from cabochon.model.config import ModelConfig
 from cabochon.sft.config import TeacherConfig

@@ -1,9 +1,11 @@
-"""Directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all."""
+
+import errno
 
 import pytest
 
-from cabochon.errors import UserError
-from cabochon.files import replaced_directory
+from cabochon.errors import MachineError, UserError
+from cabochon.files import replaced_directory, write_whole
 
 
 def names(folder):
@@ -72,3 +74,20 @@ def test_a_place_that_cannot_be_made_is_one_line(tmp_path):
         replaced_directory(tmp_path / "file" / "x", overwrite=False),
     ):
         pass
+
+
+def test_a_file_appears_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "a.json"
+    write_whole(path, "first\n")
+    assert path.read_text() == "first\n"
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(MachineError, match=r"a\.json: cannot be written: No space left on device$"):
+        write_whole(path, "second, longer\n")
+    assert path.read_text() == "first\n"
+    assert names(path.parent) == ["a.json"]
+    with pytest.raises(MachineError, match=r"b\.json: cannot be written: (File exists|Not a directory)$"):
+        write_whole(path / "b.json", "")

@@ -97,7 +97,7 @@ ERRORS = [
     ("step.micro_batches=3", "step: batch_size=8 is not a multiple of micro_batches=3"),
     ("optim=3", "optim: expected a section of keys, got 3"),
     ("optim=null", "optim: expected a section of keys, got null"),
-    ("lora.targets=qkv", "lora.targets: expected a list, as in [a, b], got 'qkv'"),
+    ("lora.targets=qkv", "lora.targets: expected a list, as in [qkv], got 'qkv'"),
     ("lora.targets=[1, b]", "lora.targets.0: expected a valid string, got 1"),
     ("model.address=x", "model: address and scratch are both set: give one and set the other to null"),
     ("model.scratch.num_kv_heads=3", "model.scratch: num_heads=4 is not a multiple of num_kv_heads=3"),

@@ -93,10 +93,11 @@ def test_a_fresh_run_writes_everything_and_a_second_call_says_it_is_finished(tmp
 
 
 @pytest.mark.parametrize("at", [1, 3, 5, 10])
-def test_a_run_that_broke_goes_on_and_ends_with_the_same_metrics(tmp_path, at):
+def test_a_run_that_broke_goes_on_and_ends_with_the_same_metrics(tmp_path, capsys, at):
     toy_stage(config(tmp_path / "whole"))
     with pytest.raises(Crash):
         toy_stage(config(tmp_path / "broken"), at_step=crash_at(at))
+    assert "failed" not in capsys.readouterr().out, "who catches it prints it"
     assert toy_stage(config(tmp_path / "broken")) == (at - 1) // 3 * 3
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
     went_on = ["resumed"] if at > 3 else []

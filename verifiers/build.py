@@ -57,9 +57,8 @@ def verifier_named(name: str, *, sandbox: SandboxName = "bubblewrap") -> Verifie
     if name.endswith(".py"):
         raise UserError(f"{name!r} is a file: add the reward function in it, {name}:function")
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-    raise UserError(
-        f"no verifier is called {name!r}: there are {', '.join(NAMES)} and 'module:function'; the nearest is {near!r}"
-    )
+    known = f"{', '.join(NAMES)}, 'module:function' and 'path.py:function'"
+    raise UserError(f"no verifier is called {name!r}: there are {known}; the nearest is {near!r}")
 
 
 def _code(sandbox: SandboxName) -> Verifier:

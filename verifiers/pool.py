@@ -17,6 +17,7 @@ from cabochon.errors import MachineError
 from cabochon.protocols import Verifier
 from cabochon.types import Status, Task, Verdict
 from cabochon.verifiers.base import Probe, infra_error
+from cabochon.verifiers.workers import close_shared_pools
 
 
 class GradingBroken(MachineError):
@@ -139,5 +140,8 @@ class VerifierPool:
     def __enter__(self) -> VerifierPool:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After Ctrl-C nobody waits for the items in hand: the workers of this process are killed with them."""
+        if kind is KeyboardInterrupt:
+            close_shared_pools()
         self.close()

@@ -163,6 +163,27 @@ def test_workers_killed_during_a_batch_cost_nothing_but_time() -> None:
         assert verdict.score in (None, float(number % 2))
 
 
+def test_ctrl_c_does_not_wait_for_the_items_in_hand(tmp_path) -> None:
+    path = tmp_path / "slow.py"
+    path.write_text("import time\ndef sleeps(completions, **kwargs):\n    time.sleep(60)\n    return [1.0]\n")
+    asked = f"{path}:sleeps"
+    task = Task(id="s", prompt="p", verifier=asked, payload={})
+    pool = VerifierPool.unproven(verifier=verifier_for([task]), concurrency=1)
+
+    def stopped_at_once() -> None:
+        with pool:
+            for text in ("a", "b"):
+                pool._threads.submit(pool.verify_one, task, text)
+            time.sleep(2)
+            raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        stopped_at_once()
+    assert time.monotonic() - start < 10, "each would take half a minute"
+    assert pool.stats.statuses == {"infra_error": 1}, "the second was not begun"
+
+
 def test_the_room_loads_no_accelerator_stack() -> None:
     code = (
         "import sys\n"
