@@ -109,6 +109,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             fresh = critic.init_state(_copy(policy.params)) if critic else None
             states, done = States(learners.policy.init_state(_copy(policy.params)), fresh), 0
             progress = Progress(kl_coef=cfg.update.kl.coef)
+        policy = replace(policy, params={})  # the learner has its copy, a reference its own hold: memory to be freed
         verifiers = stack.enter_context(verifiers_of(cfg, [*tasks, *held]))
         policy.tokenizer.save(run.dir / "tokenizer")  # for those who read rollouts/
         phases = [cfg.in_phase(i) for i in range(len(cfg.phases) + 1)]
@@ -318,7 +319,9 @@ def turns_of(cfg: RlConfig, policy: Policy, weights: Weights, run: Run, stack: E
 
     engine = RayEngine(
         policy.config, policy.tokenizer, weights, slots, cfg.engine.ray, log_dir=run.dir / "ray",
-        on_event=lambda event: run.event("engine", str(event["event"]), data={"detail": event}),
+        on_event=lambda event: run.event(
+            "engine", ": ".join(str(event[k]) for k in ("event", "worker", "why") if k in event), data={"detail": event}
+        ),
     )  # fmt: skip
     return stack.enter_context(engine)
 

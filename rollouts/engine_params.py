@@ -32,16 +32,11 @@ def engine_params(model: ModelConfig, params: Mapping[str, Any], cfg: SlotConfig
     if not cfg.native:
         return _split(model, cfg.dtype, dict(params))
     host = jax.tree.map(np.asarray, dict(params))
-    layers = [_packed(layer, cfg.dtype) for layer in _layers(model, host)]
     w = host["embed"]["table"].T if model.tied_head else host["head"]["w"]
     table = host["embed"]["table"].astype(jnp.dtype(cfg.dtype))
-    packed = {
-        "layers": layers,
-        "embed": {"table": table},
-        "final_norm": host["final_norm"],
-        "head": {"w": native.pack(w, cfg.dtype)},
-    }
-    return jax.tree.map(jnp.array, packed)
+    rest = {"embed": {"table": table}, "final_norm": host["final_norm"], "head": {"w": native.pack(w, cfg.dtype)}}
+    copy = partial(jax.tree.map, jnp.array)  # layer by layer: never are all of them there twice
+    return {"layers": [copy(_packed(layer, cfg.dtype)) for layer in _layers(model, host)], **copy(rest)}
 
 
 def _layers(model: ModelConfig, params: Mapping[str, Any]) -> list[Any]:

@@ -137,9 +137,10 @@ class ChunkedStore(ABC):
         if self.dtype is not None:
             weights = host_copy(weights, self.dtype)
         manifest, tensors = plan(weights, self.chunk_bytes)
-        self._put(manifest, fill(manifest, tensors))
-        for version in self.versions()[: -self.keep]:
+        others = [version for version in self.versions() if version != manifest.version]
+        for version in others[: max(len(others) + 1 - self.keep, 0)]:  # first: no more than `keep` are ever there
             self._drop(version)
+        self._put(manifest, fill(manifest, tensors))
         return manifest
 
     def latest(self) -> int | None:

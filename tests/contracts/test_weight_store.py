@@ -87,6 +87,22 @@ def test_old_versions_are_dropped_and_a_version_can_be_replaced(make):
         store.fetch(5)
 
 
+def test_while_a_version_is_stored_no_more_than_keep_are_there(make):
+    """A version may be gigabytes."""
+    store, there = make(keep=2), []
+    put = store._put
+
+    def counted(manifest, chunks):
+        there.append(len({*store.versions(), manifest.version}))
+        put(manifest, chunks)
+
+    store._put = counted
+    for version in (1, 2, 3, 3, 2, 4):
+        store.publish(weights(version))
+    assert there == [1, 2, 2, 2, 2, 2]
+    assert store.versions() == [2, 4]
+
+
 def test_cast_at_publication_as_an_engine_would(make):
     store = make(dtype="bfloat16")
     w = weights(1)

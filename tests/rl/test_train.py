@@ -1,11 +1,13 @@
 """The stage: it learns, a kill changes no number, a recipe that cannot work says so before anything is sampled."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from cabochon.learner import Learner, LearnerConfig, TrainState, cross_entropy
 from cabochon.model import transformer as tf
 from cabochon.overrides import dump
 from cabochon.policy import open_policy
+from cabochon.rl import journal
 from cabochon.rl.learning import States
 from cabochon.rl.recipe import RlConfig
 from cabochon.rl.train import main, published_by
@@ -83,6 +86,27 @@ def config(place, run="run", **changes):
         "steps": 4,
     }
     return RlConfig.model_validate(base | changes)
+
+
+def test_the_weights_it_began_from_are_not_kept(place, monkeypatch):
+    """Of a large model they are gigabytes, beside those that are trained."""
+    begun, alive, write = [], [], journal.write_rollouts
+
+    def opened(*args):
+        policy = open_policy(*args)
+        begun.extend(weakref.ref(x) for x in jax.tree.leaves(policy.params))
+        return policy
+
+    def written(*args):
+        gc.collect()
+        alive.append(sum(x() is not None for x in begun))
+        write(*args)
+
+    monkeypatch.setattr("cabochon.rl.train.open_policy", opened)
+    monkeypatch.setattr(journal, "write_rollouts", written)
+    main(config(place, steps=2))
+    assert len(begun) > 10
+    assert alive == [0, 0]
 
 
 def metrics(directory):
