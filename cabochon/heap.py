@@ -52,10 +52,26 @@ def fit(params: Any) -> None:
     A step's temporaries are then a few buffers of gigabytes, and one that lies between others leaves a hole which the
     next, a little larger, does not fit: the one heap grew by a whole step's memory every few steps (docs/log.md).
     """
+    if _is_large(params):
+        _set((_MMAP_THRESHOLD, 32 << 20), (_MMAP_MAX, 1 << 16))  # 32 MB is the most glibc takes
+
+
+def give_back(params: Any) -> None:
+    """For parameters of `LARGE` and more, give the system what is free: after other parameters took their place.
+
+    Their matrices are smaller than what `fit` has mapped, and are freed in holes that the next ones do not fill: an
+    engine's process grew by as much as they are with each new version (docs/log.md).
+    """
+    if _is_large(params) and sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def _is_large(params: Any) -> bool:
     import jax  # not with the module: it is read before the number of threads is set
 
-    if sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) >= LARGE:
-        _set((_MMAP_THRESHOLD, 32 << 20), (_MMAP_MAX, 1 << 16))  # 32 MB is the most glibc takes
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) >= LARGE
 
 
 def _set(*settings: tuple[int, int]) -> bool:

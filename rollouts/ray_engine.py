@@ -75,7 +75,8 @@ class RayEngine:
         self._tickets = self._started = self._publications = self._copies = self._losses = 0
         self._session = RaySession(cfg, log_dir)
         try:
-            self._store = store or RayStore(dtype=None if slots.dtype == "float32" else slots.dtype)
+            # One version: a load that is under way holds the objects it reads.
+            self._store = store or RayStore(keep=1, dtype=None if slots.dtype == "float32" else slots.dtype)
             for _ in range(cfg.workers):
                 self._start()  # they import while we publish
             self._publish(weights)

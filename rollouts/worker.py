@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from cabochon.errors import MachineError
-from cabochon.heap import keep_pages
+from cabochon.heap import give_back, keep_pages
 from cabochon.model.config import ModelConfig
 from cabochon.protocols import Finished, WeightStore
 from cabochon.tokenizer import Tokenizer
@@ -103,6 +103,8 @@ class RolloutWorker:
                 self._changed.notify_all()
                 if not self._changed.wait_for(lambda: self._incoming is None or self._failure, seconds):
                     raise MachineError(f"{self.name}: the dispatch in hand did not end within {seconds:g} s")
+        del trial
+        give_back(weights.params)
         return Place(pid=os.getpid(), node=ray.get_runtime_context().get_node_id())
 
     def give(self, work: Sequence[tuple[int, Request]]) -> None:

@@ -89,3 +89,35 @@ def test_a_large_model_s_temporaries_of_growing_size_do_not_add_up():
     )
     assert small > 500 << 20, "the one heap keeps the holes"
     assert large < 300 << 20, "no more than what lay ready"
+
+
+HOLES = """
+import sys
+import jax
+from cabochon.heap import fit, give_back, keep_pages
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+shapes = {"w": jax.ShapeDtypeStruct((int(sys.argv[1]),), "uint8")}
+keep_pages()
+fit(shapes)
+before = resident()
+old, held = [], []
+for matrix in range(40):
+    old.append(b"1" * (10 << 20))
+    held.append(bytearray(64 << 10))  # what stays, and lies between
+del old
+freed = resident()
+give_back(shapes)
+print(freed - before, resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_a_large_model_s_old_matrices_go_back_to_the_system():
+    ask = lambda n: subprocess.run(  # noqa: E731
+        [sys.executable, "-c", HOLES, str(n)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    (small_before, small), (large_before, large) = (map(int, ask(n)) for n in (1 << 20, 1 << 30))
+    assert min(small_before, large_before) > 350 << 20, "matrices below 32 MB stay when they are freed"
+    assert small > 350 << 20, "of a small model they are kept for the next"
+    assert large < 60 << 20
