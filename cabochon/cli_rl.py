@@ -11,6 +11,7 @@ import typer
 from cabochon.cli_stages import DryRun, Parts, ResumeAnyway, run_stage
 
 if TYPE_CHECKING:
+    from cabochon.model.config import ModelConfig
     from cabochon.rl.recipe import RlConfig
 
 
@@ -53,8 +54,28 @@ def _describe(cfg: RlConfig) -> None:
         f"a step: {r.prompts} prompts x {r.group_size} = {r.prompts * r.group_size} completions of up to "
         f"{cfg.sampling.max_tokens} tokens, {cfg.update.minibatches * cfg.update.epochs} updates",
         *memory_lines(learners.policy, rl_batch(learners.policy, update)),
+        *_engine_lines(cfg, model),
     ]
     print("\n".join(lines), file=sys.stderr)
+
+
+def _engine_lines(cfg: RlConfig, model: ModelConfig) -> list[str]:
+    """Memory beside the learner's: an engine has two versions of the weights while it takes over the newer one; of
+    those for Ray's workers there are a copy to publish again and, until Ray lets go of the older, two in its store."""
+    import jax
+    import jax.numpy as jnp
+
+    from cabochon.model import transformer as tf
+    from cabochon.rollouts.slots import SlotConfig
+
+    size = jnp.dtype(cfg.precision.compute).itemsize
+    weights = size * sum(x.size for x in jax.tree.leaves(tf.abstract(model)))
+    slots = SlotConfig(slots=cfg.engine.slots, length=cfg.engine.length)
+    cache = size * 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots.slots * slots.positions
+    ray = cfg.engine.kind == "ray"
+    name = f"each of {cfg.engine.ray.workers} engines" if ray and cfg.engine.ray.workers > 1 else "the engine"
+    parts = {f"besides, {name}": 2 * weights + cache} | ({"weights on their way to it": 3 * weights} if ray else {})
+    return [f"{part:32}{amount / 1e9:9.3f} GB" for part, amount in parts.items()]
 
 
 def eval_command(

@@ -35,22 +35,30 @@ function intervalOf(low, middle, high, from, to) {
 
 const whole = (text) => el("td", { class: "whole" }, text);
 
+// The directory that several models lie in, which need not be said for each.
+function directoryOf(models) {
+  const parts = models[0].split("/");
+  let n = models.length > 1 ? parts.length - 1 : 0;
+  while (n && !models.every((m) => m.startsWith(parts.slice(0, n).join("/") + "/"))) n -= 1;
+  return n ? parts.slice(0, n).join("/") + "/" : "";
+}
+
 function evaluationOf(job) {
   const found = job && job.eval;
   if (!found || !found.evaluations.length) return null;
-  const rows = [];
+  const rows = [], directory = directoryOf(found.evaluations.map((e) => String(e.model)));
   for (const domain of Object.keys(found.evaluations[0].domains || {})) {
     for (const e of found.evaluations) {
       const d = (e.domains || {})[domain], m = d && d.mean, p = (e.against_first || {})[domain];
       if (!m) continue;
       const rates = Object.entries(d).filter(([k]) => k.includes("@")).map(([k, v]) => `${k} ${percent(v)}`).join(", ");
-      rows.push([domain, visible(e.model + (known(e.thinking) ? ` (thinking ${e.thinking})` : "")), percent(m.mean),
+      rows.push([domain, visible(String(e.model).slice(directory.length) + (known(e.thinking) ? ` (thinking ${e.thinking})` : "")), percent(m.mean),
         p ? el("td", { class: `whole ${p.low > 0 ? "good" : p.high < 0 ? "bad" : ""}` }, `${signed(100 * p.difference)} points [${signed(100 * p.low)}, ${signed(100 * p.high)}], p ${number(p.p)}`) : "",
-        intervalOf(m.low, m.mean, m.high, 0, 1), whole(`${percent(m.low)} – ${percent(m.high)}`), whole(rates)]);
+        intervalOf(m.low, m.mean, m.high, 0, 1), whole(`${percent(m.low)} – ${percent(m.high)}`), el("td", { class: "wrap" }, rates)]);
     }
   }
   return section("evaluation", "Before and after, on held-out tasks",
-    el("div", { class: "panel" }, table(["domain", "model", "accuracy", "against the first", "", "95 % interval", "of several answers"], rows, [2])));
+    el("div", { class: "panel" }, directory ? el("p", { class: "faint" }, "models in ", visible(directory)) : null, table(["domain", "model", "accuracy", "against the first", "", "95 % interval", "of several answers"], rows, [2])));
 }
 
 // Confidence in ten bins against how often the answer was right: on the diagonal where the score can be taken at its word.
