@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import chain, islice
+from math import ceil, sqrt
 from time import monotonic
 from typing import Protocol, runtime_checkable
 
@@ -27,6 +29,8 @@ from cabochon.types import Completion, Request, Rollout, Sampling, Task, Verdict
 POLL_SECONDS = 1.0
 GLANCE_SECONDS = 0.05
 """how long a look at the engine takes while verdicts are due as well"""
+SHARE_GROUPS, LEAST_SHARE = 32, 0.01
+"""groups over which the share that is kept is averaged, and what it is taken for at least"""
 
 
 @runtime_checkable
@@ -182,6 +186,8 @@ class Collector:
         """by ticket"""
         self._verdicts: dict[Future[tuple[Verdict, int]], _Asked] = {}
         self._finished: dict[int, Group] = {}
+        self._share = 1.0
+        """of the groups judged lately that `keep` accepted"""
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="collect")
 
     @property
@@ -228,10 +234,20 @@ class Collector:
         In place of what it refuses, up to `refills` tasks of `more` are started where what is in flight would not be
         enough. A group older than `max_lag` versions is not learned from; in its place its own task is started again,
         under the same two conditions. Fewer than `wanted` come back when nothing is in flight any more.
+
+        With `max_lag` of 1 or more, how many will be refused is expected from those before, so that what is missing is
+        drawn at once and not in ever smaller rounds, and what is drawn while the learner learns is enough: see `ahead`.
         """
         kept: dict[int, Group] = {}
         dropped: list[Group] = []
         stale: list[Group] = []
+        first = self._next
+
+        def start(enough: int, tasks: Iterator[Task]) -> None:
+            count = min(enough - self.in_flight - self.waiting, first + refills - self._next)
+            if count > 0:
+                self.start([*islice(tasks, count)])
+
         while True:
             for i in sorted(self._finished):
                 if len(kept) == wanted or any(p.id < i for p in self._pending.values()):
@@ -239,18 +255,19 @@ class Collector:
                 group = self._finished.pop(i)
                 if max_lag is not None and group.oldest is not None and self._source.version - group.oldest > max_lag:
                     stale.append(group)
-                    again = iter([group.task])
+                    again: Iterator[Task] = chain([group.task], more)
                 elif not keep(group):
                     dropped.append(group)
                     again = more
+                    self._share = max(self._share * (1 - 1 / SHARE_GROUPS), LEAST_SHARE)
                 else:
                     kept[i] = group
+                    self._share += (1 - self._share) / SHARE_GROUPS
                     continue
-                if refills and len(kept) + self.in_flight + self.waiting < wanted:
-                    fresh = [task for task in [next(again, None)] if task is not None]
-                    self.start(fresh)
-                    refills -= len(fresh)
+                start(ceil((wanted - len(kept)) / (self._share if max_lag else 1)), again)
             if len(kept) == wanted or not (self._pending or self._finished):
+                if max_lag:
+                    start(ahead(max_lag * wanted, self._share), more)
                 return Collected(groups=list(kept.values()), dropped=dropped, stale=stale)
             if self._pending:
                 self.advance(POLL_SECONDS)
@@ -356,6 +373,13 @@ def room(*, max_lag: int, batch: int, waiting: int, running: int, most: int) -> 
     (algorithms.md section 11, admission): `waiting` are finished and not taken, `running` at most `most` at a time.
     """
     return max(0, min(most - running, (max_lag + 1) * batch - waiting - running))
+
+
+def ahead(wanted: int, share: float) -> int:
+    """Groups to have under way while the learner learns, of which `share` will be kept: so many that there are `wanted`
+    at most, one time in forty left aside (two standard deviations of a binomial), since those beyond grow too old."""
+    lost = 1 - share
+    return int((sqrt(wanted + lost) - sqrt(lost)) ** 2 / share)
 
 
 def _failed(detail: str) -> Verdict:

@@ -10,7 +10,7 @@ import pytest
 
 from cabochon.model import transformer as tf
 from cabochon.protocols import Weights
-from cabochon.rollouts.collect import Collector, Completions, group_seed, room
+from cabochon.rollouts.collect import Collector, Completions, ahead, group_seed, room
 from cabochon.rollouts.environment import EpisodeLimits, Step
 from cabochon.rollouts.episodes import EpisodeEngine
 from cabochon.rollouts.local import LocalEngine
@@ -275,6 +275,46 @@ def test_admission_is_that_of_the_reference():
     assert room(max_lag=0, batch=8, waiting=0, running=0, most=100) == 8
     assert room(max_lag=0, batch=8, waiting=3, running=5, most=100) == 0
     assert room(max_lag=9, batch=8, waiting=0, running=90, most=64) == 0
+
+
+def test_as_many_are_kept_ahead_as_can_be_used():
+    """Two standard deviations below what would be wanted; all of it where every group is kept."""
+    draws = np.random.default_rng(0)
+    for wanted, share in ((8, 1.0), (8, 0.5), (8, 0.25), (64, 0.25), (256, 0.1)):
+        n = ahead(wanted, share)
+        kept = draws.binomial(n, share, 20_000)
+        assert np.mean(kept > wanted) < 0.05, "what is beyond grows too old"
+        assert n * share + 2 * np.sqrt(n * share * (1 - share)) > wanted - 1.1, "and no fewer than that allows"
+    assert ahead(8, 1.0) == 8
+
+
+@pytest.mark.parametrize("max_lag", [None, 1])
+def test_where_most_are_refused_they_are_not_replaced_one_by_one(max_lag):
+    rounds: list[int] = []
+
+    class Source(Completions):
+        def start(self, given, seeds):
+            rounds.append(len(given))
+            return super().start(given, seeds)
+
+    more = iter(tasks(*("ab" if i % 4 == 3 else "a" for i in range(1000))))
+    keep = lambda g: len(g.task.prompt) == 2  # noqa: E731
+    with Collector(Source(fake(lambda prompt, seed, sample: prompt), Sampling(n=1)), Content()) as collector:
+        for _ in range(12):
+            collector.start([next(more) for _ in range(max(8 - collector.in_flight - collector.waiting, 0))])
+            got = collector.take(8, keep=keep, more=more, refills=64, max_lag=max_lag)
+            assert len(got.groups) == 8
+            ids = [g.id for g in got.groups]
+            assert ids == sorted(ids)
+            assert not got.stale
+            last, rounds[:] = [n for n in rounds if n], []
+        under_way = collector.in_flight + collector.waiting
+    if max_lag is None:
+        assert max(last[1:]) == 1, "one for one: as a run that draws and learns in turn has always done"
+        assert under_way == 0
+    else:
+        assert len(last) <= 5, "what is missing comes in few rounds"
+        assert 8 <= under_way <= 32, "and the next step's is under way: a quarter of it will do"
 
 
 def test_episodes_are_rollouts_like_others():
