@@ -1,12 +1,13 @@
-"""GRPO by cabochon and by TRL: the same dense model, tasks, reward function and samples, each in turn, as ratios.
+"""GRPO by cabochon, by TRL and by Tunix: the same dense model, tasks, reward and samples, each in turn, as ratios.
 
     python -P benchmarks/rl.py OUT [--rounds 2] [--only local,ray,trl] [--workload benchmarks/rl_workload.json]
+                                   [--tunix PYTHON]     the interpreter of an environment with google-tunix
 
 A dense model learns the tasks from bytes (SFT); from there each trainer does the same number of steps of the same size
 (on-policy, one update each, no KL, AdamW, f32, one reward function on both sides). A round is each of them once, with
 the round's seed; the order turns about. Reported: seconds per step (median, without the first ones, which compile),
-where ours go, the reward of the first and last five steps, and held-out accuracy by `cabochon eval`, which opens TRL's
-result as it is. `local` samples and learns in turn, `ray` is one step off (max_lag 1).
+where ours go, the reward of the first and last five steps, and held-out accuracy by `cabochon eval`, which opens the
+peers' results as they are. `local` samples and learns in turn, `ray` is one step off (max_lag 1).
 """
 
 from __future__ import annotations
@@ -72,12 +73,14 @@ def ours(kind: str, start: Path, out: Path, work: dict[str, Any], seed: int) -> 
     return out_rows
 
 
-def trl(start: Path, out: Path, workload: Path, seed: int) -> list[dict[str, Any]]:
+def peer(kind: str, python: str, start: Path, out: Path, workload: Path, seed: int) -> list[dict[str, Any]]:
     out.mkdir(parents=True, exist_ok=True)
     words = [start, start.parents[1] / "tasks" / "train.jsonl", out, workload, seed]
-    quiet = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, HERE / "rl_trl.py", *words]
-    subprocess.run([str(x) for x in command], check=True, stdout=subprocess.DEVNULL, env=quiet)
+    env = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    if python != sys.executable:
+        env.pop("PYTHONPATH", None)  # of our environment, not of that one
+    command = [python, HERE / f"rl_{kind}.py", *words]
+    subprocess.run([str(x) for x in command], check=True, stdout=subprocess.DEVNULL, env=env)
     return list(json.loads((out / "steps.json").read_text()))
 
 
@@ -87,17 +90,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="local,ray,trl")
     parser.add_argument("--workload", type=Path, default=HERE / "rl_workload.json")
+    parser.add_argument("--tunix", metavar="PYTHON")
     args = parser.parse_args()
+    kinds = list(dict.fromkeys(args.only.split(",") + ["tunix"] * bool(args.tunix)))
+    if "tunix" in kinds and not args.tunix:
+        parser.error("tunix: an environment of its own, give its interpreter with --tunix")
     out = args.out.resolve()
     out.mkdir(parents=True)
     work = json.loads(args.workload.read_text())
-    start, kinds = prepared(out, work), args.only.split(",")
+    start, peers = prepared(out, work), {"trl": sys.executable, "tunix": args.tunix}
     timed: dict[str, list[float]] = {kind: [] for kind in kinds}
     for round_ in range(args.rounds):
         for kind in kinds[:: 1 if round_ % 2 == 0 else -1]:
             place, begin = out / f"{kind}{round_}", time.perf_counter()
-            peer = kind == "trl"
-            steps = trl(start, place, args.workload, round_) if peer else ours(kind, start, place, work, round_)
+            if kind in peers:
+                steps = peer(kind, peers[kind], start, place, args.workload, round_)
+            else:
+                steps = ours(kind, start, place, work, round_)
             warm = steps[work["warm_steps"] :]
             seconds = [s["seconds"] for s in warm]
             timed[kind].append(statistics.median(seconds))
@@ -112,10 +121,10 @@ def main() -> None:
                 "reward_first_5": round(statistics.mean(rewards[:5]), 3),
                 "reward_last_5": round(statistics.mean(rewards[-5:]), 3), **parts,
             }), flush=True)  # fmt: skip
-    for kind in kinds:
-        if kind != "trl" and "trl" in timed:
-            ratios = [t / o for t, o in zip(timed["trl"], timed[kind], strict=True)]
-            print(json.dumps({"trl_over": kind, "rounds": [round(r, 2) for r in ratios]}), flush=True)
+    for name in [kind for kind in kinds if kind in peers]:
+        for kind in [kind for kind in kinds if kind not in peers]:
+            ratios = [p / o for p, o in zip(timed[name], timed[kind], strict=True)]
+            print(json.dumps({f"{name}_over": kind, "rounds": [round(r, 2) for r in ratios]}), flush=True)
     finals = [out / f"{kind}{r}" / "final" for r in range(args.rounds) for kind in kinds]
     subprocess.run([sys.executable, "-P", "-m", "cabochon", "eval", str(start), *map(str, finals), "--tasks",
                     str(out / "tasks" / "test.jsonl"), "--most", "300", "--samples", "4", "--max-tokens",
