@@ -129,8 +129,10 @@ def demo(place: Path, job: Path) -> None:
     for name in ("sft", "rl"):
         shutil.copytree(job / "runs/demo" / name, place / "runs" / name)
     tests = (job / "runs/demo/tasks/test.jsonl").read_text().splitlines(keepends=True)
+    letters = [line for line in tests if "letter_counting" in line]  # a model this young solves few of the others
+    others = [line for line in tests if line not in letters]
     for name in ("test.jsonl", "tasks.jsonl"):
-        (place / name).write_text("".join(tests[:200]))  # a model this young solves few of them
+        (place / name).write_text("".join(letters[:100] + others[:100]))
 
 
 def begun(place: Path, job: Path) -> None:
