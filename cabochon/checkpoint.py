@@ -223,8 +223,6 @@ def _digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-
-
 def _metric(path: Path) -> float | None:
     try:
         return json.loads((path / "meta.json").read_text(encoding="utf-8"))["metric"]

@@ -139,8 +139,8 @@ def select(
     state = saver.restore(learner.abstract_state(), step=chosen.step).state
     export(place / "selected", learner, state, tokenizer)
     said = {"asked": asdict(asked), "tasks": len(tasks), "chosen": chosen.step, "in_range": inside}
-    told_all = plain({**said, "candidates": [asdict(c) for c in found]})
-    write_whole(place / "select.json", json.dumps(told_all, indent=1) + "\n")
+    record = plain({**said, "candidates": [asdict(c) for c in found]})
+    write_whole(place / "select.json", json.dumps(record, indent=1) + "\n")
     return found, chosen, inside
 
 
