@@ -11,6 +11,7 @@ from cabochon.report import build, page
 from cabochon.report.build import PAGE
 
 pytestmark = pytest.mark.chromium
+DOMAIN = "basic_arithmetic"
 
 
 def written(place, *directories):
@@ -171,6 +172,39 @@ def test_no_width_makes_the_page_scroll_sideways(opened, width):
     opened.set_viewport_size({"width": width, "height": 800})
     opened.wait_for_timeout(250)
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize(
+    ("models", "directory", "names"),
+    [
+        (["runs/demo/sft/final", "runs/demo/rl/final"], "runs/demo/", ["sft/final", "rl/final"]),
+        (["runs/sft/final", "runs/sft2/final"], "runs/", ["sft/final", "sft2/final"]),
+        (["smollm2", "runs/rl/final"], "", ["smollm2", "runs/rl/final"]),
+        (["runs/rl/final"], "", ["runs/rl/final"]),
+    ],
+)
+def test_before_and_after_on_a_narrow_page(tmp_path, chrome, models, directory, names):
+    """What two models share of their names is said once, so that the difference needs no scrolling."""
+    job = tmp_path / "job"
+    runs.rl_run(job / "rl", 20)
+    rate = {"mean": {"mean": 0.383, "low": 0.338, "high": 0.428}, "pass@1": 0.383, "pass@4": 0.593}
+    test = {"difference": 0.13, "low": 0.0975, "high": 0.163, "p": 0.0001}
+    entries = [{"model": m, "domains": {DOMAIN: rate}, "against_first": {DOMAIN: test} if m != models[0] else {}}
+               for m in models]  # fmt: skip
+    (job / "eval.json").write_text(json.dumps({"evaluations": entries}))
+    with watched(chrome) as (tab, complaints, _):
+        tab.set_viewport_size({"width": 420, "height": 800})
+        tab.goto(written(tmp_path / "page.html", job))
+        table = tab.locator("#evaluation table")
+        assert table.locator("tbody td:nth-child(2)").all_inner_texts() == names
+        assert ("models in" in tab.inner_text("#evaluation")) == bool(directory)
+        assert directory in tab.inner_text("#evaluation")
+        if len(models) > 1:
+            cell = table.locator("tbody tr >> nth=1").locator("td >> nth=3")
+            assert "[+9.75, +16.3]" in " ".join(cell.inner_text().split())
+            box = cell.bounding_box()
+            assert box["x"] + box["width"] <= 420
+        assert complaints == []
 
 
 def test_runs_are_laid_over_each_other(opened):
