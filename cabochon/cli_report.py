@@ -15,7 +15,7 @@ Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="directories 
 
 def report(
     runs: Runs,
-    out: Annotated[Path, typer.Option("-o", "--out", help="the file to write")] = Path("report.html"),
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="the file to write; else report.html in RUN")] = None,
 ) -> None:
     """Write runs as one HTML file that needs no network: verdict, curves, experts, completions, lineage.
 
@@ -23,6 +23,7 @@ def report(
     """
     from cabochon.report import build
 
+    out = out or runs[0] / "report.html"
     text, verdicts = build.report(runs)
     write_whole(out, text)
     print("\n".join(verdicts))

@@ -19,6 +19,9 @@ HANG_SECONDS = 30.0
 HANGS = 2
 """After so many probes that took that long the others are left out: each would cost as much."""
 
+PARTIAL = 0.5
+"""A text that says something wrong may be paid a part, but not so much."""
+
 ALIKE = 4
 """Where so many at the start fail with the same error, so would the others."""
 
@@ -36,7 +39,7 @@ class Finding:
 
 
 def _texts(task: Task, gold: str | None, others: Sequence[str | None]) -> list[tuple[str, str, bool]]:
-    """(name, completion, whether it must score 1) of each probe; those that need not must score 0."""
+    """(name, completion, whether it must score 1) of each probe; those that need not must score 0, or little."""
     found = [("gold", gold, True)] if gold else []
     prompt = task.prompt if isinstance(task.prompt, str) else "\n".join(str(m.get("content", "")) for m in task.prompt)
     answer = task.payload.get("answer")
@@ -118,7 +121,7 @@ def _suspicion(name: str, text: str, verdicts: Sequence[Verdict], full: bool, se
     (score,) = scores
     if full and score != 1.0:
         return f"the right answer scores {score}: {verdicts[0].detail}; it was {text[:60]!r}"
-    if not full and score != 0.0:
+    if not full and (score is None or score >= (PARTIAL if text.strip() else 1e-9)):
         return f"{name} scores {score}"
     usual = min(seconds)  # the first call of all starts a worker
     if full and usual > SLOW_SECONDS:

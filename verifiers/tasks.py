@@ -46,6 +46,9 @@ def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if path.suffix in (".csv", ".tsv", ".parquet", ".xlsx"):
+        raise UserError(f"{path}: expected JSON lines, one object a line; pandas writes them from such a file: "
+                        "frame.to_json('tasks.jsonl', orient='records', lines=True)")
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
             where = f"{path}:{number}"
@@ -58,7 +61,7 @@ def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not JSON: {str(error)[:200]}") from error
             if not isinstance(row, dict):
-                raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
+                raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}; each line holds one")
             yield where, row
 
 

@@ -1,6 +1,6 @@
 """Is it learning? One word, a title, and the reasons in plain words. Pure functions of what a page shows.
 
-A change counts where its 95 % interval leaves out zero. Held-out accuracy speaks before the reward of training: with
+A change counts where its 95 % interval leaves out zero. The held-out score speaks before the reward of training: with
 dynamic sampling or a curriculum the latter is of tasks chosen to be neither easy nor hard, and need not rise.
 """
 
@@ -123,7 +123,7 @@ def _rl(run: Mapping[str, Any]) -> tuple[State, list[str]]:
     if len(points) > 1:
         change = shares(points[0][1], points[-1][1], run["held_out_tasks"])
         state = _direction(change)
-        because.insert(0, f"held-out accuracy {_moved(change, percent=True)}, on {run['held_out_tasks']:,} tasks")
+        because.insert(0, f"held-out score {_moved(change, percent=True)}, on {run['held_out_tasks']:,} tasks")
     if why := _collapse(run, values):
         return "collapsed", [why, *because]
     if not because:

@@ -115,3 +115,14 @@ def test_looking_changes_nothing_in_the_run(tmp_path):
     assert "page.html" in done.output
     assert state() == before
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["page.html"]
+
+
+def test_the_page_lies_in_the_run_where_no_other_place_is_named(tmp_path, monkeypatch):
+    place = runs.rl_run(tmp_path / "run", 20)
+    (tmp_path / "report.html").write_text("another's")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["report", "run"])
+    assert done.exit_code == 0, done.output
+    assert "run/report.html " in done.output
+    assert (place / "report.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "report.html").read_text() == "another's"

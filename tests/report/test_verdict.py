@@ -42,7 +42,7 @@ def test_held_out_tasks_speak_before_the_training_score():
     """With dynamic sampling the score of training stays where it is while the policy learns."""
     found = verdict(run(noise(60), held=[0.5, 0.7], before=0.4))
     assert found["state"] == "learning"
-    assert "held-out accuracy rose: 40.0 % to 70.0 % (+30.0 points" in found["because"][0]
+    assert "held-out score rose: 40.0 % to 70.0 % (+30.0 points" in found["because"][0]
     found = verdict(run(noise(60), held=[0.41], before=0.4))
     assert found["state"] == "flat"
     assert "moved no more than chance would: 40.0 % to 41.0 %" in found["because"][0]

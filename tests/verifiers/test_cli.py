@@ -117,6 +117,11 @@ def exact(completions, answer, **kwargs): return [float(c.strip() == a) for c, a
 def boxed(completions, answer, **kwargs): return [float(c.endswith(f"{{{a}}}.")) for c, a in zip(completions, answer)]
 def zero(completions, **kwargs): return [0.0 for _ in completions]
 def percent(completions, answer, **kwargs): return [100.0 * (c.strip() == a) for c, a in zip(completions, answer)]
+def partly(completions, answer, **kwargs): return [1.0 if c.strip() == a else 0.2 * bool(c.strip()) for c, a in
+    zip(completions, answer)]
+def largely(completions, answer, **kwargs): return [1.0 if c.strip() == a else 0.7 * bool(c.strip()) for c, a in
+    zip(completions, answer)]
+def effort(completions, answer, **kwargs): return [1.0 if c.strip() == a else 0.1 for c, a in zip(completions, answer)]
 """
 
 
@@ -127,6 +132,9 @@ def percent(completions, answer, **kwargs): return [100.0 * (c.strip() == a) for
         ("boxed", "0 suspicious: the reward looks sound"),
         ("zero", "the right answer scores 0.0: reward 0; it was '2 3'"),
         ("percent", "returned 100, outside [0, 1]"),
+        ("partly", "0 suspicious: the reward looks sound"),
+        ("largely", "wrong scores 0.7"),
+        ("effort", "blank scores 0.1"),
     ],
 )
 def test_a_reward_function_is_asked_for_the_answer_of_the_row_plain_or_boxed(

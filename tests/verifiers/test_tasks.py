@@ -113,6 +113,12 @@ def test_other_errors(tmp_path: pathlib.Path) -> None:
         list(read_rows(tmp_path / "absent.jsonl"))
     with pytest.raises(UserError, match="holds no rows"):
         read_tasks(write(tmp_path / "empty.jsonl", ""))
+    (tmp_path / "tasks.csv").write_text("prompt,verifier\n1 + 1?,math\n")
+    with pytest.raises(UserError, match=r"tasks\.csv: expected JSON lines, one object a line; pandas writes them"):
+        read_tasks(tmp_path / "tasks.csv")
+    (tmp_path / "tasks.json").write_text('[{"prompt": "1 + 1?", "verifier": "math", "answer": "2"}]')
+    with pytest.raises(UserError, match=r"tasks\.json:1: expected a JSON object, got list; each line holds one"):
+        read_tasks(tmp_path / "tasks.json")
     twice = write(tmp_path / "twice.jsonl", MBPP, MBPP)
     with pytest.raises(UserError, match=r"twice.jsonl:2: the id 'mbpp/7' was used at .*:1"):
         read_tasks(twice)

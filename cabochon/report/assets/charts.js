@@ -159,7 +159,7 @@ const PANELS = [
   ["Reward", ["reward", "score"], { only: "rl" }],
   ["Reward by component", /^parts\/(.*)/, {}],
   ["Score by domain", /^domains\/(.*)\/score$/, { share: true }],
-  ["Held-out accuracy", /^held_out_domains\/(.*)/, { share: true, before: true }],
+  ["Held-out score", /^held_out_domains\/(.*)/, { share: true, before: true }],
   ["Groups", /^groups_(solved|mixed|failed)$/, { share: true }],
   ["Loss", ["eval_loss", "loss", "ranking", "centring"], {}],
   ["Accuracy on pairs", ["accuracy", "eval_accuracy"], { share: true }],

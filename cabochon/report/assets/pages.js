@@ -17,7 +17,7 @@ function factsOf(run) {
   const facts = [
     ["stage", stage], ["steps", run.planned && run.planned !== run.steps ? `${number(run.steps)} of ${number(run.planned)}` : number(run.steps)],
     ["time in steps", duration(last(run, "clock/elapsed"))],
-    ["held-out accuracy", known(held) ? `${known(run.before.all) ? `${percent(run.before.all)} → ` : ""}${percent(held)}` : null],
+    ["held-out score", known(held) ? `${known(run.before.all) ? `${percent(run.before.all)} → ` : ""}${percent(held)}` : null],
     ["reward, last", known(last(run, "reward")) ? number(last(run, "reward")) : null],
     ["loss, last", run.stage !== "rl" && known(last(run, "loss")) ? number(last(run, "loss")) : null],
     ["held-out pairs right", known(last(run, "eval_accuracy")) ? percent(last(run, "eval_accuracy")) : null],
@@ -58,7 +58,7 @@ function evaluationOf(job) {
     }
   }
   return section("evaluation", "Before and after, on held-out tasks",
-    el("div", { class: "panel" }, directory ? el("p", { class: "faint" }, "models in ", visible(directory)) : null, table(["domain", "model", "accuracy", "against the first", "", "95 % interval", "of several answers"], rows, [2])));
+    el("div", { class: "panel" }, directory ? el("p", { class: "faint" }, "models in ", visible(directory)) : null, table(["domain", "model", "mean score", "against the first", "", "95 % interval", "of several answers"], rows, [2])));
 }
 
 // Confidence in ten bins against how often the answer was right: on the diagonal where the score can be taken at its word.
