@@ -14,7 +14,7 @@ from sympy import Expr
 from sympy.core.function import AppliedUndef
 
 from cabochon.verifiers.math_numbers import same_formula, same_leaf
-from cabochon.verifiers.math_sets import region, same_region, same_relation
+from cabochon.verifiers.math_sets import FLIPPED, region, same_region, same_relation
 from cabochon.verifiers.math_values import DEGREE, Based, Chain, Grid, Items, Leaf, NamedSet, SetOperation, Value, Words
 
 _ITEMS_LIMIT = 60
@@ -39,6 +39,8 @@ def equal(gold: Value, answer: Value) -> bool:
         return _same(gold_bare, bare)
     if gold_label is not None and label is not None:
         return (gold_label == label and _same(gold_bare, bare)) or _same(gold, answer)
+    if isinstance(label, sympy.Tuple) and gold_label is None and _swapped(label):
+        return False
     if gold_label is None:  # the answer says "x = 5" where 5 was asked for
         return _same(gold, answer) if isinstance(gold, Chain) else not _mentions(gold, label) and _same(gold, bare)
     if isinstance(answer, Chain):
@@ -78,7 +80,41 @@ def unlabel(value: Value) -> tuple[Expr | None, Value]:
     )
     if not steps_hold:
         return None, _FALSE
+    if value.relations[-1] == "~" and len(values) > 1:
+        return label, values[-2]  # 2/3 ~ 0.667 says 2/3
     return label, values[-1]
+
+
+def contradicts(value: Value) -> bool:
+    """Whether it is an equation that does not hold: `1 = 2`."""
+    return unlabel(value)[1] == _FALSE
+
+
+def _swapped(names: sympy.Tuple) -> bool:
+    """Whether a bare tuple would be understood in another order: of `(y, x) = (3, 4)`, not of `(m, b) = (3, 4)`."""
+    given = "".join(str(name) for name in names)
+    return "".join(sorted(given)) in ("xy", "xyz", "ab", "abc") and given != "".join(sorted(given))
+
+
+def _solved(value: Value) -> bool:
+    """Whether a relation says what one variable is, rather than something that has to be solved for it."""
+    label, bare = unlabel(value)
+    if label is not None and label.is_Symbol:
+        return not _symbols(bare)
+    leaves = [item.expr for item in value.items if isinstance(item, Leaf)] if isinstance(value, Chain) else []
+    return all(expr.is_Symbol or not expr.free_symbols for expr in leaves)
+
+
+def _unsolved(value: Value) -> bool:
+    """Whether a relation in one variable, or a part of it, has still to be solved: `2x + 1 < 7`."""
+    match value:
+        case Items(items=items):
+            return any(_unsolved(item) for item in items)
+        case SetOperation(left=left, right=right):
+            return _unsolved(left) or _unsolved(right)
+        case Chain():
+            return len(_symbols(value)) == 1 and not _solved(value)
+    return False
 
 
 def _names_function(label: Expr, bare: Value) -> bool:
@@ -151,7 +187,7 @@ def _same(gold: Value, answer: Value) -> bool:
         case (Items(kind="tuple", items=values), Items(kind="list", items=parts)) | (
             Items(kind="list", items=parts), Items(kind="tuple", items=values)
         ):
-            named = _coordinates(parts)
+            named = None if "or" in (gold.brackets, answer.brackets) else _coordinates(parts)
             if named is not None and "()" in (gold.brackets, answer.brackets):
                 pairs = zip(values, named, strict=False) if gold.kind == "tuple" else zip(named, values, strict=False)
                 return len(values) == len(named) and all(_same(one, two) for one, two in pairs)
@@ -173,8 +209,11 @@ def _same(gold: Value, answer: Value) -> bool:
             )
         case NamedSet(), NamedSet():
             return gold.name == answer.name
-        case Chain(), Chain() if same_relation(gold, answer):
-            return True
+        case Chain(), Chain():
+            if _unsolved(answer) and not _unsolved(gold):
+                return False  # the question said back: 2x = 6 for x = 3
+            if same_relation(gold, answer) or _same_chains(gold, answer):
+                return True
         case Items(kind="set", items=(one,)), Leaf():
             return _same(one, answer)
         case SetOperation(), SetOperation() if gold.operation == answer.operation:
@@ -189,7 +228,18 @@ def _has_inequality(value: Items) -> bool:
     return any(isinstance(item, Chain) and set(item.relations) - {"="} for item in value.items)
 
 
+def _same_chains(gold: Chain, answer: Chain) -> bool:
+    """`a < b < c`, item by item, from either end."""
+    turned = tuple(FLIPPED.get(relation, relation) for relation in reversed(answer.relations))
+    for items, relations in ((answer.items, answer.relations), (answer.items[::-1], turned)):
+        if gold.relations == relations and all(_same(one, two) for one, two in zip(gold.items, items, strict=True)):
+            return True
+    return False
+
+
 def _same_regions(gold: Value, answer: Value) -> bool:
+    if _unsolved(answer) and not _unsolved(gold):
+        return False
     one, two = region(gold), region(answer)
     if one is None or two is None or (one[1] and two[1] and one[1] != two[1]):
         return False
@@ -203,8 +253,11 @@ def _same_leaves(gold: Leaf, answer: Leaf) -> bool:
     if gold.expr.has(DEGREE) and answer.expr.has(DEGREE):
         return same_formula(gold.expr, answer.expr)
     for worth in (sympy.Integer(1), sympy.pi / 180):
-        if worth == 1 and any((side.expr / DEGREE).has(DEGREE) and side.expr.has(DEGREE) for side in (gold, answer)):
-            continue  # a unit stands behind a whole quantity, not inside it
+        if worth == 1 and any(
+            side.expr.has(sympy.pi) or ((side.expr / DEGREE).has(DEGREE) and side.expr.has(DEGREE))
+            for side in (gold, answer)
+        ):
+            continue  # a unit stands behind a whole quantity, not inside it; and with pi the other side is in radians
         if same_formula(gold.expr.subs(DEGREE, worth), answer.expr.subs(DEGREE, worth)):
             return True
     return False
@@ -240,6 +293,9 @@ def _same_collections(gold: Items, answer: Items) -> bool:
     wanted, given = list(gold.items), list(answer.items)
     if max(len(wanted), len(given)) > _ITEMS_LIMIT:
         return False
+    labels = {label for label, _ in map(unlabel, wanted) if label is not None}
+    if len(labels) > 1 and (gold.brackets == "or") != (answer.brackets == "or"):
+        return False  # x = 1 or y = 2 is not both
     if gold.kind == "set" or answer.kind == "set":
         wanted, given = _distinct(wanted), _distinct(given)
     if len(wanted) != len(given):
@@ -270,11 +326,15 @@ def _same_grids(gold: tuple[tuple[Value, ...], ...], answer: tuple[tuple[Value, 
     )
 
 
-_MARKS = re.compile(r"[^\w\s](?!\d)")  # not before a digit: 3.5 is not 35
+_MARKS = re.compile(r"[.,:;!?\"“”](?!\d)|(?<![\d'])'|(?<=[a-z])-(?=[a-z])")  # not before a digit: 3.5 is not 35
 _ARTICLES = re.compile(r"\b(?:the|a|an)\s")
+
+
+def _spaced(mark: re.Match[str]) -> str:
+    return " " if mark.group() == "-" else ""
 
 
 def same_words(gold: str, answer: str) -> bool:
     """Words without case, punctuation, articles and spacing, or two usual ways to say the same."""
-    one, two = (" ".join(_ARTICLES.sub("", _MARKS.sub("", side.casefold())).split()) for side in (gold, answer))
+    one, two = (" ".join(_ARTICLES.sub("", _MARKS.sub(_spaced, side.casefold())).split()) for side in (gold, answer))
     return one == two or any(one in group and two in group for group in _SAME_WORDS)

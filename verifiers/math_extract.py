@@ -41,17 +41,23 @@ def final_part(text: str, rules: Extraction) -> str:
     if not rules.think_close:
         return text
     _, mark, after = text.rpartition(rules.think_close)
-    if mark and after.strip():
-        return after
     open_tag = rules.think_close.replace("/", "", 1)
+    if mark and after.strip():
+        said, again, _ = after.partition(open_tag)
+        return said if again and said.strip() else after  # thoughts that begin anew after the answer
     if rules.require_final_part and (mark or open_tag in text):
         return ""
     return text
 
 
+_END_MARKS = re.compile(r"(?:(?:</s>|<\|[a-z_]{1,30}\|>)\s{0,9})+\Z")
+"""Special tokens that a completion was decoded with."""
+
+
 def extract(text: str, rules: Extraction = Extraction()) -> Found | None:
     """The final answer in `text`, or None."""
     part = final_part(text[-TEXT_LIMIT:], rules)
+    part = part[:-200] + _END_MARKS.sub("", part[-200:])
     for method in rules.methods:
         match method:
             case "boxed":
@@ -69,11 +75,23 @@ def extract(text: str, rules: Extraction = Extraction()) -> Found | None:
 
 # ---------------------------------------------------------------------------------------------------------- boxes
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BOX = re.compile(r"\\(?:[bB]oxed|fbox|framebox)(?![A-Za-z])\s*")
+_BARE = re.compile(
+    r"\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)|\\sqrt\s*(?:\{[^{}]*\}|\d)|\\[A-Za-z]+|\d[\d.,]*"
+    r"|[^\s{}\\$]"
+)
+"""What a box without braces holds."""
 _ESCAPED = re.compile(r"\\.|[{}]", re.DOTALL)
 _MINUS = re.compile(r"(?:^|[\s=:$(\[])-$")
 _POWER = re.compile(r"\^(?:\{[^{}]{1,40}\}|\d)")
-"""What stands at a box, outside of it, and changes its value: `-\\boxed{5}`, `\\boxed{5}^2`."""
+_BEHIND = re.compile(r"\s*\\?%|\s+(?:hundred|thousand|million|billion|trillion|dozen|percent)\b")
+_PART = re.compile(
+    r"\s*\\(?:times|cdot|div|pi|sqrt|frac)(?![A-Za-z])|_\{?\d|[-+/]\s?\d|\.?\d|[a-z](?![a-z])|!+(?=\$|\\\))"
+)
+_PART_BEFORE = re.compile(
+    r"(?:\\(?:pm|mp|ne|neq|times|cdot|div|sqrt)|[≠±×]|\\sqrt\s*\{|\\[dt]?frac\s*\S{1,20}\{|(?<![\w.])\d+(?:\s*[-+*/^])?)\s*$"
+)
+"""What stands at a box, outside of it, and changes its value: `-\\boxed{5}`, `\\boxed{5}^2`, `\\boxed{5}\\%`."""
 
 
 def last_box(text: str) -> Found | None:
@@ -87,12 +105,17 @@ def last_box(text: str) -> Found | None:
             close = _closing_brace(text, position)
             if close < 0:
                 return Found(method="boxed", problem="the last box is never closed")
-            content, before = text[position + 1 : close].strip(), text[max(0, start.start() - 2) : start.start()]
+            content, before = text[position + 1 : close].strip(), text[max(0, start.start() - 40) : start.start()]
             position = close + 1
             if power := _POWER.match(text, position):
                 content = f"({content}){power.group()}"
-            last = Found(answer=f"-({content})" if _MINUS.search(before) else content, method="boxed")
-        elif token := re.compile(r"\\[A-Za-z]+|\d[\d.,]*|[^\s{}\\$]").match(text, position):
+            elif scale := _BEHIND.match(text, position):
+                content += scale.group()
+            if content and (_PART.match(text, position) or _PART_BEFORE.search(before)):
+                last = Found(method="boxed", problem="the box is a part of an expression")
+                continue
+            last = Found(answer=f"-({content})" if _MINUS.search(before[-2:]) else content, method="boxed")
+        elif token := _BARE.match(text, position):
             last = Found(answer=token.group().rstrip(".,"), method="boxed")
     return last
 
@@ -115,8 +138,8 @@ def _closing_brace(text: str, start: int) -> int:
 
 _HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(.*)$", re.MULTILINE)
 _PHRASE = re.compile(
-    r"\b(?:answer|result|solution)\b(?:\s+(?:to|for)\s+[^.:\n]{1,80}?)?\s{0,3}(?:\*\*)?\s{0,3}(?:is|are|:|=)"
-    r"\s{0,3}(?:\*\*)?[:=]?[ \t]{0,3}",
+    r"\b(?:answer|result|solution|(?:correct|right|best)\s(?:option|choice))\b(?:\s+(?:to|for)\s+[^.:\n]{1,80}?)?\s{0,3}(?:\*\*)?\s{0,3}(?:is|are|:|=)"
+    r"(?:\s{1,3}(?:therefore|then|thus|hence|simply)\b)?\s{0,3}(?:\*\*)?[:=]?[ \t]{0,3}",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|(?<=\S)\s+(?:because|since|so|which|as)\b")
@@ -137,12 +160,17 @@ def _after_phrase(text: str) -> Found | None:
     if last is None:
         return None
     rest = tail[last.end() :].lstrip()[:2000]
+    rest = rest[2:].lstrip() if rest.startswith("- ") and tail[last.end() :].lstrip(" \t:*").startswith("\n") else rest
     delimited = _delimited_at_start(rest)
     if delimited is not None:
         return Found(answer=delimited, method="answer_is")
     end = _SENTENCE_END.search(rest)
-    answer = _trim(rest[: end.start()] if end else rest)
+    answer = _trim(_NOT_ANOTHER.sub("", rest[: end.start()] if end else rest))
     return Found(answer=answer, method="answer_is") if answer else None
+
+
+_NOT_ANOTHER = re.compile(r"(?<=\S)(?:,|\s+and|\s*\()\s*(?:not|rather than|instead of)\b.*\Z", re.DOTALL)
+"""`42, not 41` says 42."""
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -154,8 +182,10 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 _DELIMITERS = (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("$", "$"))
 _GOES_ON = re.compile(
-    r"\s*(?:\*\*)?\s*(?:[,;]?\s*(?:or|and|to)\b|[,;/]?\s*(?:\$|\\\(|\\\[)|[-+*/^=<>,;]\s*[-+]?[\d.]|\\?%"
-    r"|(?:percent|hundred|thousand|million|billion|trillion|dozen|times)\b)"
+    r"\s*(?:\*\*)?\s*(?:[,;]?\s*(?:or|and|to)\b|[-–—,;/|&(]?\s*(?:(?:or|maybe|perhaps)\s+)?(?:\$|\\\(|\\\[)"
+    r"|[-+*/^=<>,;]\s*[-+]?[\d.]|\\?%|(?:percent|hundred|thousand|million|billion|trillion|dozen|times|maybe|perhaps|alternatively|unless|vs|versus"
+    r"|squared|cubed|factorial|pi|over|divided|multiplied|mod|modulo|plus|minus|in base|(?:third|fourth|fifth|sixth"
+    r"|seventh|eighth|ninth|tenth|hundredth|thousandth|quarter)s?|halves)\b)|[A-Za-z](?![A-Za-z])"
 )
 """What follows a `$...$` and changes its value."""
 
@@ -192,18 +222,52 @@ def _last_expression(text: str) -> Found | None:
         return Found(answer=_trim(whole), method="last_expression") if _trim(whole) else None
     tail = text[-5_000:]
     formula, number = _last(_MATH, tail), _last(_NUMBER, tail)
-    if formula is not None and (number is None or number.start() < formula.end()):
-        answer = next(group for group in formula.groups() if group is not None).strip()
-    elif number is not None:
-        answer = number.group().strip()
-    else:
+    found = formula if formula is not None and (number is None or number.start() < formula.end()) else number
+    if found is None or _one_of_several(tail[max(0, found.start() - 60) : found.start()]):
         return None
+    if found is formula:
+        answer = next(group for group in found.groups() if group is not None).strip()
+    else:
+        answer = _whole_run(tail, found)
     return Found(answer=answer, method="last_expression") if answer else None
+
+
+_ONE_OF_SEVERAL = re.compile(r"(?:\b(?:or|not|than)|[\d$)}]\s+and)\s+\$?$|[\d$],\s?$", re.IGNORECASE)
+"""What stands before the last of several, or before what the answer is not."""
+
+
+def _one_of_several(before: str) -> bool:
+    line = before.rpartition("\n")[2]
+    inside = sum(line.count(mark) for mark in "([{") > sum(line.count(mark) for mark in ")]}")
+    return not inside and _ONE_OF_SEVERAL.search(before) is not None
+
+
+_BINDS = re.compile(r"[\^_({\[/+<>|\\,-]\s*$|(?<=\S):$|[\w)}]\*$|\s\*\s+$|\d\s*[x×]\s*$|\d\s+$")
+_RUN = re.compile(
+    r"(?:\\[A-Za-z]+|(?<![A-Za-z])(?:log|ln|sin|cos|tan|sqrt|exp|pi)(?![A-Za-z])|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
+    r"|[\d.,+\-*/^_<>()\[\]{}|:!×\s])+\Z"
+)
+_TAG = re.compile(r"<[^<>]{0,40}>\s*$")
+_RUNS_ON = re.compile(
+    r"(?:[\^_]\{?[\w+-]{1,20}\}?|!|\\(?:pi|sqrt|cdot|times|circ|theta)(?![A-Za-z])(?:\{[^{}]{0,40}\})?|[)\]}])+"
+)
+
+
+def _whole_run(text: str, number: re.Match[str]) -> str:
+    """The number with what belongs to it: of `2\\sqrt{3}` not the 3, of `(2, 5)` not the 5, of `2^10` not the 10."""
+    more = _RUNS_ON.match(text, number.end())
+    end = more.end() if more else number.end()
+    before = re.split(r"\n|[.:;?]\s", text[max(0, number.start() - 200) : number.start()])[-1]
+    run = _RUN.search(before) if _BINDS.search(before) and not _TAG.search(before) else None
+    left = run.group().lstrip(" ,:;") if run else ""
+    whole = re.sub(r"^[-*]\s+", "", left + text[number.start() : end].strip())
+    surplus = sum(whole.count(mark) for mark in ")]}") - sum(whole.count(mark) for mark in "([{")
+    return whole[: len(whole) - surplus] if surplus > 0 and set(whole[-surplus:]) <= set(")]}") else whole
 
 
 def _trim(answer: str) -> str:
     """Without surrounding markup and closing punctuation."""
-    answer = answer.strip().strip("*`").strip()
+    answer = answer.strip().strip("*`").strip().removeprefix("### ").strip()
     while answer and answer[-1] in ".,;:" and not answer.endswith("\\,"):
         answer = answer[:-1].rstrip("*` ")
     return answer

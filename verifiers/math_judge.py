@@ -10,12 +10,12 @@ from typing import Any
 
 from sympy import Rational, pi
 
-from cabochon.verifiers.math_equal import equal, same_words
+from cabochon.verifiers.math_equal import contradicts, equal, same_words
 from cabochon.verifiers.math_extract import Extraction, extract, last_box
-from cabochon.verifiers.math_lex import MathSyntaxError, clean
+from cabochon.verifiers.math_lex import LENGTH_LIMIT, MathSyntaxError, clean
 from cabochon.verifiers.math_parse import parse
 from cabochon.verifiers.math_units import Split, conversion, split_unit
-from cabochon.verifiers.math_values import DEGREE, Based, Leaf, Value, Words
+from cabochon.verifiers.math_values import DEGREE, Based, Items, Leaf, Value, Words
 
 
 class UnusableGold(ValueError):
@@ -79,7 +79,8 @@ _CHOICE = re.compile(
     re.DOTALL,
 )
 _UNDECIDED = re.compile(
-    r"\b(?:or|and|not|wrong|incorrect)\b|[,/&]\s*\(?[A-J]\b|\([A-J]\)|\b[A-J][.:)]\s+\w"
+    r"\b(?:or|and|not|wrong|incorrect|rejected|maybe|then|except)\b|\b(?:no|false)\W*$|[,/&]\s*\(?[A-J]\b|\([A-Ja-j]\)|\b[A-J][.:)]"
+    r"|(?<![A-Za-z\\])[B-HJ](?![A-Za-z])"
 )
 """What follows a chosen option names another one, or takes the choice back."""
 
@@ -108,32 +109,80 @@ def matches(gold: str, answer: str, *, prompt: str = "", choices: Sequence[str] 
     letter = chosen(gold, alone=True)
     if letter is not None and ((letter != "E" and letter != "I") or choices):
         given = chosen(answer)
-        if given is not None:
-            return given == letter, f"option {given}"
         place = ord(letter) - ord("A")
+        if given is not None:
+            said = answer.strip().strip("(").lstrip()[1:].lstrip("). :")
+            others = [text for other, text in enumerate(choices) if other != place and said and same_text(text, said)]
+            return given == letter and not others, f"option {given}" + (", with the text of another" if others else "")
         if place < len(choices):
             return matches(choices[place], answer, prompt=prompt)
         return False, "not an option"
     if choices and (given := chosen(answer, alone=True)) is not None and ord(given) - ord("A") < len(choices):
         answer = choices[ord(given) - ord("A")]
     left, right = _read_gold(gold), read(answer)
+    if same_text(left.text, right.text) and (left.value is None or not contradicts(left.value)):
+        return True, "the same text"
+    if (apart := _as_written(left.text, right.text, prompt)) is not None:
+        return apart
+    if _restates(left.text, right.text, prompt):
+        return False, "the question's own expression, not worked out"
     if left.value is None or right.value is None:
-        if left.text and _tight(left.text) == _tight(right.text):
-            return True, "the same text"
         if left.value is None or isinstance(left.value, Words):
             plain = re.search(r"[^\w\s.,:'-]", _plain(left.text)) is None
             return plain and same_words(_plain(left.text), _plain(right.text)), "compared as words"
         return False, f"the answer cannot be read: {right.problem}"
-    return _same_quantities(left, right, prompt)
+    right_one, why = _same_quantities(left, right, prompt)
+    if not right_one and isinstance(left.value, Items) and _GROUPED.fullmatch(right.split.core):
+        pieces = _whole(right.split.core, right.split)  # 100,200 where the gold is a list
+        return _same_quantities(left, pieces, prompt) if pieces.value is not None else (False, why)
+    return right_one, why
+
+
+_CLOCK = re.compile(r"0?(\d{1,2}:[0-5]\d)")
+_CAPITALS = re.compile(r"[A-Z]{3,}|[IVXLC]{2,}")
+
+
+def _as_written(gold: str, answer: str, prompt: str) -> tuple[bool, str] | None:
+    """Times and names in capitals are compared as they are written: 2:30 is no ratio here, SAS no product."""
+    if (time := _CLOCK.fullmatch(gold)) and "ratio" not in prompt.casefold():
+        given = _CLOCK.fullmatch(answer)
+        return given is not None and given.group(1) == time.group(1), "compared as times"
+    if _CAPITALS.fullmatch(name := _plain(gold).replace(" ", "")):
+        letters = _plain(answer).replace(" ", "") == name
+        return letters or same_words(name, _plain(answer)), "compared letter by letter"
+    return None
+
+
+_WORK = re.compile(r"(?<=[^\s({])\s*[-+*/^!_|(]|\\(?!pi(?![A-Za-z])|%|text|mathrm|infty|\$|[{}])[A-Za-z]+")
+
+
+def _restates(gold: str, answer: str, prompt: str) -> bool:
+    """Whether an answer is a piece of the question that asks for work, and not how the gold is written."""
+    bare = [re.sub(r"[\s{}]", "", side) for side in (gold, answer)]
+    if bare[0] == bare[1] or len(bare[1]) < 3 or not prompt or _WORK.search(split_unit(answer).core) is None:
+        return False
+    try:
+        return bare[1] in re.sub(r"[\s{}]", "", clean(prompt[-LENGTH_LIMIT:]))
+    except MathSyntaxError:
+        return False
+
+
+def same_text(one: str, two: str) -> bool:
+    """The same but for spaces that no reading depends on; of nothing, False."""
+    return bool(one) and _tight(one) == _tight(two)
 
 
 def _tight(text: str) -> str:
     """Without the spaces that no reading depends on."""
-    return re.sub(r"\s*([^\w\s\\])\s*", r"\1", " ".join(text.split()))
+    return re.sub(r"\s+(?=\\[A-Za-z])|\s*([^\w\s\\])\s*", r"\1", " ".join(text.split()))
 
 
 def _plain(text: str) -> str:
     return re.sub(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text)
+
+
+_ASKS_PERCENT = re.compile(r"(?:^|[^\d.}\s\\])\s*(?:\\?%|percent)", re.IGNORECASE)
+"""Percent without a number in front: "what percentage", "as a percent", not "a 20% discount"."""
 
 
 def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool, str]:
@@ -142,7 +191,7 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
     factor = conversion(gold.split.unit, answer.split.unit)
     if factor is None or (_in_degrees(gold) and not _angle(answer)) or (_in_degrees(answer) and not _angle(gold)):
         return False, "a different unit"
-    ask_percent = "percent" in prompt.casefold() or "%" in prompt
+    ask_percent = _ASKS_PERCENT.search(prompt) is not None
     if "base" in prompt.casefold() and isinstance(gold.value, Based) and answer.text == gold.value.digits:
         return True, "the same digits, base understood"
     one, two = gold.value, answer.value

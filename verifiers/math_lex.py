@@ -42,7 +42,7 @@ _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _LEVEL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789-+n0123456789")
 
-_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
+_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"))
 
 _SPACING = re.compile(
     r"\\(?:displaystyle|textstyle|limits|nolimits|left|right|[Bb]igg?[lrm]?|middle|qquad|quad|hspace\{[^{}]*\}|phantom\{[^{}]*\}"
@@ -57,6 +57,9 @@ def clean(text: str) -> str:
     text = _RAISED.sub(lambda run: "^{" + run.group().translate(_LEVEL) + "}", text)
     text = _LOWERED.sub(lambda run: "_{" + run.group().translate(_LEVEL) + "}", text)
     text = text.translate(_UNICODE).strip()
+    if _TO_DERIVE.search(text):
+        raise MathSyntaxError("a derivative that is not worked out")
+    text = _DRESS.sub("", text)
     changed = True
     while changed:
         changed = False
@@ -67,6 +70,8 @@ def clean(text: str) -> str:
                 text, changed = inner.strip(), True
         if (box := re.fullmatch(r"\\(?:boxed|fbox)\s*\{(.*)\}", text, re.DOTALL)) and _balanced(box.group(1)):
             text, changed = box.group(1).strip(), True
+        if (said := _ALL_TEXT.fullmatch(text)) and re.search(r"\d", said.group(1)):
+            text, changed = said.group(1).strip(), True
         if text and text[-1] in ".," and not text.endswith((r"\,", "..")):
             text, changed = text[:-1].rstrip(), True
     text = re.sub(r"(?<=\d)(?:\{,\}|\\,|\\!,|,\\!|\{\s\}|\\ )(?=\d{3}(?!\d))", ",", text)
@@ -75,6 +80,8 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<!\\)\\ ", " ", text)
     text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", r" \\cup ", text)
     text = _REPEATING.sub(_repeating, text)
+    text = _INFIX.sub(_prefixed, text)
+    text = _MODULO.sub(r" \\pmod{\1}", text)
     text = _BASE_WORDS.sub(_based, text)
     text = _DERIVATIVE.sub(lambda name: (name.group(1) or name.group(2)) + "'", text)
     text = text.replace(r"\%", "%").replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
@@ -86,6 +93,25 @@ _DERIVATIVE = re.compile(
     r"\\[dt]?frac\s*\{\s*d\s*([a-z])\s*\}\s*\{\s*d\s*[a-z]\s*\}|(?<![A-Za-z])d([a-z])/d[a-z](?![A-Za-z])"
 )
 """`dy/dx` is one name, not y over x."""
+
+_TO_DERIVE = re.compile(
+    r"\\[dtc]?frac\s*\{\s*d\s*(?:\^\{?\w\}?)?\s*\}\s*\{\s*d\s*[a-z]|(?<![A-Za-z])d/d[a-z](?![a-z])"
+)
+"""`d/dx` before something is work to be done; as a fraction it would cancel: d/(dx) x^2 = x."""
+_DRESS = re.compile(
+    r"\\(?:text)?color\s*\{[a-zA-Z]{1,20}\}|\\(?:underline|bf|rm|it|enspace|thinspace)(?![A-Za-z])"
+    r"|\\(?:blacksquare|square|qed)?\s*$"
+)
+_ALL_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_INFIX = re.compile(r"\{([^{}\\]{1,40})\\(over|choose)(?![A-Za-z])([^{}\\]{1,40})\}")
+_MODULO = re.compile(r"\(?\\(?:pmod|bmod|mod)\s{0,3}\{?(\w{1,20})\}?\)?")
+
+
+def _prefixed(match: re.Match[str]) -> str:
+    r"""`{1 \over 2}` as `\frac{1}{2}`, `{7 \choose 3}` as `\binom{7}{3}`."""
+    top, name, bottom = match.groups()
+    return rf"\{'frac' if name == 'over' else 'binom'}{{{top}}}{{{bottom}}}"
+
 
 _BASE_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
                "twelve": 12, "sixteen": 16}

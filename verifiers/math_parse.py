@@ -229,7 +229,7 @@ class _Parser:
                 else:
                     value = Leaf(power(_expr(value), _expr(self.argument(exponent=True))))
             elif self.accept("!"):
-                value = Leaf(factorial(_expr(value)))
+                value = Leaf(factorial(_expr(value), twice=self.accept("!") is not None))
             elif self.accept("%"):
                 value = Leaf(_expr(value) / 100)
             elif self.accept(r"\degree"):

@@ -8,7 +8,7 @@ from sympy import FiniteSet, Interval, S, Union
 from cabochon.verifiers.math_numbers import proportional
 from cabochon.verifiers.math_values import Chain, Items, Leaf, NamedSet, SetOperation, Value, is_opaque
 
-_FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
+FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
 _NAMED = {"R": S.Reals, "Z": S.Integers, "N": S.Naturals, "Q": S.Rationals, "empty": S.EmptySet}
 
 
@@ -84,7 +84,7 @@ def _linear(left: sympy.Expr, relation: str, right: sympy.Expr, variable: sympy.
     if not bound.is_real:
         return None
     if slope.is_negative:
-        relation = _FLIPPED[relation]
+        relation = FLIPPED[relation]
     match relation:
         case "<":
             return Interval.open(-sympy.oo, bound)
@@ -131,5 +131,5 @@ def _difference(chain: Chain) -> tuple[sympy.Expr, str] | None:
         return None
     relation = chain.relations[0]
     if relation in (">", ">="):
-        return right.expr - left.expr, _FLIPPED[relation]
+        return right.expr - left.expr, FLIPPED[relation]
     return left.expr - right.expr, relation

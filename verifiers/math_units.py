@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 _BASE: dict[str, tuple[str, Fraction]] = {}
@@ -46,11 +46,24 @@ _NEVER = frozenset(
      "but", "third", "thirds", "quarter", "quarters", "fourth", "fourths", "fifth", "fifths", "sixth", "sixths",
      "seventh", "sevenths", "eighth", "eighths", "ninth", "ninths", "tenth", "tenths", "hundredth", "hundredths",
      "thousandth", "thousandths", "half", "halves", "tens", "hundreds", "thousands", "millions", "billions",
-     "trillions", "dozens", "fold"]
+     "trillions", "dozens", "alternatively", "versus", "vs", "unless", "actually", "sorry", "instead", "rather",
+     "guess", "roughly", "almost", "nearly", "ish", "minimum", "maximum", "too", "doubled", "tripled", "halved",
+     "double", "triple", "twice", "thrice", "reciprocal", "inverse", "point", "score", "gross", "lakh", "crore", "bn",
+     "mn", "permille", "percent", "percentage", "percentages", "through", "otherwise", "off", "increase", "decrease",
+     "increased", "decreased", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+     "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty",
+     "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "zero", "only"]
 )
+"""What makes another number of the one before it, takes it back or offers a second: no unit."""
 _SHORT_UNITS = frozenset(
     ["bag", "box", "can", "car", "cat", "cup", "dog", "egg", "jar", "men", "pen", "per", "pie", "row", "toy", "way"]
 )
+_SENSES = frozenset(
+    ["north", "south", "east", "west", "ago", "hence", "loss", "profit", "gain", "debt", "before", "after", "early",
+     "late", "ahead", "behind", "deposit", "withdrawal", "forward", "backward", "clockwise", "counterclockwise"]
+)
+"""Words that say which way a quantity counts: two different ones are two different answers."""
+_WORD_LIMIT = 20
 _FILLERS = frozenset(["long", "tall", "wide", "high", "deep", "old", "away", "total", "each", "left", "remaining"])
 
 
@@ -60,6 +73,8 @@ class Unit:
 
     dimension: tuple[tuple[str, int], ...]
     factor: Fraction = Fraction(1)
+    sense: str = ""
+    """which way it counts: north, ago, loss"""
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,8 @@ _ROMAN_TAIL = re.compile(
 )
 _PLAIN_TAIL = re.compile(r"(?<=[\d\s)}])\s*([A-Za-z][A-Za-z.'\s/-]*(?:\^\s*\{?-?\d\}?[A-Za-z.'\s/-]*)*)$")
 """Both tails can be split in one way only, or a hostile answer would make the match exponential."""
+_UNIT_WORDS = re.compile(r"[A-Za-z][A-Za-z.'\s/-]*(?:\^\s*\{?\s*-?\d\s*\}?[A-Za-z.'\s/-]*)*")
+_ABBREVIATED = re.compile(r"(?<=[A-Za-z])\.")
 _NUMERIC_CORE = re.compile(
     r"(?:[\d.,\s/+*^{}()-]|\\frac(?![A-Za-z])|\\pi(?![A-Za-z])|\\sqrt(?![A-Za-z])|\\times|\\cdot)+"
 )
@@ -87,16 +104,21 @@ _CURRENCY = re.compile(r"([-+]?)\s*(\\\$|\$|£|€|¥|₹|USD|US\\?\$)\s*(?=[-\d
 
 def split_unit(text: str, *, numeric_only: bool = True) -> Split:
     """Take currency, percent and unit off cleaned text."""
-    unit: Unit | None = None
+    money, unit = "", None
     currency = _CURRENCY.match(text)
     if currency:
-        text, unit = currency.group(1) + text[currency.end() :], parse_unit(_SIGNS.get(currency.group(2), "dollar"))
+        money = _SIGNS.get(currency.group(2), "dollar")
+        text, unit = currency.group(1) + text[currency.end() :], parse_unit(money)
     if text.endswith("%"):
         return Split(text[:-1].rstrip(), unit, percent=True)
     tail = _ROMAN_TAIL.search(text)
     if tail and tail.start() > 0:
         words = re.sub(r"\\[a-z]+\s*\{([^{}]*)\}", r" \1 ", tail.group(1))
         core = text[: tail.start()].rstrip()
+        if words.strip() == "%":
+            return Split(core, unit, percent=True)
+        if not _UNIT_WORDS.fullmatch(words.strip()):
+            return Split(text, unit)  # more of the number, or a second one: 1\text{,000}, 5\text{; 6}
     else:
         tail = _PLAIN_TAIL.search(text)
         if not tail or tail.start(1) == 0:
@@ -109,7 +131,7 @@ def split_unit(text: str, *, numeric_only: bool = True) -> Split:
     label, _, value = core.rpartition("=")
     if not any(mark.isdigit() for mark in value) or not _NUMERIC_CORE.fullmatch(value) or len(label) > 40:
         return Split(text, unit)
-    return _with_words(text, core, " ".join(words.split()), unit)
+    return _with_words(text, core, " ".join(words.split()), money)
 
 
 def _reads_as_unit(words: str, *, spaced: bool) -> bool:
@@ -120,13 +142,15 @@ def _reads_as_unit(words: str, *, spaced: bool) -> bool:
     return spaced and (len(first) >= 4 or first in _SHORT_UNITS)
 
 
-def _with_words(text: str, core: str, words: str, unit: Unit | None) -> Split:
+def _with_words(text: str, core: str, words: str, money: str) -> Split:
+    words = _ABBREVIATED.sub("", words)
     folded = words.casefold().strip(" .")
+    unit = parse_unit(money) if money else None
     if folded in ("percent", "per cent", "percentage", "percentage points", "pct"):
         return Split(core, None, percent=True)
     parts = re.findall(r"[a-z]+", folded)
     if parts[:1] in (["percent"], ["percentage"], ["pct"]):
-        return Split(core, None, percent=True)
+        return Split(text, unit) if _NEVER & set(parts[1:]) else Split(core, None, percent=True)
     scale = 1
     while parts and parts[0] in _MULTIPLIERS:
         scale *= _MULTIPLIERS[parts.pop(0)]
@@ -137,12 +161,26 @@ def _with_words(text: str, core: str, words: str, unit: Unit | None) -> Split:
         words = words.rsplit(None, 1)[0]
     if any(part in _NEVER and (part not in ("squared", "cubed") or not place) for place, part in enumerate(parts)):
         return Split(text, unit)
-    if len(parts) > 8:
+    if len(parts) > 8 or any(_no_word(word) for word in re.findall(r"[A-Za-z]+", words)):
         return Split(text, unit)
-    return Split(core, parse_unit(words) if parts and unit is None else unit, scale=scale)
+    if not parts:
+        return Split(core, unit, scale=scale)
+    said = parse_unit(words)
+    if money:
+        per = re.match(r"(?:per\b|an?\b|/)", words)
+        said = parse_unit(f"{money} {words}") if per else Unit(parse_unit(money).dimension, sense=said.sense)
+    return Split(core, said, scale=scale)
+
+
+def _no_word(word: str) -> bool:
+    """A letter that is no unit, an adverb, a multiple, or no word at all."""
+    lone = len(word) == 1 and word not in "CFa" and _base(word) is None
+    return lone or len(word) > _WORD_LIMIT or (len(word) > 4 and word.casefold().endswith(("ly", "fold")))
 
 
 def _base(word: str) -> tuple[str, Fraction] | None:
+    if word[:1] == "M" and len(word) <= 2:
+        return None  # mega, which is not milli: 5 Mm, 5 M
     for form in (word, word.casefold(), word.casefold().removesuffix("s"), word.casefold().removesuffix("es")):
         if form in _BASE and (form in _CASED or form == form.casefold()):
             return _BASE[form]
@@ -152,6 +190,10 @@ def _base(word: str) -> tuple[str, Fraction] | None:
 def parse_unit(words: str) -> Unit:
     """`cm^2`, `square feet`, `meters per second`, `m/s^2`, or unknown words taken as they are."""
     words = _SPEEDS.get(words.casefold(), words)
+    senses = [word for word in re.findall(r"[a-z]+", words.casefold()) if word in _SENSES]
+    if senses:
+        rest = " ".join(word for word in words.split() if word.casefold().strip(".") not in _SENSES)
+        return replace(parse_unit(rest), sense=" ".join(senses)) if rest else Unit((), sense=" ".join(senses))
     text = re.sub(r"\bper\b|\ba\b(?=\s)", "/", words).replace("{", "").replace("}", "").replace("^", "^")
     top, *bottoms = text.split("/")
     powers: dict[str, int] = {}
@@ -188,14 +230,17 @@ def parse_unit(words: str) -> Unit:
 
 
 def _unknown(words: str) -> Unit:
-    parts = re.findall(r"[a-z]+", words.casefold())
-    return Unit((("word:" + (parts[0].removesuffix("s") if parts else ""), 1),))
+    """By its first word, and by all that stands behind "per"."""
+    head, slash, rate = re.sub(r"\bper\b", "/", words.casefold()).partition("/")
+    parts = re.findall(r"[a-z]+", words if len(words) <= 2 else head, re.IGNORECASE)  # GB is not Gb
+    name = (parts[0].removesuffix("s") if parts else "") + slash + " ".join(re.findall(r"[a-z]+", rate))
+    return Unit((("word:" + name, 1),))
 
 
 def conversion(gold: Unit | None, answer: Unit | None) -> Fraction | None:
     """By what the answer must be multiplied to be in the gold's unit; None where the units cannot be the same thing."""
     if gold is None or answer is None:
         return Fraction(1)
-    if gold.dimension != answer.dimension:
+    if gold.dimension != answer.dimension or (gold.sense and answer.sense and gold.sense != answer.sense):
         return None
     return answer.factor / gold.factor

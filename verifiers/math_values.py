@@ -116,12 +116,13 @@ def divide(left: Expr, right: Expr) -> Expr:
     return left / right
 
 
-def factorial(value: Expr) -> Expr:
+def factorial(value: Expr, *, twice: bool = False) -> Expr:
+    """`n!`, or `n!!`, which steps by two."""
     if value.is_Integer and value > 1000:
-        return _opaque("factorial", value)
+        return _opaque("double_factorial" if twice else "factorial", value)
     if value.is_number and (not value.is_Integer or value < 0):
         raise MathSyntaxError("factorial of something that is not a natural number")
-    return sympy.factorial(value)
+    return sympy.factorial2(value) if twice else sympy.factorial(value)
 
 
 def binomial(top: Expr, bottom: Expr) -> Expr:
