@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -116,6 +117,18 @@ class Tokenizer:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary give nothing."""
         return self.core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def decode_on(self, ids: Sequence[SupportsIndex] | np.ndarray, skip_special: bool = False) -> str:
+        """As `decode`, of ids that follow a text: a space they begin with is there, whatever the decoder does."""
+        if self._front is None:
+            return self.decode(ids, skip_special)
+        token, length = self._front
+        return self.decode([token, *ids], skip_special)[length:]
+
+    @property
+    def drops_space(self) -> bool:
+        """Does `decode` leave out the space that a text begins with? SentencePiece's decoders do."""
+        return self._front is not None
+
     def id(self, token: str) -> int | None:
         return self.core.token_to_id(token)
 
@@ -169,6 +182,19 @@ class Tokenizer:
 
     def _special_id(self, role: str) -> int | None:
         return self.core.token_to_id(self.special[role]) if role in self.special else None
+
+    @cached_property
+    def _front(self) -> tuple[int, int] | None:
+        """An ordinary token to decode in front of others, and its characters; None where the others need none."""
+        spaced = [f"▁{letter}" for letter in ascii_lowercase]
+        front, follower = (
+            next((i for spelling in spellings if (i := self.id(spelling)) is not None), None)
+            for spellings in ((*ascii_lowercase, *spaced), ("▁", *spaced))
+        )
+        if front is None or follower is None:
+            return None
+        alone, length = self.decode([follower]), len(self.decode([front]))
+        return None if alone == self.decode([front, follower])[length:] else (front, length)
 
     @cached_property
     def _aligned(self) -> tokenizers.Tokenizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,13 @@ from cabochon.rollouts.slots import BIASES, STOP_IDS, SlotConfig
 from cabochon.rollouts.thinking import Tags, tags_of
 from cabochon.tokenizer import Tokenizer
 from cabochon.types import Prompt, Request, Sampling
+
+COLDEST, HOTTEST = 1e-6, 1e6
+"""temperatures beside 0: over either a logit, its bias in it, stays a finite f32"""
+LEAST_TOP_P = 1e-6
+"""smaller ones become 0 in f32, which keeps no token at all"""
+MOST_BIAS = 1e9
+"""either way: more than any logit, and over the coldest temperature still finite in f32"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,8 +46,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt | np.ndarray) -> np.ndarr
     return np.array(encode_chat(tokenizer, prompt, add_generation_prompt=True), np.int32)
 
 
-def prepare(model: ModelConfig, tokenizer: Tokenizer, cfg: SlotConfig, request: Request, where: str) -> Prepared:
-    """Check a request. `where` names it in messages, `request 3`. Raises UserError."""
+def prepare(
+    model: ModelConfig, tokenizer: Tokenizer, cfg: SlotConfig, request: Request, where: str, draw: bool = True
+) -> Prepared:
+    """Check a request. `where` names it in messages, `request 3`; without `draw` the prompt is only scored and may fill
+    the context. Raises UserError."""
     s, tokens = request.sampling, encode_prompt(tokenizer, request.prompt)
     vocab, room = model.vocab_size, min(cfg.length, model.max_positions)
     if not tokens.size:
@@ -49,11 +58,12 @@ def prepare(model: ModelConfig, tokenizer: Tokenizer, cfg: SlotConfig, request: 
     if tokens.min() < 0 or tokens.max() >= vocab:
         bad = tokens[(tokens < 0) | (tokens >= vocab)][0]
         raise UserError(f"{where}: prompt token {bad} is not in the vocabulary; expected 0 to {vocab - 1}")
-    if len(tokens) >= room:
+    if len(tokens) > room - draw:
+        most = "fewer than" if draw else "at most"
         raise UserError(
-            f"{where}: the prompt has {len(tokens)} tokens; expected fewer than the context of {room}: shorten it"
+            f"{where}: the prompt has {len(tokens)} tokens; expected {most} the context of {room}: shorten it"
         )
-    if len(tokens) + s.max_tokens > room:
+    if draw and len(tokens) + s.max_tokens > room:
         raise UserError(
             f"{where}: {len(tokens)} prompt tokens and max_tokens={s.max_tokens} do not fit in the context of {room}; "
             f"max_tokens can be {room - len(tokens)}"
@@ -71,17 +81,23 @@ def _check_sampling(s: Sampling, vocab: int, where: str) -> None:
     for name, good, expected in (
         ("max_tokens", s.max_tokens >= 1, "1 or more"),
         ("n", s.n >= 1, "1 or more"),
-        ("temperature", 0 <= s.temperature < math.inf, "0 (greedy) or more"),
-        ("top_k", s.top_k >= 0, "0 (off) or more"),
-        ("top_p", 0 < s.top_p <= 1, "more than 0, at most 1 (off)"),
+        (
+            "temperature", s.temperature == 0 or COLDEST <= s.temperature <= HOTTEST,
+            f"0 (greedy) or {COLDEST:g} to {HOTTEST:g}",
+        ),
+        ("top_k", 0 <= s.top_k < 2**31, "0 (off) or more, below 2^31"),
+        ("top_p", LEAST_TOP_P <= s.top_p <= 1, f"{LEAST_TOP_P:g} to 1 (off)"),
         ("min_p", 0 <= s.min_p <= 1, "0 (off) to 1"),
         ("stop", all(s.stop), "strings that are not empty"),
-        ("logit_bias", len(s.logit_bias) <= BIASES, f"at most {BIASES} ids"),
-        ("logit_bias", all(math.isfinite(b) for b in s.logit_bias.values()), "finite numbers (-100 bans a token)"),
-    ):
+    ):  # fmt: skip
         if not good:
-            got = len(s.logit_bias) if expected.startswith("at most") else getattr(s, name)
-            raise UserError(f"{where}: sampling.{name}={got!r}; expected {expected}")
+            raise UserError(f"{where}: sampling.{name}={repr(getattr(s, name))[:80]}; expected {expected}")
+    if len(s.logit_bias) > BIASES:
+        raise UserError(f"{where}: sampling.logit_bias has {len(s.logit_bias)} ids; expected at most {BIASES}")
+    for i, bias in s.logit_bias.items():
+        if not -MOST_BIAS <= bias <= MOST_BIAS:
+            expected = f"{-MOST_BIAS:g} to {MOST_BIAS:g} (-100 bans a token)"
+            raise UserError(f"{where}: sampling.logit_bias[{i}]={bias!r}; expected {expected}")
     for name, ids in (("stop_ids", s.stop_ids), ("logit_bias", s.logit_bias)):
         for i in ids:
             if not 0 <= i < vocab:
@@ -95,15 +111,15 @@ def stopped(tokenizer: Tokenizer, tokens: Sequence[int], checked: int, stop: Seq
     """
     window = max((len(s.encode()) for s in stop), default=0) + 8
     for t in range(checked, len(tokens)):
-        tail = tokenizer.decode(tokens[max(0, t + 1 - window) : t + 1], skip_special=True)
+        tail = tokenizer.decode_on(tokens[max(0, t + 1 - window) : t + 1], skip_special=True)
         if any(s in tail for s in stop):
             return t + 1
     return None
 
 
 def text_of(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str]) -> str:
-    """The text, up to the first stop string in it."""
-    text = tokenizer.decode(tokens, skip_special=True)
+    """The text of tokens that follow a prompt, up to the first stop string in it."""
+    text = tokenizer.decode_on(tokens, skip_special=True)
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
 

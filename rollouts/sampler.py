@@ -24,9 +24,10 @@ from cabochon import heap
 from cabochon.model.config import ModelConfig
 from cabochon.rollouts import prefix, thinking
 from cabochon.rollouts.engine_params import EngineParams, engine_params
+from cabochon.rollouts.filters import Knobs
 from cabochon.rollouts.programs import Programs, Steps, programs
 from cabochon.rollouts.prompts import Prepared, pieces, prepare, stopped, text_of
-from cabochon.rollouts.slots import SlotConfig, empty_prefix, empty_slots, make_row, sample_key
+from cabochon.rollouts.slots import SlotConfig, empty_prefix, empty_slots, make_knobs, make_row, sample_key
 from cabochon.tokenizer import Tokenizer
 from cabochon.types import Completion, Request, Timings
 
@@ -53,6 +54,7 @@ class _Job:
 
     ticket: int
     work: Prepared
+    knobs: Knobs
     submitted: float
     started: int = 0
     """samples that have a slot or are done"""
@@ -139,14 +141,15 @@ class Sampler:
         for job in self._queue:
             job.read = False
 
-    def prepare(self, request: Request, where: str = "request") -> Prepared:
-        """Check a request without running it. Raises UserError."""
-        return prepare(self.model, self.tokenizer, self.cfg, request, where)
+    def prepare(self, request: Request, where: str = "request", draw: bool = True) -> Prepared:
+        """Check a request without running it; without `draw` it is for a Scorer. Raises UserError."""
+        return prepare(self.model, self.tokenizer, self.cfg, request, where, draw)
 
     def submit(self, work: Prepared) -> int:
         """Queue it; its samples come out of `step` under the ticket returned."""
+        knobs = make_knobs(work.sampling, self.model.vocab_size)  # may raise: no request is in the queue that did
         self._tickets += 1
-        self._queue.append(_Job(ticket=self._tickets, work=work, submitted=time.monotonic()))
+        self._queue.append(_Job(ticket=self._tickets, work=work, knobs=knobs, submitted=time.monotonic()))
         return self._tickets
 
     def abort(self, tickets: Collection[int]) -> int:
@@ -252,9 +255,8 @@ class Sampler:
             left=s.max_tokens,
             key=sample_key(work.seed, job.started),
             stop_ids=work.stop_ids,
-            sampling=s,
+            knobs=job.knobs,
             thought=thought,
-            vocab=self.model.vocab_size,
         )
         self._slots = self._programs.start(self._slots, self._prefix, np.int32(slot), row)
         self._stopped[slot] = False

@@ -127,8 +127,8 @@ class Prefix(NamedTuple):
 def empty_slots(model: ModelConfig, cfg: SlotConfig) -> Slots:
     """No sequence running."""
     row = make_row(
-        token=0, position=0, left=0, key=np.zeros(2, np.uint32), stop_ids=(), sampling=Sampling(),
-        thought=thinking.idle(), vocab=model.vocab_size,
+        token=0, position=0, left=0, key=np.zeros(2, np.uint32), stop_ids=(),
+        knobs=make_knobs(Sampling(), model.vocab_size), thought=thinking.idle(),
     )._replace(live_B=np.bool_(False))  # fmt: skip
     rows = jax.tree.map(lambda x: _put(np.repeat(np.asarray(x)[None], cfg.slots, 0), cfg), row)
     return Slots(*_cache(model, cfg, cfg.slots, cfg.positions), rows)
@@ -166,20 +166,12 @@ def make_row(
     left: int,
     key: np.ndarray,
     stop_ids: tuple[int, ...],
-    sampling: Sampling,
+    knobs: Knobs,
     thought: thinking.Thought,
-    vocab: int,
 ) -> Row:
     """One sequence as it enters its slot (numpy leaves, no B)."""
     stop = np.full(STOP_IDS, -1, np.int32)
     stop[: len(stop_ids)] = stop_ids
-    bias_id, bias = np.full(BIASES, vocab, np.int32), np.zeros(BIASES, np.float32)
-    bias_id[: len(sampling.logit_bias)] = list(sampling.logit_bias)
-    bias[: len(sampling.logit_bias)] = list(sampling.logit_bias.values())
-    knobs = Knobs(
-        np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p),
-        np.float32(sampling.min_p), bias_id, bias,
-    )  # fmt: skip
     return Row(
         token_B=np.int32(token),
         position_B=np.int32(position),
@@ -190,6 +182,17 @@ def make_row(
         knobs=knobs,
         thought=thought,
     )
+
+
+def make_knobs(sampling: Sampling, vocab: int) -> Knobs:
+    """How one sequence samples (numpy leaves, no B). Raises OverflowError for what the device's numbers cannot hold."""
+    bias_id, bias = np.full(BIASES, vocab, np.int32), np.zeros(BIASES, np.float32)
+    bias_id[: len(sampling.logit_bias)] = list(sampling.logit_bias)
+    bias[: len(sampling.logit_bias)] = list(sampling.logit_bias.values())
+    return Knobs(
+        np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p),
+        np.float32(sampling.min_p), bias_id, bias,
+    )  # fmt: skip
 
 
 def sample_key(seed: int, sample: int) -> np.ndarray:

@@ -219,6 +219,47 @@ def test_a_broken_directory_is_one_line(name: str, content: str | None, says: st
     assert "\n" not in str(caught.value)
 
 
+def sentencepiece(decoder: decoders.Decoder) -> Tokenizer:
+    vocab = {token: i for i, token in enumerate(["▁", "a", "b", "▁a", "▁b", "▁▁", "<0xC3>", "<0xA9>"])}
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a"), ("▁", "b"), ("▁", "▁")]))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoder
+    core.add_tokens([AddedToken("<s>", special=True)])
+    return Tokenizer(core=core, special={}, eos_ids=(), templates={}, config={}, source="test")
+
+
+STEPS = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "drops"),
+    [
+        (decoders.Sequence([*STEPS, decoders.Strip(" ", 1, 0)]), True),
+        (decoders.Metaspace(), True),
+        (decoders.Sequence(STEPS), False),
+        (decoders.Metaspace(prepend_scheme="never"), False),
+    ],
+)
+def test_what_follows_a_text_keeps_its_first_space(decoder: decoders.Decoder, drops: bool) -> None:
+    tok = sentencepiece(decoder)
+    assert tok.drops_space == drops
+    a, b, two = tok.id("▁a"), tok.id("▁b"), tok.id("▁▁")
+    assert tok.decode([a, b, a]) == ("a b a" if drops else " a b a")
+    assert tok.decode_on([b, a]) == " b a"
+    assert tok.decode_on([two, two, b]) == "     b"
+    assert tok.decode_on([tok.id("<s>"), b], skip_special=True) == " b"
+    assert tok.decode_on([]) == ""
+    if not isinstance(decoder, decoders.Metaspace):
+        assert tok.decode_on([tok.id("<0xC3>"), tok.id("<0xA9>"), b]) == "é b"
+
+
+def test_bytes_follow_a_text_as_they_begin_one(model_dir: Path) -> None:
+    for tok in (ByteTokenizer(), Tokenizer.from_dir(model_dir)):
+        assert not tok.drops_space
+        ids = tok.encode(" the \u2581é<eos>")
+        assert [tok.decode_on(ids[i:]) for i in range(9)] == [tok.decode(ids[i:]) for i in range(9)]
+
+
 def test_a_sentencepiece_only_directory_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").touch()
     with pytest.raises(UserError, match=r"tokenizer.json: not found; only tokenizer.model is there: save it once with"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,14 +20,16 @@ from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from cabochon.serve.asked import Asked, Served, asked_chat, asked_completion
-from cabochon.serve.bodies import ApiError, ChatBody, CompletionBody, parse
-from cabochon.serve.engine import Busy, Ended, Event, Failed, Job, ServingEngine, Stopped
+from cabochon.serve.bodies import ApiError, ChatBody, CompletionBody, parse, shown
+from cabochon.serve.engine import STOPPING, Busy, Ended, Event, Failed, Job, ServingEngine, Stopped
 from cabochon.serve.replies import DONE, Count, StreamedChoice, envelope, event, whole_choice
 
 BODY_SECONDS = 30.0
 """for a client to send its request"""
 GRACE_SECONDS = 5.0
 """beyond the deadline, for the last bytes of a stream to be taken"""
+LAST_SECONDS = 1.0
+"""for a stream's last words once the server ends"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,8 @@ class Call:
             except TimeoutError:
                 raise ApiError(504, f"not done within {self._seconds:g} s", code="timeout") from None
             match told.event:
-                case Failed(detail):
-                    raise ApiError(500, f"the model cannot go on: {detail}")
+                case Failed(detail, stopping):
+                    raise ApiError(503 if stopping else 500, detail)
                 case Ended(_, completion, _):
                     self._left -= 1
                     self.count.completion += 0 if completion is None else len(completion.tokens)
@@ -147,11 +149,15 @@ class _Stream(StreamingResponse):
         super().__init__(_chunks(call), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._call = call
 
-    async def __call__(self, *scope_receive_send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(self._call.deadline + GRACE_SECONDS):
-                    await super().__call__(*scope_receive_send)
+                    await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:  # only the end of the server cancels; RuntimeError: the last chunk was sent
+            with suppress(TimeoutError, RuntimeError):
+                async with asyncio.timeout(LAST_SECONDS):
+                    await send({"type": "http.response.body", "body": event(ApiError(503, STOPPING).body)})
         finally:
             await self._call.__aexit__()
 
@@ -173,27 +179,60 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) ->
         await asyncio.gather(doing, leaving, return_exceptions=True)
 
 
-def make_app(served: Served, engine: ServingEngine, limits: Limits, key: str | None, hosts: list[str]) -> FastAPI:
-    """`key`: what clients must send as a bearer token, None for nothing. `hosts`: names it answers to."""
+class _Door:
+    """What is asked before any route: is there room, and does this server go by that name. Refusals in our shape."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], hosts: list[str], crowded: Callable[[], bool]):
+        self._app, self._hosts, self._crowded = app, hosts, crowded
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def let_in(*_: Any) -> None:
+            await self._app(scope, receive, send)
+
+        async def refuse(message: Mapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                error = ApiError(400, "this server does not go by the name in the header Host")
+                await _answer(error)(scope, receive, send)
+
+        if self._crowded():
+            await _answer(ApiError(503, "too many connections; try again later"))(scope, receive, send)
+        else:
+            await TrustedHostMiddleware(let_in, self._hosts)(scope, receive, refuse)
+
+
+def make_app(
+    served: Served,
+    engine: ServingEngine,
+    limits: Limits,
+    key: str | None,
+    hosts: list[str],
+    crowded: Callable[[], bool] = lambda: False,
+) -> FastAPI:
+    """`key`: what clients must send as a bearer token, None for nothing. `hosts`: names it answers to. `crowded`: are
+    there more connections than it serves."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    app.add_middleware(_Door, hosts=hosts, crowded=crowded)
     app.add_exception_handler(ApiError, _as_answer)
     for status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
         app.add_exception_handler(status, partial(_no_such_route, status))
     app.add_exception_handler(Exception, _as_answer)
 
     def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if key is not None and not hmac.compare_digest(given, key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), (key or "").encode()) and scheme.lower() == "bearer"
+        if key is not None and not right:
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def answer(request: Request, read: Callable[[bytes], Asked]) -> Response:
         check_key(request)
-        raw = await _body(request, limits.body_bytes)
-        asked = await asyncio.to_thread(read, raw)  # a long prompt takes a while to become tokens
-        call = Call(engine, asked, limits.seconds)
-        if not asked.stream:
-            return await _unless_gone(request, _whole(call))
+        try:
+            raw = await _body(request, limits.body_bytes)
+            asked = await asyncio.to_thread(read, raw)  # a long prompt takes a while to become tokens
+            call = Call(engine, asked, limits.seconds)
+            if not asked.stream:
+                return await _unless_gone(request, _whole(call))
+        except asyncio.CancelledError:  # only the end of the server cancels
+            raise ApiError(503, STOPPING) from None
         await call.__aenter__()
         return _Stream(call)
 
@@ -217,7 +256,7 @@ def make_app(served: Served, engine: ServingEngine, limits: Limits, key: str | N
     async def model(request: Request, name: str) -> Response:
         check_key(request)
         if name != served.name:
-            raise ApiError(404, f"the model {name!r} is not served here; this is {served.name!r}")
+            raise ApiError(404, f"the model {shown(repr(name))} is not served here; this is {served.name!r}")
         return JSONResponse(card)
 
     @app.get("/health")
@@ -233,7 +272,7 @@ def make_app(served: Served, engine: ServingEngine, limits: Limits, key: str | N
 async def _body(request: Request, limit: int) -> bytes:
     """Raises ApiError where it is too long, too slow, or not JSON by its header: a browser may send anything else to
     any address without asking."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "expected the header Content-Type: application/json")
     body = bytearray()
     try:
@@ -249,12 +288,15 @@ async def _body(request: Request, limit: int) -> bytes:
     raise ApiError(499, "the client left before its request was here")
 
 
+def _answer(error: ApiError) -> Response:
+    headers = {429: {"Retry-After": "1"}, 503: {"Connection": "close"}}.get(error.status)
+    return JSONResponse(error.body, error.status, headers)
+
+
 async def _as_answer(request: Request, error: Exception) -> Response:
-    if isinstance(error, ApiError):
-        headers = {"Retry-After": "1"} if error.status == 429 else {}
-        return JSONResponse(error.body, error.status, headers)
-    return JSONResponse(ApiError(500, "a fault of this server; its log has more").body, 500)
+    return _answer(error if isinstance(error, ApiError) else ApiError(500, "a fault of this server; its log has more"))
 
 
-async def _no_such_route(status: HTTPStatus, request: Request, error: Exception) -> Response:
-    return JSONResponse(ApiError(status, status.phrase).body, status)
+async def _no_such_route(status: HTTPStatus, request: Request, error: Any) -> Response:
+    """`error`: Starlette's own, whose headers say what is allowed."""
+    return JSONResponse(ApiError(status, status.phrase).body, status, error.headers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from cabochon.chat import encode_chat
+from cabochon.chat import render_chat
 from cabochon.errors import UserError
 from cabochon.rollouts.local import requests_for
 from cabochon.rollouts.prompts import Prepared, encode_prompt
 from cabochon.rollouts.sampler import Sampler
-from cabochon.serve.bodies import ApiError, Body, ChatBody, CompletionBody
+from cabochon.serve.bodies import ApiError, Body, ChatBody, CompletionBody, shown
 from cabochon.serve.text import Parts, Pieces, safe_length, split_thinking
 from cabochon.tokenizer import Tokenizer
 from cabochon.types import Sampling, Thinking
@@ -91,12 +92,13 @@ def asked_chat(served: Served, body: ChatBody) -> Asked:
     """Raises ApiError."""
     _check(served, body, prompts=1)
     try:
-        ids = encode_chat(
+        text = render_chat(
             served.tokenizer, body.plain_messages(), add_generation_prompt=True, variables=body.chat_template_kwargs
         )
     except UserError as error:
         raise ApiError(400, str(error), param="messages") from None
-    prompt = np.array(ids, np.int32)
+    _check_size(served, text, "messages")
+    prompt = np.array(served.tokenizer.encode(text), np.int32)
     room = max(1, served.length - len(prompt))
     most = body.max_completion_tokens or body.max_tokens or min(served.max_tokens, room)
     works = _prepared(served, body, [prompt], most)
@@ -111,8 +113,11 @@ def asked_completion(served: Served, body: CompletionBody) -> Asked:
     """Raises ApiError."""
     given = body.prompts()
     _check(served, body, prompts=len(given))
+    for prompt in given:
+        if isinstance(prompt, str):
+            _check_size(served, prompt, "prompt")
     prompts = [encode_prompt(served.tokenizer, p if isinstance(p, str) else np.array(p, np.int64)) for p in given]
-    works = _prepared(served, body, prompts, max(1, body.max_tokens))
+    works = _prepared(served, body, prompts, body.max_tokens)
     texts = [p if isinstance(p, str) else served.tokenizer.decode(p, skip_special=True) for p in given]
     return Asked(
         served=served, chat=False, works=works, echoes=texts if body.echo else [""] * len(given),
@@ -124,7 +129,7 @@ def asked_completion(served: Served, body: CompletionBody) -> Asked:
 def _check(served: Served, body: Body, *, prompts: int) -> None:
     """What can be said before a prompt becomes tokens, of which there may be millions in a body."""
     if body.model not in (None, served.name):
-        message = f"the model {body.model!r} is not served here; this is {served.name!r}"
+        message = f"the model {shown(repr(body.model))} is not served here; this is {served.name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
     if (wanted := prompts * body.n) > served.places:
         message = f"the request asks for {wanted} samples; this server holds {served.places} at most"
@@ -133,7 +138,17 @@ def _check(served: Served, body: Body, *, prompts: int) -> None:
         raise ApiError(400, f"stop: {len(body.stops)} texts; this server takes {STOPS} at most", param="stop")
 
 
+def _check_size(served: Served, text: str, param: str) -> None:
+    """No text of so many bytes fits, whatever its tokens; to make them would hold up every client meanwhile."""
+    size, most = len(text.encode()), served.length * served.pieces.longest
+    if size > most:
+        context = f"this model's context of {served.length} tokens holds at most {most:,}"
+        message = f"the prompt has {size:,} bytes; {context}"
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+
 def _prepared(served: Served, body: Body, prompts: Sequence[np.ndarray], max_tokens: int) -> list[Prepared]:
+    """With no tokens to draw the prompts are only scored."""
     if max_tokens > served.max_tokens:
         message = f"max_tokens={max_tokens}: this server draws at most {served.max_tokens} tokens a sample"
         raise ApiError(400, message, param="max_tokens")
@@ -145,7 +160,7 @@ def _prepared(served: Served, body: Body, prompts: Sequence[np.ndarray], max_tok
         )
         raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
     sampling = Sampling(
-        max_tokens=max_tokens,
+        max_tokens=max(1, max_tokens),
         temperature=body.temperature,
         top_k=body.top_k,
         top_p=body.top_p,
@@ -160,14 +175,14 @@ def _prepared(served: Served, body: Body, prompts: Sequence[np.ndarray], max_tok
     seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
     try:
         requests = requests_for(prompts, sampling, seed)
-        return [served.sampler.prepare(request, f"prompt {i}") for i, request in enumerate(requests)]
+        return [served.sampler.prepare(r, f"prompt {i}", draw=max_tokens > 0) for i, r in enumerate(requests)]
     except UserError as error:
         raise ApiError(400, str(error)) from None
 
 
 def _biases(given: Mapping[str, Any]) -> dict[int, float]:
-    if bad := [key for key in given if not key.isdecimal()]:
-        raise ApiError(400, f"logit_bias: {bad[0]!r} is not a token id", param="logit_bias")
+    if bad := [key for key in given if not re.fullmatch("0|[1-9][0-9]{0,9}", key)]:
+        raise ApiError(400, f"logit_bias: {shown(repr(bad[0]))} is not a token id", param="logit_bias")
     return {int(key): value for key, value in given.items()}
 
 

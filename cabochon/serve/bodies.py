@@ -7,13 +7,15 @@ value that changes nothing. `null` is the same as leaving a key out.
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cabochon.rollouts.score import TOP
 
-PASSED_OVER = frozenset(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"))
+PASSED_OVER = frozenset(
+    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+)
 """keys of OpenAI's API that change nothing here"""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
@@ -41,6 +43,12 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def shown(text: str) -> str:
+    """A client's words as an answer repeats them: short, on one line, nothing that commands a terminal."""
+    safe = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:61])
+    return safe if len(safe) <= 60 else safe[:59] + "…"
+
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 B = TypeVar("B", bound="Body")
 
@@ -52,6 +60,13 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     """a last chunk without choices that counts tokens"""
+    include_obfuscation: Literal[False] = False
+    """padding that hides the lengths of chunks; there is none here"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 
 class Body(BaseModel):
@@ -61,7 +76,7 @@ class Body(BaseModel):
 
     model: str | None = None
     """the one that is served, where it is left out"""
-    n: int = Field(1, ge=1)
+    n: int = Field(1, ge=1, lt=2**31)
     seed: int | None = None
     """a random one by default"""
     temperature: float = 1.0
@@ -72,7 +87,7 @@ class Body(BaseModel):
     stop_token_ids: list[TokenId] = []
     ignore_eos: bool = False
     logit_bias: dict[str, float] = {}
-    thinking_budget: int | None = Field(None, ge=0)
+    thinking_budget: int | None = Field(None, ge=0, lt=2**31)
     """tokens between <think> and </think> before the close tag is forced"""
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -85,6 +100,8 @@ class Body(BaseModel):
         for key, values in NEUTRAL.items():
             if data.get(key) is not None and data[key] not in values:
                 raise ValueError(f"{key} is not supported by this server; leave it out")
+        if data.get("top_k") == -1:  # off, in vLLM's words
+            data = data | {"top_k": 0}
         kept = {k: v for k, v in data.items() if v is not None and k not in PASSED_OVER}
         return {k: v for k, v in kept.items() if k in cls.model_fields or k not in NEUTRAL}
 
@@ -97,8 +114,8 @@ class ChatBody(Body):
     """`POST /v1/chat/completions`."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     """as `max_tokens`, and wins over it"""
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=TOP)
@@ -132,7 +149,7 @@ class CompletionBody(Body):
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     """one prompt or several, as text or as token ids"""
-    max_tokens: int = Field(16, ge=0)
+    max_tokens: int = Field(16, ge=0, lt=2**31)
     """0 only with `echo`: the prompt is scored and nothing drawn"""
     echo: bool = False
     """the answer begins with the prompt, in its log-probs too"""
@@ -159,17 +176,21 @@ def parse(kind: type[B], raw: bytes) -> B:
         return kind.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        names = [str(part) for part in first["loc"] if str(part) in kind.model_fields or isinstance(part, int)]
+        known = kind.model_fields.keys() | StreamOptions.model_fields.keys()
+        names = [str(part) for part in first["loc"] if str(part) in known or isinstance(part, int)]
         param = ".".join(names) or None
         if first["type"] == "json_invalid":
-            raise ApiError(400, f"the body is not JSON: {first['ctx']['error']}") from None
+            said = first["ctx"]["error"]
+            if "escape" in said:  # valid JSON may have halves of pairs, and they are no text
+                said += r"; of a pair such as \ud83d\ude00 both halves must be there"
+            raise ApiError(400, f"the body is not JSON text: {said}") from None
         if first["type"] == "extra_forbidden":
-            key = ".".join(map(str, first["loc"]))
-            near = difflib.get_close_matches(str(first["loc"][-1]), kind.model_fields, 1)
+            key = shown(".".join(map(str, first["loc"])))
+            near = difflib.get_close_matches(str(first["loc"][-1])[:60], kind.model_fields, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ApiError(400, f"unknown key {key}{hint}", param=key, code="unknown_parameter") from None
         said = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
         if first["type"] == "value_error":
             raise ApiError(400, said, param=param) from None
-        shown = " ".join(repr(first["input"]).split())[:60]
-        raise ApiError(400, f"{param or 'the body'}: {said}, got {shown}", param=param) from None
+        got = shown(repr(first["input"]))
+        raise ApiError(400, f"{param or 'the body'}: {said}, got {got}", param=param) from None

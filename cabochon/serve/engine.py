@@ -1,8 +1,9 @@
 """The one thread that owns the sampler: jobs come in from any thread, what happens to them goes out as events.
 
 Every job that waits has a place in the slots or in the queue before them, and the number of places is fixed: what does
-not fit is refused at once (`Busy`). A job that is cancelled frees its slots at the next dispatch. Where the sampler
-fails, everybody who waits is told and the thread ends: a model that gives no numbers will not give any later either.
+not fit is refused at once (`Busy`). A job that is cancelled frees its slots at the next dispatch. A job that cannot
+begin fails alone. Where the sampler fails, everybody who waits is told and the thread ends: a model that gives no
+numbers will not give any later either.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from cabochon.types import Completion
 IDLE_SECONDS = 0.5
 STOP_SECONDS = 60.0
 """a dispatch may take that long"""
+STOPPING = "the server is stopping"
 
 
 class Piece(NamedTuple):
@@ -45,9 +47,11 @@ class Ended(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """The engine is gone."""
+    """Nothing more comes of the job."""
 
     detail: str
+    stopping: bool = False
+    """nothing is wrong: the server ends"""
 
 
 Event = Piece | Ended | Failed
@@ -112,17 +116,17 @@ class ServingEngine:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> bool:
+    def stop(self, seconds: float = STOP_SECONDS) -> bool:
         """End the thread after its dispatch; jobs that are left get `Failed`. False where it did not end in time."""
         self._stopping.set()
-        self._thread.join(STOP_SECONDS)
+        self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """All of them or none. Raises Busy where there are not places enough now, Stopped where there never will be."""
         with self._lock:
             if self._closed:
-                raise Stopped(self.failure or "the server is stopping")
+                raise Stopped(self.failure or STOPPING)
             wanted = sum(job.samples for job in jobs)
             if sum(self._left.values()) + wanted > self.places:
                 raise Busy(f"{sum(self._left.values())} samples are under way or waiting, of {self.places} at most")
@@ -150,13 +154,13 @@ class ServingEngine:
                 if self._texts:
                     self._read_on(self._texts[0])
         except Exception as error:  # whatever it is, those who wait must hear of it
-            self.failure = " ".join(f"{type(error).__name__}: {error}".split())
+            self.failure = _line(error)
         with self._lock:
             self._closed = True
             left = list(self._left)
             self._left.clear()
         for job in left:
-            job.emit(Failed(self.failure or "the server is stopping"))
+            job.emit(Failed(f"the model cannot go on: {self.failure}") if self.failure else Failed(STOPPING, True))
         if self.failure:
             self.on_failure()
 
@@ -171,7 +175,11 @@ class ServingEngine:
 
     def _admit(self, job: Job) -> None:
         if job.draw:
-            self._jobs[self.sampler.submit(job.work)] = job
+            try:
+                self._jobs[self.sampler.submit(job.work)] = job
+            except Exception as error:  # its settings; the others' are none the worse
+                self._drop((job,))
+                job.emit(Failed(f"the request cannot begin: {_line(error)}"))
         else:
             self._texts.append(_Text(job, 0, None, self._scorer.by_chunks(job.work.tokens)))
 
@@ -210,6 +218,10 @@ class ServingEngine:
         if over:
             self._jobs = {ticket: other for ticket, other in self._jobs.items() if other is not job}
         job.emit(event)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class _Text(NamedTuple):

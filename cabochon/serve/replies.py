@@ -68,17 +68,19 @@ def chat_logprobs(pieces: Pieces, drawn: Sequence[Drawn]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(pieces: Pieces, drawn: Sequence[Drawn], text: str) -> dict[str, Any]:
-    """The token itself is among `top_logprobs`, whether it is one of the likeliest or not."""
+def text_logprobs(pieces: Pieces, drawn: Sequence[Drawn], text: str, *, begins: bool) -> dict[str, Any]:
+    """The token itself is among `top_logprobs`, whether it is one of the likeliest or not. `begins`: `text` follows no
+    other."""
     top: list[dict[str, float] | None] = []
     for d in drawn:
         likely = {pieces.string(i): logprob for i, logprob in reversed(d.top)}
         top.append(None if d.logprob is None else dict(reversed(likely.items())) | {pieces.string(d.token): d.logprob})
+    places = pieces.offsets([d.token for d in drawn], text, begins=begins)
     return {
         "tokens": [pieces.string(d.token) for d in drawn],
         "token_logprobs": [d.logprob for d in drawn],
         "top_logprobs": top,
-        "text_offset": [min(at, len(text)) for at in pieces.offsets([d.token for d in drawn])],
+        "text_offset": [min(at, len(text)) for at in places],
     }
 
 
@@ -94,7 +96,8 @@ def whole_choice(asked: Asked, index: int, prompt: int, ended: Ended) -> dict[st
     pieces = asked.served.pieces
     if not asked.chat:
         text = asked.echoes[prompt] + own
-        return choice | {"text": text, "logprobs": None if drawn is None else text_logprobs(pieces, drawn, text)}
+        scored = None if drawn is None else text_logprobs(pieces, drawn, text, begins=asked.echo)
+        return choice | {"text": text, "logprobs": scored}
     parts = asked.parts(prompt, own, whole=True)
     message: dict[str, Any] = {"role": "assistant", "content": parts.content, "refusal": None}
     if parts.reasoning is not None:

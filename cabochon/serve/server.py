@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -27,6 +28,8 @@ from cabochon.types import Request, Sampling
 
 CONNECTIONS = 1024
 """at one time; more get 503"""
+LAST_SECONDS = 5.0
+"""after the grace, for those who still wait to be told"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,10 @@ class ModelServer:
         self.address = f"http://{host}:{self._socket.getsockname()[1]}/v1"
         self.engine = ServingEngine(sampler, queue=cfg.queue)
         served = Served(name=name, sampler=sampler, max_tokens=cfg.max_tokens, places=self.engine.places)
-        app = make_app(served, self.engine, Limits(seconds=cfg.timeout), key, _hosts(cfg.host, key))
+        app = make_app(
+            served, self.engine, Limits(seconds=cfg.timeout), key, _hosts(cfg.host, key),
+            crowded=lambda: len(self._server.server_state.connections) > CONNECTIONS,
+        )  # fmt: skip
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -99,16 +105,15 @@ class ModelServer:
             ws="none",
             http="h11",
             server_header=False,
-            limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=max(1, round(cfg.grace)),
         )
-        self._server = _Server(config)
+        self._server = _Server(config, cfg.grace, partial(self.engine.stop, 0.0))
         self.engine.on_failure = self.stop
 
     def run(self, ready: Callable[[], None] = lambda: None) -> None:
-        """Serve until `stop`, SIGTERM or Ctrl-C: then requests under way have their grace; a second signal ends them.
+        """Serve until `stop`, SIGTERM or Ctrl-C: then requests under way have their grace; a second signal ends it.
 
-        `ready` is called once connections are taken. Raises MachineError where the engine failed.
+        `ready` is called once connections are taken. Raises UserError where another took the port meanwhile,
+        MachineError where the engine failed.
         """
         self._server.ready = ready
         self.engine.start()
@@ -132,9 +137,30 @@ class _Server(uvicorn.Server):
 
     ready: Callable[[], None]
 
+    def __init__(self, config: uvicorn.Config, grace: float, end_work: Callable[[], object]):
+        """`end_work`: has everybody who waits told that the server stops; it does not wait for that itself."""
+        super().__init__(config)
+        self._grace, self._end_work = grace, end_work
+        self._hurry = asyncio.Event()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # two may be bound to one port while neither listens
+            host, port, *_ = sockets[0].getsockname() if sockets else ("?", 0)
+            raise _unlistened(host, port, error) from None
         self.ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but who still waits when the grace is over is answered before the connections are cut."""
+        emptying, hurry = asyncio.ensure_future(super().shutdown(sockets)), asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait((emptying, hurry), timeout=self._grace, return_when=asyncio.FIRST_COMPLETED)
+        self._end_work()
+        await asyncio.wait((emptying,), timeout=LAST_SECONDS)
+        left = [emptying, hurry, *self.server_state.tasks]
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=LAST_SECONDS)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -151,7 +177,8 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _asked(self) -> None:
-        self.force_exit = self.should_exit
+        if self.should_exit:
+            self._hurry.set()
         self.should_exit = True
 
 
@@ -164,9 +191,13 @@ def bound(cfg: ServerConfig) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        said = error.strerror or str(error)
-        raise UserError(f"{host}:{port}: cannot be listened on: {said}; give another --port or --host") from None
+        raise _unlistened(host, port, error) from None
     return sock
+
+
+def _unlistened(host: str, port: int, error: OSError) -> UserError:
+    said = error.strerror or str(error)
+    return UserError(f"{host}:{port}: cannot be listened on: {said}; give another --port or --host")
 
 
 def _hosts(host: str, key: str | None) -> list[str]:

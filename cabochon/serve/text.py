@@ -53,6 +53,8 @@ class Pieces:
         decoder = json.loads(tokenizer.core.to_str()).get("decoder") or {}
         kinds = [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", ()))]
         self._spelt: Callable[[str], bytes] = self._byte_level if "ByteLevel" in kinds else _sentence_piece
+        self.longest = max(4, max(len(self.bytes_of(token)) for token in range(tokenizer.vocab_size)))
+        """bytes of one token at most; 4 for a character that no token spells"""
 
     def bytes_of(self, token: int) -> bytes:
         """Of ids outside the vocabulary none."""
@@ -69,13 +71,20 @@ class Pieces:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def offsets(self, tokens: Sequence[int]) -> Iterator[int]:
-        """Characters of the text before each token; special tokens have no place in it."""
+    def offsets(self, tokens: Sequence[int], text: str, *, begins: bool) -> Iterator[int]:
+        """Characters of `text` before each of its tokens. Special tokens have a place in it where a client wrote them.
+        `begins`: the first token begins a text, and its space may be dropped."""
         decoder, at = codecs.getincrementaldecoder("utf-8")("replace"), 0
+        dropping = begins and self._tokenizer.drops_space
         for token in tokens:
             yield at
-            if token not in self._added or not self._added[token].special:
-                at += len(decoder.decode(self.bytes_of(token)))
+            if token in self._added and self._added[token].special:
+                content = self._added[token].content
+                at += len(content) if text.startswith(content, at) else 0
+            else:
+                piece = decoder.decode(self.bytes_of(token))
+                at += len(piece) - (dropping and piece.startswith(" "))
+                dropping = False
 
     def _byte_level(self, spelling: str) -> bytes:
         return bytes(self._letters[letter] for letter in spelling if letter in self._letters)

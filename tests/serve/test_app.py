@@ -11,6 +11,7 @@ import pytest
 from cabochon.rollouts.local import requests_for
 from cabochon.rollouts.prompts import encode_prompt
 from cabochon.rollouts.score import Scorer
+from cabochon.tokenizer import ByteTokenizer
 from cabochon.types import Sampling, Thinking
 
 HI = [{"role": "user", "content": "hi"}]
@@ -120,6 +121,21 @@ def test_echo_scores_the_prompt_as_the_engine_does(server, sampler):
     assert only["usage"]["completion_tokens"] == 0
 
 
+def test_a_prompt_that_fills_the_context_is_scored(server, sampler):
+    prompt = np.random.default_rng(0).integers(97, 123, 256)
+    asked = {"prompt": prompt.tolist(), "max_tokens": 0, "echo": True, "logprobs": 1}
+    found = server.post("/completions", **asked).json()["choices"][0]["logprobs"]["token_logprobs"]
+    expected = Scorer(sampler).score(prompt.astype(np.int32)).logprobs
+    np.testing.assert_allclose(found[1:], expected[1:], atol=1e-5)
+
+
+def test_an_echo_shows_special_tokens_where_they_are_written(server):
+    asked = {"prompt": "<|im_start|>hi", "max_tokens": 0, "echo": True, "logprobs": 1}
+    choice = server.post("/completions", **asked).json()["choices"][0]
+    assert choice["text"] == "<|im_start|>hi"
+    assert choice["logprobs"]["text_offset"] == [0, 12, 13]
+
+
 def test_log_probs_of_a_completion(server, sampler):
     expected = drawn(sampler, "abc", Sampling(max_tokens=10, temperature=0.5, ignore_eos=True), 7)[0]
     asked = {"prompt": "abc", "max_tokens": 10, "temperature": 0.5, "seed": 7, "ignore_eos": True}
@@ -197,6 +213,19 @@ def test_requests_are_drawn_together(server):
         ("/completions", {"prompt": "a", "temprature": 1}, 400, "unknown key temprature; did you mean temperature?"),
         ("/completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature: expected a valid number, got 'hot'"),
         ("/completions", {"prompt": "a", "temperature": -1}, 400, "temperature=-1"),
+        ("/completions", {"prompt": "a", "temperature": 1e-10}, 400, "temperature=1e-10; expected 0 (greedy) or 1e-06"),
+        ("/completions", {"prompt": "a", "top_p": 1e-38}, 400, "top_p=1e-38; expected 1e-06 to 1"),
+        ("/completions", {"prompt": "a", "top_k": 1 << 31}, 400, "top_k=2147483648; expected 0 (off) or more"),
+        ("/completions", {"prompt": "a", "logit_bias": {"65": 1e300}}, 400, "logit_bias[65]=1e+300; expected -1e+09"),
+        ("/completions", {"prompt": "a", "logit_bias": {"65": 3e38}}, 400, "logit_bias[65]=3e+38; expected -1e+09"),
+        ("/completions", {"prompt": "a", "logit_bias": {"9" * 5000: 1}}, 400, "99… is not a token id"),
+        ("/completions", {"prompt": "a", "logit_bias": {"65": 1, "065": 2}}, 400, "'065' is not a token id"),
+        ("/completions", {"prompt": ["a"] * 9, "n": 1 << 40}, 400, "n: expected less than 2147483648"),
+        ("/completions", {"prompt": "a", "stop": ["", "x" * 9999]}, 400, "expected strings that are not empty"),
+        ("/completions", {"prompt": "a", "te\nmp\x1b[2J": 1}, 400, r"unknown key te\nmp\x1b[2J"),
+        ("/completions", {"prompt": "a", "k" * 99999: 1}, 400, "unknown key kkk"),
+        ("/completions", {"prompt": "a", "model": "m" * 99999}, 404, "mm… is not served here"),
+        ("/completions", {"prompt": "a", "stream_options": {"include_obfuscation": True}}, 400, "obfuscation: expect"),
         ("/completions", {"prompt": "a", "n": 0}, 400, "n: expected greater than or equal to 1"),
         ("/completions", {"prompt": "a", "n": 99}, 400, "asks for 99 samples; this server holds 32 at most"),
         ("/completions", {"prompt": [[1]] * 33}, 400, "asks for 33 samples; this server holds 32 at most"),
@@ -208,6 +237,9 @@ def test_requests_are_drawn_together(server):
         ("/completions", {"prompt": [7, 1 << 40]}, 400, "prompt"),
         ("/completions", {}, 400, "prompt: Field required"),
         ("/completions", {"prompt": "a" * 300}, 400, "the prompt has 300 tokens and max_tokens is 16"),
+        ("/completions", {"prompt": "a" * 3073}, 400, "the prompt has 3,073 bytes; this model's context of 256 tokens"),
+        ("/chat/completions", {"messages": [{"role": "user", "content": "é" * 1600}]}, 400, "holds at most 3,072"),
+        ("/completions", {"prompt": [7] * 257, "max_tokens": 0, "echo": True}, 400, "and max_tokens is 0"),
         ("/completions", {"prompt": "a", "max_tokens": 201}, 400, "at most 200 tokens a sample"),
         ("/completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens=0 draws nothing"),
         ("/completions", {"prompt": "a", "logprobs": 21}, 400, "logprobs: expected less than or equal to 20"),
@@ -226,12 +258,15 @@ def test_what_is_refused_says_why(server, path, body, status, said):
     error = response.json()["error"]
     assert (response.status_code, set(error)) == (status, {"message", "type", "param", "code"})
     assert said in error["message"]
-    assert "\n" not in error["message"]
+    assert error["message"].isprintable()
+    assert len(response.content) < 500
 
 
 def test_keys_that_change_nothing_are_taken(server):
     asked = {"user": "me", "presence_penalty": 0, "frequency_penalty": 0.0, "response_format": {"type": "text"},
-             "stop": None, "seed": None, "tools": None, "metadata": {}, "max_completion_tokens": 4}  # fmt: skip
+             "stop": None, "seed": None, "tools": None, "metadata": {}, "max_completion_tokens": 4, "top_k": -1,
+             "prompt_cache_retention": "24h",
+             "stream_options": {"include_obfuscation": False, "include_usage": None}}  # fmt: skip
     parts = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
     reply = server.post("/chat/completions", messages=parts, **asked | {"seed": 1}).json()
     assert reply["choices"] == server.post("/chat/completions", messages=HI, max_tokens=4, seed=1).json()["choices"]
@@ -248,9 +283,15 @@ def test_raw_bodies_that_are_refused(server):
     assert send(content=b"\xff\xfe", headers={"Content-Type": "application/json"})[0] == 400
     assert send(content=b"[1]", headers={"Content-Type": "application/json"})[0] == 400
     assert send(content=b"{}", headers={"Content-Type": "text/plain"})[0] == 415
+    assert "prompt" in send(content=b"{}", headers={"Content-Type": "Application/JSON; charset=utf-8"})[1]
+    half = send(content=rb'{"prompt": "\ud800"}', headers={"Content-Type": "application/json"})
+    assert half[0] == 400
+    assert r"of a pair such as \ud83d\ude00 both halves must be there" in half[1]
     long = json.dumps({"model": "tiny", "prompt": "a" * (9 << 20)}).encode()
     assert send(content=long, headers={"Content-Type": "application/json"})[0] == 413
-    assert server.client.get("/completions").status_code == 405
+    wrong = server.client.get("/completions")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["message"] == "Method Not Allowed"
     assert server.client.get("/nothing").json()["error"]["message"] == "Not Found"
 
 
@@ -259,6 +300,27 @@ def test_more_prompts_than_places_are_refused_before_any_is_made_ready(server, m
     monkeypatch.setattr(server.sampler, "prepare", lambda *words: asked.append(words))
     assert server.post("/completions", prompt=[[1]] * 33).status_code == 400
     assert not asked
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/completions", {"prompt": ["a", "ab cd " * 600]}),
+     ("/chat/completions", {"messages": [{"role": "user", "content": "ab cd " * 600}]})],
+)  # fmt: skip
+def test_a_text_of_too_many_bytes_never_becomes_tokens(server, monkeypatch, path, body):
+    """Millions of them would hold the interpreter, and with it every other client, for seconds."""
+    asked = []
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda *words, **more: asked.append(words))
+    refused = server.post(path, **body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert not asked
+
+
+def test_more_connections_than_there_may_be(server, monkeypatch):
+    monkeypatch.setattr("cabochon.serve.server.CONNECTIONS", 0)
+    refused = server.post("/completions", prompt="a")
+    assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+    assert refused.json()["error"]["message"] == "too many connections; try again later"
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_fault(server):
@@ -285,7 +347,9 @@ def test_models_health_and_hosts(server):
     assert server.client.get("/models/other").status_code == 404
     health = server.client.get(server.url.removesuffix("/v1") + "/health")
     assert health.json() == {"status": "ok", "slots": 4, "places": 32, "unfinished": 0, "failure": ""}
-    assert server.client.get("/models", headers={"Host": "evil.example"}).status_code == 400
+    other = server.client.get("/models", headers={"Host": "evil.example"})
+    assert other.status_code == 400
+    assert "does not go by the name in the header Host" in other.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
