@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from cabochon.data import Row, read_rows
 from cabochon.errors import UserError
-from cabochon.files import write_whole
+from cabochon.files import encodable, write_whole
 from cabochon.verifiers.functions import checked_address
 
 Form = Literal["verl", "skyrl", "verifiers"]
@@ -65,7 +65,7 @@ def _task(form: Form, row: Row, name: str, address: str | None) -> str:
         verifier, payload = "math", {"answer": str(truth)}
     task = {"id": name, "prompt": prompt, "verifier": verifier, "payload": payload, "domain": domain}
     try:
-        return json.dumps(task, ensure_ascii=False, allow_nan=False)
+        return encodable(json.dumps(task, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise UserError(f"{row.where}: holds something that is not plain data: {error}") from None
 

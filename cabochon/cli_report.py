@@ -21,13 +21,14 @@ def report(
 
     Example: cabochon report runs/demo -o demo.html
     """
+    from cabochon.console import one_line
     from cabochon.report import build
 
     out = out or runs[0] / "report.html"
     text, verdicts = build.report(runs)
     write_whole(out, text)
-    print("\n".join(verdicts))
-    print(f"{out}   {len(text.encode()) / 1e6:.1f} MB")
+    for line in (*verdicts, f"{out}   {len(text.encode()) / 1e6:.1f} MB"):
+        print(one_line(line, 2000))
 
 
 def view(

@@ -141,6 +141,7 @@ def rows(
 
     Example: cabochon rm rows labelled.jsonl judge-sft.jsonl judge-terse --model smollm2-135m-instruct
     """
+    from cabochon.metrics import plain
     from cabochon.policy import model_tokenizer
     from cabochon.reward.judge import Judge
     from cabochon.reward.prompt import special_texts
@@ -158,7 +159,7 @@ def rows(
         asker = _Unasked() if model is None else _Unasked(specials=special_texts(model_tokenizer(model)))
         judge = Judge(asker, judge_run(parts).judge)
         made = sft_rows(judge, chosen) if use == "sft" else task_rows(judge, chosen)
-    _write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), overwrite=overwrite)
+    _write(out, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in made), overwrite=overwrite)
     print(f"{out}: {len(made):,} rows of {len(items):,} completions", file=sys.stderr)
 
 
@@ -194,6 +195,7 @@ def sample(
     Example: cabochon rm sample runs/sft/final tasks.jsonl labelled.jsonl --n 8
     """
     from cabochon.chat import as_turns
+    from cabochon.metrics import plain
     from cabochon.model.address import open_model
     from cabochon.rl.evaluate import first_of_each
     from cabochon.rollouts.local import requests_for
@@ -220,7 +222,7 @@ def sample(
     left = f"{len(drawn) - len(ended)} were cut off, {len(ended) - len(kept)} could not be judged"
     if not kept:
         raise UserError(f"{model}: none of {len(drawn):,} completions can be used: {left}; raise --max-tokens")
-    _write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), overwrite=overwrite)
+    _write(out, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in kept), overwrite=overwrite)
     share = sum(bool(row["label"]) for row in kept) / len(kept)
     print(f"{out}: {len(kept):,} completions, {share:.0%} right; {left}", file=sys.stderr)
 

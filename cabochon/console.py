@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console as Rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from cabochon.files import encodable
 
 RECENT = 20
 """steps the time left is estimated from"""
@@ -53,7 +56,7 @@ class Console:
         return f"{duration((self._total - step) * sum(self._recent) / len(self._recent))} left"
 
     def line(self, text: str) -> None:
-        self.out.print(text)
+        self.out.print(encodable(text))
         if not self.out.is_terminal:
             self.out.file.flush()
 
@@ -75,3 +78,9 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)
+
+
+def one_line(text: str, width: int) -> str:
+    """One line of at most `width` characters: model text can neither break the table nor command the terminal."""
+    safe = "".join("⏎" if c == "\n" else c if unicodedata.category(c)[0] != "C" else "�" for c in text)
+    return safe if len(safe) <= width else safe[: width - 1] + "…"

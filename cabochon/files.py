@@ -13,6 +13,11 @@ from pathlib import Path
 from cabochon.errors import MachineError, UserError
 
 
+def encodable(text: str) -> str:
+    """Half of a surrogate pair as `?`: UTF-8 has no bytes for it, and a model's program can write one."""
+    return text.encode("utf-8", "replace").decode()
+
+
 @contextmanager
 def replaced_directory(directory: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary directory beside `directory` that takes its name at the end, or vanishes on an error.

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cabochon.config import Frozen
 from cabochon.errors import MachineError, UserError
-from cabochon.files import replaced_directory
+from cabochon.files import encodable, replaced_directory
 from cabochon.types import Task
 from cabochon.verifiers.reasoning import PROMPT_ENDING, Puzzles, puzzle_tasks
 from cabochon.verifiers.tasks import split
@@ -111,7 +111,7 @@ def _write(path: Path, tasks: Sequence[Task], cfg: TasksConfig, *, gives_up: flo
                 row = row_of(task, cfg)
                 if draw < gives_up:
                     row["completion"] = cfg.excuse
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(encodable(json.dumps(row, ensure_ascii=False)) + "\n")
     except OSError as error:
         raise MachineError(f"{path}: cannot be written: {error.strerror}") from error
 

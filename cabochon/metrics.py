@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cabochon.errors import UserError
-from cabochon.files import writing
+from cabochon.files import encodable, writing
 from cabochon.model import moe
 from cabochon.model.config import ModelConfig
 from cabochon.model.upcycle import parameter_counts
@@ -88,14 +88,17 @@ class Journal:
 
 
 def plain(value: Any) -> Any:
-    """Numpy and jax numbers and arrays as Python ones; what is not finite as None, since JSON has no name for it."""
+    """Numpy and jax numbers and arrays as Python ones; what is not finite as None, since JSON has no name for it;
+    text such that a file can hold it."""
     match value:
-        case None | bool() | str() | int():
+        case str():
+            return encodable(value)
+        case None | bool() | int():
             return value
         case float():
             return value if math.isfinite(value) else None
         case Mapping():
-            return {str(k): plain(v) for k, v in value.items()}
+            return {plain(str(k)): plain(v) for k, v in value.items()}
         case list() | tuple():
             return [plain(v) for v in value]
         case np.generic() | np.ndarray() | jax.Array():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cabochon.console import one_line
 from cabochon.files import write_whole
 from cabochon.metrics import plain
 from cabochon.rl.advantages import Advantages
@@ -109,13 +109,7 @@ def table(rows: Sequence[Mapping[str, Any]], most: int = 6, width: int = 46) -> 
         prompt = r["prompt"] if isinstance(r["prompt"], str) else r["prompt"][-1].get("content", "")
         reward = "-" if r["reward"] is None else f"{r['reward']:.2f}"
         verdict = r.get("verdict", {})
-        said = f"{verdict.get('status', '-')}: {shown(verdict.get('detail', ''), 40)}".rstrip(": ")
-        asked, answered = (f"{shown(text, width):{width}}" for text in (prompt, r["text"]))
-        lines.append(f"  {shown(r['domain'], 14):14} {asked} {answered} {reward:>6}  {said}")
+        said = f"{verdict.get('status', '-')}: {one_line(verdict.get('detail', ''), 40)}".rstrip(": ")
+        asked, answered = (f"{one_line(text, width):{width}}" for text in (prompt, r["text"]))
+        lines.append(f"  {one_line(r['domain'], 14):14} {asked} {answered} {reward:>6}  {said}")
     return "\n".join(lines)
-
-
-def shown(text: str, width: int) -> str:
-    """One line of at most `width` characters: model text can neither break the table nor command the terminal."""
-    safe = "".join("⏎" if c == "\n" else c if unicodedata.category(c)[0] != "C" else "�" for c in text)
-    return safe if len(safe) <= width else safe[: width - 1] + "…"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cabochon.errors import UserError
+from cabochon.files import encodable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -225,7 +226,7 @@ def _write(requests: Sequence[Request], completions: Sequence[Completion], n: in
                 "tokens": c.tokens.tolist(),
                 "logprobs": [round(float(x), 6) for x in c.logprobs],
             }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(encodable(json.dumps(row, ensure_ascii=False)) + "\n")
 
 
 def _table(tokenizer: Tokenizer, completion: Completion) -> str:

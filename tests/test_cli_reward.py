@@ -68,6 +68,13 @@ def test_rows_for_each_stage(tmp_path, labelled):
         cabochon("rm", "rows", labelled, tmp_path / "sft.jsonl", "judge-terse")
 
 
+def test_a_row_may_hold_half_of_a_surrogate_pair(tmp_path):
+    rows = [{"prompt": "say \ud83d", "completion": f"{i} \ud83d", "label": i > 1} for i in range(4)]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cabochon("rm", "rows", tmp_path / "labelled.jsonl", tmp_path / "rm.jsonl", "--for", "rm")
+    assert {row["prompt"] for row in lines(tmp_path / "rm.jsonl")} == {"say ?"}
+
+
 @pytest.fixture
 def model(tmp_path):
     """The directory of a language model that nobody trained."""

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console as Rich
 
-from cabochon.console import Console, duration
+from cabochon.console import Console, duration, one_line
 
 
 def lines(terminal, steps=25):
@@ -25,6 +25,17 @@ def test_plain_lines_for_the_first_the_last_and_every_tenth_step():
         "step 20/25  loss 0.1  1m08s left",
         "step 25/25  loss 0.08",
     ]
+
+
+def test_what_no_file_can_hold_ends_no_run(tmp_path):
+    with (tmp_path / "log").open("w", encoding="utf-8") as file:
+        Console((), 1, Rich(file=file)).line("held out: maths \ud83d 50%")
+    assert (tmp_path / "log").read_text() == "held out: maths ? 50%\n"
+
+
+def test_a_model_s_words_are_one_line_that_commands_nothing():
+    assert one_line("a\nb\x1b[2J\u202ec", 20) == "a⏎b�[2J�c"
+    assert one_line("x" * 30, 10) == "x" * 9 + "…"
 
 
 def test_a_terminal_gets_a_bar_and_the_same_lines():

@@ -41,6 +41,15 @@ def test_what_is_not_finite_is_null():
         plain({"a": object()})
 
 
+def test_half_of_a_surrogate_pair_is_written_as_a_question_mark(tmp_path):
+    """JSON can hold one and UTF-8 cannot: a task's file or a program's error message brings it in."""
+    journal = Journal(tmp_path / "m.jsonl")
+    journal.append({"note": "cut \ud83d", "\ud800 key": [{"deep": "\udfff"}], "whole": "\U0001f642"})
+    journal.close()
+    found = json.loads((tmp_path / "m.jsonl").read_text(encoding="utf-8"))
+    assert found == {"note": "cut ?", "? key": [{"deep": "?"}], "whole": "\U0001f642"}
+
+
 def test_scalars_are_the_numbers_by_nested_name():
     row = {"loss": 1.5, "moe": {"dead": 2, "load": [1, 2]}, "note": "text", "none": None}
     assert dict(scalars(row)) == {"loss": 1.5, "moe/dead": 2.0}

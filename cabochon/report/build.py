@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cabochon.report import lineage, page, rollouts
-from cabochon.report.files import Row, Tail, read_object, stamp
+from cabochon.report.files import Row, Tail, count_of, number_of, read_object, stamp
 from cabochon.report.series import Curves, Loads
 from cabochon.report.verdict import verdict
 
@@ -30,20 +30,19 @@ class RunReader:
         self._events = Tail(place / "events.jsonl")
         self._curves, self._loads = Curves(), Loads()
         self._told: list[Row] = []
-        self._stamp: tuple[tuple[str, int, int], ...] | None = None
+        self._stamp: dict[str, tuple[int, int]] = {}
         self._tokenizer: Any = None
 
     def refresh(self) -> bool:
-        """Read what came since; whether anything did."""
-        now = stamp(self.place)
-        if now == self._stamp:
+        """Read what came since; whether anything did: the half of a line is nothing yet."""
+        old, self._stamp = self._stamp, stamp(self.place)
+        if self._stamp == old:
             return False
-        self._stamp = now
+        seen = self._versions()
         if self._metrics.restarted():
             self._curves = Curves()
         for row in self._metrics.rows():
-            if isinstance(row.get("step"), int) and row["step"] > 0:
-                self._curves.add(row["step"], row)
+            self._curves.add(row.get("step"), row)
         if self._moe.restarted():
             self._loads = Loads()
         for row in self._moe.rows():
@@ -51,21 +50,25 @@ class RunReader:
         if self._events.restarted():
             self._told = []
         self._told += [rollouts.limited(row) for row in self._events.rows() if "event" in row]
-        return True
+        whole = any(self._stamp.get(name) != old.get(name) for name in ("manifest.json", "rollouts", "config.yaml"))
+        return whole or self._versions() != seen
+
+    def _versions(self) -> tuple[int, ...]:
+        return self._metrics.version, self._moe.version, self._events.version
 
     def snapshot(self) -> Row:
         """Everything but the verdict and completions, as plain data."""
         config, manifest = lineage.config_of(self.place), read_object(self.place / "manifest.json")
         curves = self._curves.columns()
         before: Row = next((e["held_out"] for e in self._told if isinstance(e.get("held_out"), dict)), {})
-        tasks = next((e["tasks"] for e in self._told if isinstance(e.get("tasks"), int)), None)
+        tasks = next((n for e in self._told if (n := count_of(e.get("tasks")))), None)
         asked = config.get("eval")
         return {
             "name": self.name, "dir": str(self.place), "stage": str(config.get("stage", "")), "config": config,
             "steps": curves["step"][-1] if curves["step"] else 0,
-            "planned": config.get("steps") if isinstance(config.get("steps"), int) else None,
+            "planned": count_of(config.get("steps")),
             "status": self._status(manifest), "before": before,
-            "held_out_tasks": tasks or (asked.get("tasks") if isinstance(asked, dict) else None) or 1,
+            "held_out_tasks": tasks or (count_of(asked.get("tasks")) if isinstance(asked, dict) else None) or 1,
             "curves": curves, "moe": self._loads.heat(), "events": _shown(self._told),
             "rollout_steps": list(rollouts.steps_of(self.place)), "ancestors": lineage.ancestors(self.place, config),
             "manifest": {k: v for k, v in (manifest or {}).items() if k in lineage.KEPT} or None,
@@ -76,11 +79,11 @@ class RunReader:
         """Completions of a step; empty where there are none."""
         path = rollouts.steps_of(self.place).get(step)
         if path is None:
-            return {"groups": [], "of": 0}
+            return {"groups": [], "of": 0, "odd": 0}
         if self._tokenizer is None:
             model = lineage.config_of(self.place).get("model")
             address = model.get("address") if isinstance(model, dict) else None
-            self._tokenizer = rollouts.tokenizer_of(self.place, address)
+            self._tokenizer = rollouts.tokenizer_of(self.place, address if isinstance(address, str) else None)
         return rollouts.groups_of(path, self._tokenizer, groups=groups, completions=completions)
 
     def _status(self, manifest: Row | None) -> str:
@@ -106,6 +109,8 @@ class RunReader:
             out.append(f"events: {EVENTS} of {len(self._told):,}")
         if bad := self._metrics.bad + self._moe.bad + self._events.bad:
             out.append(f"{bad} lines that are no JSON objects were passed over")
+        if odd := self._curves.odd + self._loads.odd:
+            out.append(f"{odd} rows of metrics.jsonl and moe.jsonl that cannot be read as such were passed over")
         return out
 
 
@@ -121,7 +126,7 @@ def _alive(lock: Path) -> bool:
 def _shown(events: list[Row]) -> list[Row]:
     alarms = [e for e in events if e["event"] == "alarm"][: EVENTS // 2]
     rest = [e for e in events if e["event"] != "alarm"][len(alarms) - EVENTS :]
-    return sorted([*alarms, *rest], key=lambda e: e["time"] if isinstance(e.get("time"), int | float) else 0)
+    return sorted([*alarms, *rest], key=lambda e: number_of(e.get("time")) or 0)
 
 
 class Readers:
@@ -174,13 +179,30 @@ def _evaluation(job: Path) -> Row | None:
 
 
 def _paired(evaluation: Row | None, place: str) -> dict[str, float] | None:
-    """The test of this run's result against the first model of the evaluation."""
-    for entry in (evaluation or {}).get("evaluations", []):
-        found = (entry.get("against_first") or {}).get("all")
-        same = os.path.normpath(str(entry.get("model"))) == os.path.normpath(f"{place}/final")
-        if same and isinstance(found, dict) and {"difference", "low", "high"} <= set(found):
-            return found
+    """The test of this run's result against the first model of the evaluation, None where it has no interval, as of a
+    single task.
+
+    The evaluation may have been made from another directory than this page, so that it names the run otherwise: where
+    no model is this very place, job, run and `final` are enough.
+    """
+    own = Path(_resolved(f"{place}/final"))
+    entries = [(Path(_resolved(str(e.get("model")))), e) for e in (evaluation or {}).get("evaluations", [])]
+    same = [e for at, e in entries if at == own] or [e for at, e in entries if at.parts[-3:] == own.parts[-3:]]
+    for entry in same:
+        tests = entry.get("against_first")
+        found = tests.get("all") if isinstance(tests, dict) else None
+        if isinstance(found, dict):
+            numbers = {k: x for k in ("difference", "low", "high") if (x := number_of(found.get(k))) is not None}
+            if len(numbers) == 3:
+                return numbers
     return None
+
+
+def _resolved(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # a name that no file can have
+        return path
 
 
 class Page(NamedTuple):
@@ -199,9 +221,7 @@ def report(places: Sequence[Path]) -> Page:
     having = [i for i, run in enumerate(data["runs"]) if run["rollout_steps"]]
     for i in having:
         _embed(readers.runs[i], data["runs"][i], room // len(having))
-    verdicts = [
-        f"{run['name']}: {run['verdict']['title']}: {run['verdict']['because'][0]}" for run in data["runs"]
-    ]
+    verdicts = [f"{run['name']}: {run['verdict']['title']}: {run['verdict']['because'][0]}" for run in data["runs"]]
     return Page(page.render(data), verdicts)
 
 
@@ -217,6 +237,8 @@ def _embed(reader: RunReader, run: Row, room: int) -> None:
         kept[step] = found
     run["rollouts"] = dict(sorted(kept.items()))
     total = len(run["rollout_steps"])
+    if odd := sum(found["odd"] for found in kept.values()):
+        run["left_out"].append(f"{odd} completions have tokens or a form that cannot be read as such")
     run["left_out"].append(
         f"completions: {len(kept)} of {total:,} steps, at most {GROUPS} groups of {COMPLETIONS} each; all are in "
         f"{run['dir']}/rollouts"

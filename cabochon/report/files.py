@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +21,13 @@ class Tail:
 
     The half of a line that a writer is in the middle of waits for its end. A file that shrank, was replaced, or was cut
     and grew again is read from its beginning; one that is missing has no rows. Lines that are no JSON object are
-    counted in `bad` and passed over. The file is only ever opened for reading.
+    counted in `bad` and passed over. The file is only ever opened for reading. `version` rises with every whole line
+    and every new beginning.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.bad = 0
+        self.bad = self.version = 0
         self._offset, self._mark, self._inode = 0, b"", 0
 
     def restarted(self) -> bool:
@@ -33,6 +35,7 @@ class Tail:
         if self._offset == 0 or self._stands():
             return False
         self._offset, self._mark, self.bad = 0, b"", 0
+        self.version += 1
         return True
 
     def rows(self) -> Iterator[Row]:
@@ -49,8 +52,9 @@ class Tail:
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
                     self._offset += len(line) + 1
+                    self.version += 1
                     self._mark = (self._mark + line + b"\n")[-MARK:]
-                    if (row := _object(line)) is not None:
+                    if (row := object_of(line)) is not None:
                         yield row
                     elif line.strip():
                         self.bad += 1
@@ -68,12 +72,13 @@ class Tail:
 def read_object(path: Path) -> Row | None:
     """A JSON file that holds an object; None where it is missing, half-written or something else."""
     try:
-        return _object(path.read_bytes())
-    except OSError:
+        return object_of(path.read_bytes())
+    except (OSError, ValueError):  # a name that no file can have
         return None
 
 
-def _object(data: bytes) -> Row | None:
+def object_of(data: bytes) -> Row | None:
+    """A JSON object; None where it is half-written or something else."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -81,13 +86,27 @@ def _object(data: bytes) -> Row | None:
     return value if isinstance(value, dict) else None
 
 
-def stamp(place: Path) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of the files a page shows: equal stamps, equal page."""
-    out = []
+def number_of(value: Any) -> float | None:
+    """A finite number; None for anything else, integers beyond floats and true and false among it."""
+    try:
+        known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if known else None
+    except OverflowError:
+        return None
+
+
+def count_of(value: Any) -> int | None:
+    """A step or a number of things; None for what no run can count up to."""
+    return value if isinstance(value, int) and 0 < value < 10**12 else None
+
+
+def stamp(place: Path) -> dict[str, tuple[int, int]]:
+    """Sizes and times of the files a page shows, by name: equal stamps, equal page."""
+    out = {}
     for name in ("metrics.jsonl", "moe.jsonl", "events.jsonl", "manifest.json", "rollouts", "config.yaml"):
         try:
             status = (place / name).stat()
         except OSError:
             continue
-        out.append((name, status.st_size, status.st_mtime_ns))
-    return tuple(out)
+        out[name] = (status.st_size, status.st_mtime_ns)
+    return out

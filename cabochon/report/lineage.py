@@ -54,9 +54,9 @@ def config_of(place: Path) -> Row:
     """config.yaml as plain data; empty where it cannot be read."""
     try:
         value = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        return json.loads(json.dumps(value, default=str)) if isinstance(value, dict) else {}
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return {}
-    return json.loads(json.dumps(value, default=str)) if isinstance(value, dict) else {}
 
 
 def ancestors(place: Path, config: Mapping[str, Any]) -> list[Row]:
@@ -64,7 +64,7 @@ def ancestors(place: Path, config: Mapping[str, Any]) -> list[Row]:
     manifest = read_object(place / "manifest.json") or {}
     if not isinstance(manifest.get("parents"), list):
         model = config.get("model")
-        address = model.get("address") if isinstance(model, Mapping) else None
+        address = str(model.get("address") or "") if isinstance(model, Mapping) else ""
         manifest = {"parents": [{"address": address, "manifest": _beside(address)}] if address else []}
     found: dict[str, Row] = {}
     for row in _nested(manifest):
@@ -74,7 +74,8 @@ def ancestors(place: Path, config: Mapping[str, Any]) -> list[Row]:
 
 
 def _nested(manifest: Mapping[str, Any], depth: int = 9) -> Iterator[Row]:
-    for parent in manifest.get("parents") or []:
+    parents = manifest.get("parents")
+    for parent in parents if isinstance(parents, list) else []:
         if isinstance(parent, Mapping) and depth:
             about = parent.get("manifest")
             about = about if isinstance(about, Mapping) else {}

@@ -15,7 +15,9 @@ SCRIPTS = ("base.js", "charts.js", "experts.js", "groups.js", "pages.js", "main.
 
 
 def embedded(data: Any) -> str:
-    """JSON that no HTML parser can find a tag, an entity or an end in, whatever the texts in it hold."""
+    """JSON that no HTML parser can find a tag, an entity or an end in, whatever the texts in it hold. What is not
+    finite is null: a browser refuses all of a page that holds a NaN."""
+    data = json.loads(json.dumps(data), parse_constant=lambda _: None)
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from cabochon.errors import UserError
-from cabochon.report.files import Row
+from cabochon.report.files import Row, number_of, object_of
 from cabochon.tokenizer import Tokenizer
 
 HEAD, TAIL = 400, 200
@@ -48,29 +47,27 @@ def spread(steps: Sequence[int], most: int) -> list[int]:
 def groups_of(
     path: Path, tokenizer: Tokenizer | None, *, groups: int, completions: int, shown_as: str = ""
 ) -> dict[str, Any]:
-    """`groups`: the most telling first, `of`: how many the step had. `shown_as`: the file's name in commands."""
-    found: dict[Any, list[tuple[int, Row]]] = {}
+    """`groups`: the most telling first, `of`: how many the step had, `odd`: of how many completions shown not all could
+    be read. `shown_as`: the file's name in commands."""
+    found: dict[str, list[tuple[int, Row]]] = {}
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # a line that is being written, or was cut
-                if isinstance(row, dict):
-                    found.setdefault(row.get("group"), []).append((number, row))
+                if (row := object_of(line)) is not None:  # else a line that is being written, or was cut
+                    found.setdefault(str(row.get("group")), []).append((number, row))
     except OSError:
-        return {"groups": [], "of": 0}
+        return {"groups": [], "of": 0, "odd": 0}
     chosen = _telling(list(found.values()), groups)
-    name = shown_as or str(path)
-    return {"groups": [_group(g, completions, tokenizer, name) for g in chosen], "of": len(found)}
+    shown = [_group(g, completions, tokenizer, shown_as or str(path)) for g in chosen]
+    odd = sum(c["odd"] for g in shown for c in g["completions"])
+    return {"groups": shown, "of": len(found), "odd": odd}
 
 
 def _telling(groups: list[list[tuple[int, Row]]], most: int) -> list[list[tuple[int, Row]]]:
     """By domain in turn, and in each those whose rewards differ most."""
     by_domain: dict[str, list[tuple[float, int]]] = {}
     for i, group in enumerate(groups):
-        rewards = [float(r["reward"]) for _, r in group if isinstance(r.get("reward"), int | float)]
+        rewards = _rewards(group)
         by_domain.setdefault(str(group[0][1].get("domain")), []).append((-pstdev(rewards) if rewards else 1.0, i))
     each = (enumerate(sorted(domain)) for domain in by_domain.values())
     ranked = sorted((rank, alike, i) for domain in each for rank, (alike, i) in domain)
@@ -79,21 +76,28 @@ def _telling(groups: list[list[tuple[int, Row]]], most: int) -> list[list[tuple[
 
 def _group(group: list[tuple[int, Row]], most: int, tokenizer: Tokenizer | None, file: str) -> Row:
     first = group[0][1]
-    rewards = [float(r["reward"]) for _, r in group if isinstance(r.get("reward"), int | float)]
+    rewards = _rewards(group)
     prompt = first.get("prompt")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": "" if prompt is None else prompt}]
     return {
         "task": str(first.get("task")), "domain": str(first.get("domain")), "verifier": first.get("verifier"),
         "prompt": [{"role": str(m.get("role")), "content": clipped(str(m.get("content", "")))}
-                   for m in messages or [] if isinstance(m, Mapping)],
+                   for m in messages if isinstance(m, Mapping)],
         "reward": fmean(rewards) if rewards else None, "of": len(group),
         "completions": [_completion(n, r, tokenizer, file) for n, r in group[:most]],
     }  # fmt: skip
 
 
+def _rewards(group: list[tuple[int, Row]]) -> list[float]:
+    """Those that a mean can be taken of."""
+    return [x for _, r in group if (x := number_of(r.get("reward"))) is not None and abs(x) < 1e15]
+
+
 def _completion(number: int, row: Row, tokenizer: Tokenizer | None, file: str) -> Row:
-    out: Row = {"line": number, **{k: row.get(k) for k in ("finish", "reward", "advantage", "versions")}}
-    out["components"] = row.get("components") or {}
+    """`odd`: its tokens cannot be read as such, and it is shown as text alone."""
+    out: Row = {"line": number, "odd": False, **{k: limited(row.get(k)) for k in ("finish", "reward", "advantage")}}
+    out["versions"] = row["versions"] if isinstance(row.get("versions"), list) else []
+    out["components"] = limited(row.get("components") or {})
     out["verdict"] = limited(row.get("verdict"))
     out["evidence"] = limited(row.get("evidence") or {})
     if row.get("scores"):
@@ -102,10 +106,17 @@ def _completion(number: int, row: Row, tokenizer: Tokenizer | None, file: str) -
         out["again"] = (
             f"sed -n {number}p {shlex.quote(file)} > completion.jsonl && cabochon verify completion.jsonl --column text"
         )
-    ids = row.get("tokens") or []
-    if tokenizer is None or not ids:
-        out["text"] = clipped(str(row.get("text", "")))
-        return out
+    try:
+        told = _tokens(row, tokenizer) if tokenizer is not None and row.get("tokens") else {}
+    except (TypeError, ValueError, LookupError, OverflowError, AttributeError):
+        told, out["odd"] = {}, True
+    return out | (told or {"text": clipped(str(row.get("text", "")))})
+
+
+def _tokens(row: Row, tokenizer: Tokenizer) -> Row:
+    """Token by token. Raises whatever a row raises that was not written by a run."""
+    ids = row["tokens"]
+    out: Row = {}
     keep = list(range(len(ids)))
     if len(ids) > HEAD + TAIL:
         keep = keep[:HEAD] + keep[-TAIL:]
@@ -113,7 +124,7 @@ def _completion(number: int, row: Row, tokenizer: Tokenizer | None, file: str) -
     text = pieces(tokenizer, ids)
     out["pieces"] = [text[i] for i in keep]
     out["logprobs"] = [round(row["logprobs"][i], 2) for i in keep]
-    out["mask"] = "".join(str(row["mask"][i]) for i in keep)
+    out["mask"] = "".join("1" if row["mask"][i] == 1 else "0" for i in keep)
     if any(x is not None for x in row.get("entropy") or []):
         out["entropy"] = [x if x is None else round(x, 2) for x in (row["entropy"][i] for i in keep)]
     if any(x is not None for x in row.get("clipped") or []):

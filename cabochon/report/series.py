@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from cabochon.report.files import count_of
+
 POINTS = 400
 """buckets of a curve at most"""
 CELLS = 400_000
@@ -22,7 +24,7 @@ FAIR = 50
 
 
 def scalars(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The finite numbers of a row, nested names joined by `/`."""
+    """The finite numbers of a row, nested names joined by `/`. Raises OverflowError for an integer beyond floats."""
     out: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
@@ -32,28 +34,38 @@ def scalars(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return out
 
 
-def short(x: float) -> float | int:
-    """Five digits: what a screen can show."""
+def short(x: float) -> float | int | None:
+    """Five digits: what a screen can show. None for what is not finite, such as the sum of two that nearly were not."""
     x = float(f"{x:.5g}")
+    if not math.isfinite(x):
+        return None
     return int(x) if x.is_integer() and abs(x) < 1e15 else x
 
 
 class Curves:
-    """Every number of metrics.jsonl."""
+    """Every number of metrics.jsonl. `odd`: rows passed over, since they cannot be read as such."""
 
     def __init__(self, most: int = POINTS) -> None:
         self.most, self.width = most, 1
-        self.rows = 0
+        self.rows = self.odd = 0
         self._buckets: dict[int, dict[str, list[float]]] = {}  # name -> [count, total, low, high]
 
-    def add(self, step: int, row: Mapping[str, Any]) -> None:
+    def add(self, step: Any, row: Mapping[str, Any]) -> None:
+        try:
+            found = scalars(row)
+        except (OverflowError, RecursionError):
+            self.odd += 1
+            return
+        if count_of(step) is None:
+            self.odd += 1
+            return
         self.rows += 1
         while step > self.most * self.width:
             self._widen()
         bucket = self._buckets.setdefault((step - 1) // self.width, {"step": [0, 0, 0, 0]})
         at = bucket["step"]
         at[3] = max(at[3], step)
-        for name, x in scalars(row).items():
+        for name, x in found.items():
             if name != "step":
                 _count(bucket, name, [1, x, x, x])
 
@@ -90,21 +102,26 @@ def _count(bucket: dict[str, list[float]], name: str, new: list[float]) -> None:
 
 
 class Loads:
-    """The expert loads of moe.jsonl: layer x expert x bucket of steps."""
+    """The expert loads of moe.jsonl: layer x expert x bucket of steps. `odd`: rows passed over, since they cannot be
+    read as such, or are not of the shape of those before."""
 
     def __init__(self, cells: int = CELLS) -> None:
         self.cells, self.width, self.shape = cells, 1, (0, 0)
-        self._most = 0
+        self._most = self.odd = 0
         self._buckets: dict[int, dict[str, Any]] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """A row that is not of the shape of those before is passed over."""
         try:
             used = np.asarray(row["used"], np.float64)
-            step = int(row["step"])
-        except (KeyError, TypeError, ValueError):
+            agreement = row.get("agreement")
+            known = None if agreement is None else np.asarray(agreement, np.float64)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            self.odd += 1
             return
-        if used.ndim != 2 or not used.size or step < 1 or (self._buckets and used.shape != self.shape):
+        step, shape = count_of(row.get("step")), self.shape if self._buckets else used.shape
+        fits = used.ndim == 2 and used.size > 0 and used.shape == shape and bool(((used >= 0) & (used < 1e12)).all())
+        if step is None or not fits or (known is not None and known.shape != used.shape[:1]):
+            self.odd += 1
             return
         if not self._buckets:
             self.shape = (used.shape[0], used.shape[1])
@@ -114,8 +131,6 @@ class Loads:
             old, self._buckets = self._buckets, {}
             for index, bucket in sorted(old.items()):
                 self._merge(index // 2, **bucket)
-        agreement = row.get("agreement")
-        known = None if agreement is None else np.asarray(agreement, np.float64)
         self._merge((step - 1) // self.width, step=step, used=used, agreement=known, count=1)
 
     def _merge(self, index: int, step: int, used: np.ndarray, agreement: np.ndarray | None, count: int) -> None:
@@ -132,7 +147,7 @@ class Loads:
 
     def heat(self) -> dict[str, Any] | None:
         """`load`: base64 of bytes [step][layer][expert], `fair` for an equal share and 0 for no token at all;
-        `agreement` [step][layer] or null. None where nothing was recorded."""
+        `agreement` [step][layer], null where it is not known. None where nothing was recorded."""
         if not self._buckets:
             return None
         order = [self._buckets[i] for i in sorted(self._buckets)]

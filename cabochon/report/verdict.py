@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from cabochon.report.files import number_of
+
 State = Literal["learning", "flat", "worse", "collapsed", "early"]
 TITLES: Mapping[State, str] = {
     "learning": "It is learning", "flat": "No clear change", "worse": "It is getting worse",
@@ -63,15 +65,15 @@ def trend(values: Sequence[float | None], *, steep: bool = False) -> Change | No
 
 def shares(first: float, last: float, tasks: int) -> Change:
     """Two accuracies on `tasks` tasks. Their being the same tasks is not used, so the interval is on the wide side."""
-    error = math.sqrt((first * (1 - first) + last * (1 - last)) / max(tasks, 1))
+    error = math.sqrt(max(first * (1 - first) + last * (1 - last), 0.0) / max(tasks, 1))
     return Change(first, last, last - first - 1.96 * error, last - first + 1.96 * error)
 
 
 def verdict(run: Mapping[str, Any], paired: Mapping[str, float] | None = None) -> dict[str, Any]:
     """`state`, `title`, `because`: of a run as `build.RunReader.snapshot` has it.
 
-    `paired`: what `cabochon eval` found of its result against the model it began from, which outweighs the rest. Why a
-    run failed stands first.
+    `paired`: what `cabochon eval` found of its result against the model it began from (finite numbers), which outweighs
+    the rest. Why a run failed stands first.
     """
     match run["stage"]:
         case "rl":
@@ -88,7 +90,8 @@ def verdict(run: Mapping[str, Any], paired: Mapping[str, float] | None = None) -
         because.insert(0, f"evaluated afterwards against the first model, on the same held-out tasks: {d:+.1f} points, "
                           f"95 % interval {low:+.1f} to {high:+.1f}")  # fmt: skip
     if run["status"] == "failed":
-        because.insert(0, next(str(e.get("message")) for e in reversed(run["events"]) if e["event"] == "failed"))
+        failed = (str(e.get("message")) for e in reversed(run["events"]) if e["event"] == "failed")
+        because.insert(0, next(failed, "it failed"))
     alarms = [e for e in run["events"] if e["event"] == "alarm"]
     if alarms:
         names = sorted({str(e.get("alarm", "alarm")) for e in alarms})
@@ -135,7 +138,8 @@ def held_out(run: Mapping[str, Any]) -> list[tuple[int, float]]:
     """(step, accuracy), before the first step included."""
     curves = run["curves"]
     later = zip(curves["step"], curves["values"].get("held_out", []), strict=False)
-    before = [(0, float(run["before"]["all"]))] if run["before"].get("all") is not None else []
+    first = number_of(run["before"].get("all"))
+    before = [] if first is None else [(0, first)]
     return before + [(step, value) for step, value in later if value is not None]
 
 
@@ -150,7 +154,8 @@ def _collapse(run: Mapping[str, Any], values: Mapping[str, Sequence[float | None
     if best.mean() <= 0.05 or last.mean() > best.mean() / 2 or best.mean() - last.mean() < 2 * error:
         return None
     late = run["steps"] * 0.25
-    fatal = sorted({e["alarm"] for e in run["events"] if e.get("alarm") in FATAL and e.get("step", 0) >= late})
+    after = [str(e.get("alarm")) for e in run["events"] if (number_of(e.get("step")) or 0) >= late]
+    fatal = sorted(FATAL.intersection(after))
     named = f", after the alarms {', '.join(fatal)}" if fatal else ""
     return f"the score fell from {best.mean():.2f} at its best to {last.mean():.2f}{named}"
 

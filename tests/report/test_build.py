@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import runs
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 
 from cabochon.cli import app
 from cabochon.report.build import Readers, RunReader, report
+from cabochon.rl import evaluate
 
 
 def snapshot(place):
@@ -101,6 +104,109 @@ def test_the_evaluation_of_a_job_decides_its_verdict(tmp_path):
     assert "+20.0 points, 95 % interval +10.0 to +30.0" in found["because"][0]
     alone = report([tmp_path / "rl"])
     assert alone.verdicts == [f"rl: {found['title']}: {found['because'][0]}"], "also where the run is looked at alone"
+
+
+@pytest.mark.parametrize("said", ["run/job/rl/final", "elsewhere/job/rl/final", "{tmp_path}/run/job/rl/final"])
+def test_the_verdict_does_not_depend_on_how_a_directory_is_typed(tmp_path, monkeypatch, said):
+    job = tmp_path / "run" / "job"
+    runs.rl_run(job / "rl", 9, rollouts=1, groups=1)
+    test = {"difference": 0.2, "low": 0.1, "high": 0.3, "p": 0.001}
+    entry = {"model": said.format(tmp_path=tmp_path), "against_first": {"all": test}}
+    other = entry | {"model": f"{tmp_path}/other/rl/final", "against_first": {"all": test | {"difference": 0.9}}}
+    (job / "eval.json").write_text(json.dumps({"evaluations": [other, entry]}))
+    for cwd, typed in ((tmp_path, "run/job"), (job.parent, "job"), (job, "rl"), (job, "."), (tmp_path, str(job))):
+        monkeypatch.chdir(cwd)
+        (line,) = report([Path(typed)]).verdicts
+        assert "+20.0 points, 95 % interval +10.0 to +30.0" in line, typed
+
+
+def test_an_evaluation_of_a_single_task_has_no_interval_and_decides_nothing(tmp_path):
+    runs.rl_run(tmp_path / "rl", 40, level=lambda x: 0.5, rollouts=1, groups=1)
+    test = evaluate.against(*({"problems": [{"task": "x", "domain": "d", "mean": m}]} for m in (0.0, 1.0)))
+    entries = [{"model": "base"}, {"model": str(tmp_path / "rl" / "final"), "against_first": test}]
+    evaluate.write({"evaluations": entries}, tmp_path / "eval.json")
+    assert json.loads((tmp_path / "eval.json").read_text())["evaluations"][1]["against_first"]["all"]["low"] is None
+    (line,) = report([tmp_path]).verdicts
+    assert "No clear change" in line
+    assert "points, 95" in line, "the held-out score of the run"
+    assert "evaluated afterwards" not in line
+
+
+def test_only_what_is_whole_is_new(tmp_path):
+    place = runs.rl_run(tmp_path / "run", 5)
+    reader = RunReader("run", place)
+    assert reader.refresh()
+    with (place / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "rew')
+        file.flush()
+        assert not reader.refresh(), "half a line"
+        file.write('ard": 1}\n')
+        file.flush()
+        assert reader.refresh()
+    (place / "events.jsonl").touch()
+    assert not reader.refresh(), "as it was"
+    runs.finish(place)
+    assert reader.refresh()
+
+
+HUGE = "1" + "0" * 400
+ODD = {
+    "metrics.jsonl": [f'{{"step": 6, "score": {HUGE}}}', '{"step": 1e999, "score": 1}', '{"step": "x"}'],
+    "moe.jsonl": [
+        '{"step": Infinity, "used": [[1, 1]]}', '{"step": 6, "used": [[1, null]]}',
+        '{"step": 6, "used": [[1, 1], [1, 1]], "agreement": [[1], [1, 2]]}',
+        '{"step": 6, "used": [[1, 1], [1, 1]], "agreement": [1]}',
+    ],
+}  # fmt: skip
+
+
+def test_odd_values_are_passed_over_and_counted(tmp_path):
+    place = runs.rl_run(tmp_path / "run", 5, layers=2, experts=2)
+    good = snapshot(place)
+    for name, odd in ODD.items():
+        with (place / name).open("a") as file:
+            file.write("".join(line + "\n" for line in odd))
+    found = snapshot(place)
+    assert (found["curves"], found["moe"]) == (good["curves"], good["moe"])
+    assert "7 rows of metrics.jsonl and moe.jsonl that cannot be read as such were passed over" in found["left_out"]
+    with (place / "moe.jsonl").open("a") as file:
+        file.write('{"step": 6, "used": [[1, 1], [1, 1]], "agreement": [NaN, 0.5]}\n')
+    with (place / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 1.7e308}\n' * 2)
+    found = snapshot(place)
+    assert found["moe"]["agreement"][-1] == [None, 0.5], "a layer that had no token"
+    assert found["curves"]["values"]["loss"][-1] is None, "two of them have no sum"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("events.jsonl", '{"event": "alarm", "alarm": [1], "step": "4", "time": NaN, "value": Infinity}\n'),
+        ("events.jsonl", f'{{"event": ["a"], "held_out": {{"all": "x"}}, "tasks": {HUGE}}}\n'),
+        ("manifest.json", '{"results": {"x": NaN}, "parents": [{"manifest": {"parents": 5}}], "data": "x"}'),
+        ("config.yaml", "stage: rl\nsteps: .inf\noptim: {x: .nan}\neval: {tasks: many}\nmodel: {address: 5}\n"),
+        ("config.yaml", "stage: rl\n2020-01-01: a\n"),
+        ("config.yaml", "stage: rl\na: &a [*a]\n"),
+        ("eval-x.json", '{"accuracy": NaN, "reliability": {"a": {"right": Infinity}}}'),
+        ("../eval.json", '{"evaluations": [{"model": 5, "against_first": [1]}, {"model": "a\\u0000", "x": NaN}]}'),
+    ],
+)
+def test_one_odd_value_does_not_take_the_page_away(tmp_path, name, text):
+    place = runs.rl_run(tmp_path / "job" / "rl", 9, rollouts=1, groups=1)
+    with (place / name).open("a" if name == "events.jsonl" else "w") as file:
+        file.write(text)
+    page = report([tmp_path / "job"])
+    data = re.search(r'id="data">(.*?)</script>', page.html)[1]
+    assert json.loads(data, parse_constant=pytest.fail)["runs"][0]["steps"] == 9
+
+
+def test_what_a_model_said_does_not_command_the_terminal(tmp_path):
+    told = {"time": 1.79e9, "event": "failed", "message": "\x1b[2J \ud800 boom"}
+    place = runs.rl_run(tmp_path / "run", 5, events=(told,), rollouts=1, groups=1)
+    done = CliRunner().invoke(app, ["report", str(place)])
+    assert done.exit_code == 0, done.exception
+    assert "\ufffd[2J \ufffd boom" in done.stdout
+    assert "\x1b" not in done.stdout
 
 
 def test_looking_changes_nothing_in_the_run(tmp_path):

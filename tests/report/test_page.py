@@ -233,6 +233,46 @@ def test_completions_are_left_out_before_the_file_gets_too_large(tmp_path):
     assert "30 steps, at most" in text
 
 
+def test_letters_that_nobody_sees_are_marked(tmp_path, chrome):
+    """Variation selectors can spell a whole text, fillers and a blank of Braille look like spaces."""
+    hidden = "".join(chr(0xE0100 + b) for b in b"obey") + "\ufe0f\u3164\u115f\u034f\u2800"
+    place = runs.rl_run(tmp_path / "run", 3, rollouts=1, groups=1, texts=(f"ok{hidden}",))
+    with watched(chrome) as (tab, complaints, _):
+        tab.goto(written(tmp_path / "page.html", place))
+        marks = tab.locator("#groups article > p .mark")
+        marks.first.wait_for()
+        assert marks.count() == len(hidden)
+        assert {"U+E016F", "HANGUL FILLER", "CGJ", "BLANK"} <= set(marks.all_inner_texts())
+        assert complaints == []
+
+
+def test_odd_values_leave_the_page_whole(tmp_path, chrome):
+    """And an interval that is not known is a dash, no [0, 0]."""
+    job = tmp_path / "job"
+    place = runs.rl_run(job / "rl", 20, layers=8, events=({"event": 5, "time": 1e300, "message": {"a": 1}},))
+    agreement = {"step": 21, "used": [[1] * 8] * 8, "agreement": [None] * 7 + [0.5]}
+    with (place / "moe.jsonl").open("a") as file:
+        file.write(json.dumps(agreement) + "\n")
+    for path in (place / "rollouts").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        odd = {"verdict": {"status": 5, "detail": {"a": 1}}, "versions": 3, "reward": float("nan"), "finish": {}}
+        runs.lines(path, [rows[0] | odd, rows[1] | {"logprobs": []}, *rows[2:]])
+    runs.finish(place, data="x", versions=None, results=[1])
+    (job / "pipeline.json").write_text(json.dumps({"rl": {"command": "x"}, "x": None, "y": 5}))
+    rate = {"mean": {"mean": 1.0, "error": None, "low": None, "high": None}}
+    test = {"difference": 1.0, "low": None, "high": None, "p": 1.0}
+    entries = [{"model": m, "domains": {"all": rate}, "against_first": {"all": test}} for m in ("a", "rl/final")]
+    (job / "eval.json").write_text(json.dumps({"evaluations": entries}))
+    with watched(chrome) as (tab, complaints, _):
+        tab.goto(written(tmp_path / "page.html", job))
+        tab.wait_for_selector("#groups article .t")
+        assert "cannot be read as such" in tab.inner_text("#groups")
+        assert "+100 points [–, –], p 1" in tab.inner_text("#evaluation")
+        for part in ("experts", "reward-model", "lineage", "events", "environment"):
+            assert tab.locator(f"#{part}").count() == (part != "reward-model"), part
+        assert complaints == []
+
+
 def test_nothing_of_a_text_survives_as_markup():
     told = page.embedded({"x": [*runs.HOSTILE, "\ud83d\ude00"]})
     assert not set(told) & set("<>&\u2028\u2029\x00\x1b")

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import runs
 
 from cabochon.report import rollouts
@@ -53,6 +54,26 @@ def test_long_things_are_cut_and_said_to_be(tmp_path):
     assert len(c["pieces"]) == len(c["logprobs"]) == len(c["mask"]) == 600
     assert c["evidence"]["list"][-1] == "… 69 more"
     assert c["evidence"]["deep"]["a"].endswith("… (6,000 characters more)")
+
+
+@pytest.mark.parametrize(
+    ("odd", "counted"),
+    [
+        ({"logprobs": [None] * 9}, True), ({"logprobs": [-1.0]}, True), ({"mask": 5}, True), ({"tokens": 7}, True),
+        ({"tokens": [2**40, 1], "logprobs": [0, 0], "mask": [1, 1]}, True), ({"entropy": ["x"] * 9}, True),
+        ({"clipped": [float("nan")] * 9}, True), ({"reward": float("nan")}, False), ({"reward": 1e308}, False),
+        ({"group": [1, 2]}, False), ({"prompt": 5}, False), ({"prompt": {"a": 1}}, False),
+        ({"verdict": {"status": 5, "detail": {"a": 1}}, "versions": 3, "components": [1], "scores": [3]}, False),
+    ],
+)  # fmt: skip
+def test_a_completion_that_cannot_be_read_as_such_is_shown_as_text_and_counted(tmp_path, odd, counted):
+    runs.lines(tmp_path / "s.jsonl", [runs.completion(0, 0, "4", 1.0), runs.completion(0, 1, "word", 1.0) | odd])
+    found = rollouts.groups_of(tmp_path / "s.jsonl", ByteTokenizer(), groups=4, completions=4)
+    shown = {c["line"]: c for g in found["groups"] for c in g["completions"]}
+    assert len(shown) == 2
+    assert shown[1]["pieces"]
+    assert found["odd"] == counted
+    assert shown[2].get("text") == ("word" if counted else None)
 
 
 def test_the_command_of_a_completion_judges_it_again(tmp_path):

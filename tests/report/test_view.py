@@ -95,11 +95,12 @@ def test_changes_are_told_and_half_a_line_is_not_one_step_more(tmp_path):
         first = told()
         with (place / "metrics.jsonl").open("a") as file:
             file.write('{"step": 41, "reward"')
-        assert told() > first
-        assert json.loads(get(port, "/api/data")[1])["runs"][0]["steps"] == 40
+        time.sleep(2.5)  # two looks
+        data = json.loads(get(port, "/api/data")[1])
+        assert (data["version"], data["runs"][0]["steps"]) == (first, 40), "nothing new yet"
         with (place / "metrics.jsonl").open("a") as file:
             file.write(": 0.5}\n")
-        told()
+        assert told() == first + 1
         assert json.loads(get(port, "/api/data")[1])["runs"][0]["steps"] == 41
         os.truncate(place / "metrics.jsonl", 0)
         add_rows = json.dumps({"step": 1, "reward": 0.1}) + "\n"
@@ -170,3 +171,49 @@ def test_the_page_follows_the_run_and_keeps_the_cursor_where_it_was_put(tmp_path
         assert {re.match(r"\w+://[^/]+", url)[0] for url in requests} == {f"http://127.0.0.1:{port}"}
         process.send_signal(signal.SIGINT)
         tab.wait_for_selector(".live.off")
+
+
+@pytest.mark.chromium
+def test_a_reader_is_left_alone_while_the_run_goes_on(tmp_path, chrome):
+    """What was opened, selected, scrolled to and picked stays; the charts above go on."""
+    place = runs.rl_run(tmp_path / "run", 40)
+    with viewing(place) as (_, port), watched(chrome) as (tab, complaints, _):
+        tab.goto(f"http://127.0.0.1:{port}/")
+        tab.wait_for_selector("#groups article .t")
+        tab.select_option("#rollout-step", "1")
+        tab.click("#groups .chips >> nth=-1 >> button >> nth=1")
+        for summary in ("#groups article >> nth=0 >> summary", "#environment summary", "#more > summary"):
+            tab.click(summary)
+        tab.evaluate("getSelection().selectAllChildren(document.querySelector('#groups .prompt'))")
+        seen = """[getSelection().toString(), Math.round(scrollY),
+            document.getElementById("rollout-step").value,
+            document.querySelectorAll("#groups .chips")[1].querySelector("[aria-pressed=true]").textContent,
+            [...document.querySelectorAll("details")].filter((d) => d.open).map((d) => d.textContent.slice(0, 20))]"""
+        before = tab.evaluate(seen)
+        assert before[0]
+        assert before[1] > 0
+        assert before[2] == "1"
+        assert len(before[4]) == 3
+        add(place, [41])
+        (place / "rollouts" / "step_000041.jsonl").write_bytes((place / "rollouts" / "step_000040.jsonl").read_bytes())
+        tab.wait_for_selector("dd:text-is('41 of 40')")
+        tab.wait_for_selector("#rollout-step option[value='41']", state="attached")
+        tab.wait_for_timeout(500)
+        assert tab.evaluate(seen) == before
+        tab.keyboard.press("End")
+        tab.wait_for_function("document.getElementById('rollout-step').value === '41'")
+        assert complaints == []
+
+
+@pytest.mark.chromium
+def test_the_light_goes_out_where_the_server_has_no_answer(tmp_path, chrome):
+    place = runs.rl_run(tmp_path / "run", 10)
+    with viewing(place) as (_, port), watched(chrome) as (tab, _, _):
+        tab.goto(f"http://127.0.0.1:{port}/")
+        tab.wait_for_selector("#live:text-is('● live')")
+        tab.route("**/api/data", lambda route: route.fulfill(status=500))
+        add(place, [11])
+        tab.wait_for_selector(".live.off")
+        tab.unroute("**/api/data")
+        tab.wait_for_selector(".cursor output:text-is('step 11')")
+        tab.wait_for_selector("#live:text-is('● live')")

@@ -93,5 +93,7 @@ def test_the_table_and_the_file(tmp_path):
     table = evaluate.as_table(report)
     assert " 25.0%" in table
     assert "+25.0 points [+10.0, +40.0], p 0.01" in table
+    first["problems"] = [{"task": "x", "texts": ["\ud83d half"]}]
     evaluate.write(report, tmp_path / "new" / "e.json")
-    assert json.loads((tmp_path / "new" / "e.json").read_text())["evaluations"][0]["model"] == "one"
+    (found, _) = json.loads((tmp_path / "new" / "e.json").read_text(encoding="utf-8"))["evaluations"]
+    assert (found["model"], found["problems"][0]["texts"]) == ("one", ["? half"]), "what a model wrote ends nothing"

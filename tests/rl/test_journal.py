@@ -28,8 +28,14 @@ def row(r, reward=1.0):
 
 
 def test_a_row_is_plain_json_and_holds_what_was_decided(tmp_path):
-    journal.write_rollouts(tmp_path / "rollouts", 7, [row(rollout("ab\x00\ud800".replace("\ud800", "?")))])
+    r = rollout("ab\x00\ud800")
+    task = replace(r.task, payload={"note": "cut \ud83d"}, domain="\udc00")
+    r = replace(r, task=task, verdict=replace(r.verdict, detail="ValueError: \ud800 boo"))
+    journal.write_rollouts(tmp_path / "rollouts", 7, [row(r)])
     (found,) = [json.loads(x) for x in (tmp_path / "rollouts" / "step_000007.jsonl").read_text().splitlines()]
+    assert found["text"] == "ab\x00?", "UTF-8 has no bytes for half of a surrogate pair"
+    assert (found["payload"], found["domain"]) == ({"note": "cut ?"}, "?")
+    assert found["verdict"]["detail"] == "ValueError: ? boo"
     assert found["advantage"] == 0.25
     assert found["versions"] == [3, 3]
     assert found["components"] == {"verifier": 1.0, "judge": None}, "what is not known is null, never 0"

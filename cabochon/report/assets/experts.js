@@ -84,9 +84,9 @@ function agreementOf(run, frame) {
   if (moe.layers <= 6) {
     for (let l = 0; l < moe.layers; l++) lines.push({ label: `layer ${l + 1}`, color: l, x: moe.step, y: moe.agreement.map((a) => a && a[l]) });
   } else {
-    const mean = (a) => a.reduce((t, x) => t + x, 0) / a.length;
-    lines.push({ label: "mean of layers", color: 0, x: moe.step, y: moe.agreement.map((a) => a && mean(a)) });
-    lines.push({ label: "worst layer", color: 1, x: moe.step, y: moe.agreement.map((a) => a && Math.min(...a)) });
+    const of = (f) => moe.agreement.map((a) => { const some = (a || []).filter(known); return some.length ? f(some) : null; });
+    lines.push({ label: "mean of layers", color: 0, x: moe.step, y: of((a) => a.reduce((t, x) => t + x, 0) / a.length) });
+    lines.push({ label: "worst layer", color: 1, x: moe.step, y: of((a) => Math.min(...a)) });
   }
   return chart("Tokens routed as when they were drawn", lines, frame, { wide: true });
 }

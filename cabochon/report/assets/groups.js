@@ -82,7 +82,7 @@ function modelTags(c, all) {
   });
 }
 
-function cardOf(c, n, all) {
+function cardOf(c, n, all, key) {
   const status = (c.verdict && c.verdict.status) || "no verdict";
   const tone = status === "ok" ? "ok" : status === "wrong" ? "wrong" : "other";
   const parts = Object.entries(c.components || {});
@@ -93,9 +93,9 @@ function cardOf(c, n, all) {
       c.finish && c.finish !== "stop" ? el("span", { class: "tag other" }, c.finish === "length" ? "cut off" : visible(String(c.finish))) : null, modelTags(c, all)),
     tokensOf(c),
     c.verdict && c.verdict.detail ? el("p", { class: "faint", dir: "auto" }, visible(c.verdict.detail)) : null,
-    el("details", {}, el("summary", {}, "Evidence"), el("div", { class: "in" },
+    folding(`${key} ${c.line}`, {}, el("summary", {}, "Evidence"), el("div", { class: "in" },
       evidenceOf({ ...(parts.length > 1 ? { components: c.components } : {}), ...(c.evidence || {}), ...(c.scores ? { "reward models": c.scores } : {}),
-        seconds: c.verdict && c.verdict.seconds, "policy version": c.versions && [...new Set(c.versions)].join(" to ") }),
+        seconds: c.verdict && c.verdict.seconds, "policy version": [...new Set(c.versions)].join(" to ") }),
       c.again ? [el("p", { class: "faint" }, "Judge it again:"), copyable(c.again)] : null)));
 }
 
@@ -107,12 +107,15 @@ function groupsSection(app) {
   const body = el("div", {});
   const node = section("groups", "Completions, group by group",
     el("div", { class: "tools" }, el("label", {}, "step ", picker), el("span", { class: "soft" }, "colour by"), ways, meaning), chips, body);
-  let shownStep = null, loaded = null;
+  let shownStep = null, loaded = null, told = "";
 
   for (const [key, [label]] of Object.entries(COLOURS)) {
     ways.append(el("button", { type: "button", "data-way": key, onclick: () => setColour(key) }, label));
   }
-  picker.addEventListener("change", () => load(Number(picker.value)));
+  // Whoever picks a step, or clicks into what it shows, keeps it until the cursor is moved.
+  const hold = () => { app.state.held = shownStep; };
+  picker.addEventListener("change", () => { load(Number(picker.value)); hold(); });
+  for (const read of [chips, body]) read.addEventListener("click", hold);
 
   function setColour(key) {
     app.state.colour = key;
@@ -133,23 +136,26 @@ function groupsSection(app) {
     shownStep = step;
     picker.value = String(step);
     const found = await app.groups(step);
-    if (shownStep !== step) return; // another was asked for meanwhile
-    loaded = found;
+    if (shownStep !== step || !node.isConnected) return; // another was asked for meanwhile
+    const text = JSON.stringify([step, found]);
+    if (text === told) return; // what is read, selected or opened stays
+    [loaded, told] = [found, text];
     show(Math.min(app.state.group, Math.max(found.groups.length - 1, 0)));
   }
 
   function show(index) {
     app.state.group = index;
-    const { groups, of } = loaded;
+    const { groups, of, odd } = loaded;
     chips.replaceChildren(...groups.map((g, i) => el("button", { type: "button", "aria-pressed": i === index, onclick: () => { show(i); chips.children[i].focus(); } },
-      visible(g.domain), ` ${number(g.reward)}`)), el("span", { class: "faint" }, of > groups.length ? `${groups.length} of ${of} groups` : ""));
+      visible(g.domain), ` ${number(g.reward)}`)), el("span", { class: "faint" }, of > groups.length ? `${groups.length} of ${of} groups` : "",
+      odd ? ` ${odd} completions shown have tokens or a form that cannot be read as such` : ""));
     for (const [i, b] of [...chips.querySelectorAll("button")].entries()) b.setAttribute("aria-pressed", String(i === index));
     const g = groups[index];
     if (!g) return void body.replaceChildren(el("p", { class: "soft" }, "No completions were kept of this step."));
     const prompts = g.prompt.map((m) => el("div", { class: "prompt", dir: "auto" }, g.prompt.length > 1 || m.role !== "user" ? el("b", {}, visible(`${m.role}: `)) : null, visible(m.content)));
     body.replaceChildren(
       el("p", { class: "faint" }, visible(`${g.task}, judged by ${g.verifier || "?"}`), g.of > g.completions.length ? `; ${g.completions.length} of ${g.of} completions` : ""),
-      ...prompts, el("div", { class: "cards" }, g.completions.map(cardOf)));
+      ...prompts, el("div", { class: "cards" }, g.completions.map((c, n, all) => cardOf(c, n, all, `${shownStep} ${g.task}`))));
     paint();
   }
 
@@ -159,8 +165,11 @@ function groupsSection(app) {
       picker.replaceChildren(...steps.map((s) => el("option", { value: s }, number(s))));
       if (shownStep !== null) picker.value = String(shownStep);
     }
-    const at = steps[nearest(steps, step)];
-    if (at !== undefined && at !== shownStep) load(at);
+    const at = steps.includes(app.state.held) ? app.state.held : steps[nearest(steps, step)];
+    if (at === undefined || (at === shownStep && !node.stale)) return;
+    node.stale = false;
+    load(at);
   };
+  node.place = app.run().dir;
   return node;
 }

@@ -2,17 +2,17 @@
 
 const app = {
   data: JSON.parse(document.getElementById("data").textContent),
-  state: { run: 0, step: null, atEnd: true, compare: false, colour: "logprob", layer: 0, group: 0 },
-  moving: [],
+  state: { run: 0, step: null, atEnd: true, compare: false, colour: "logprob", layer: 0, group: 0, held: null, open: new Map() },
+  moving: [], completions: null, shown: null,
   run() { return this.data.runs[this.state.run]; },
   rolloutSteps() { const r = this.run(); return this.data.live ? r.rollout_steps : Object.keys(r.rollouts || {}).map(Number); },
   async groups(step) {
     if (!this.data.live) return this.run().rollouts[step];
     try {
       const got = await fetch(`/api/runs/${this.state.run}/rollouts/${step}`);
-      return got.ok ? await got.json() : { groups: [], of: 0 };
+      return got.ok ? await got.json() : { groups: [], of: 0, odd: 0 };
     } catch {
-      return { groups: [], of: 0 };
+      return { groups: [], of: 0, odd: 0 };
     }
   },
 };
@@ -38,7 +38,7 @@ function header() {
 
 function render() {
   const { data, state } = app;
-  const focused = document.activeElement && document.activeElement.id;
+  const focused = document.activeElement && document.activeElement.id, scrolled = scrollY;
   const run = app.run(), steps = run.curves.step;
   if (state.atEnd || state.step === null || !steps.length) state.step = steps[steps.length - 1] || 0;
   const others = state.compare ? data.runs.filter((r) => r !== run && r.stage === run.stage && r.curves.step.length) : [];
@@ -49,18 +49,20 @@ function render() {
   };
   const top = header();
   const [curves, rest] = curvesOf(run, others, frame);
-  const time = timeOf(run, frame), experts = expertsOf(run, frame, state), agreement = agreementOf(run, frame);
-  const groups = app.rolloutSteps().length ? groupsSection(app) : null;
-  const more = rest.length ? el("details", { id: "more", ontoggle: () => { rest.forEach((c) => { c.draw(); c.moveTo(state.step); }); } }, el("summary", {}, `${rest.length} other readings`), el("div", { class: "charts in" }, rest)) : null;
+  const time = attempt(() => timeOf(run, frame)), experts = attempt(() => expertsOf(run, frame, state)), agreement = attempt(() => agreementOf(run, frame));
+  const groups = completionsOf(run);
+  const more = rest.length ? folding("more", { id: "more", ontoggle: () => { rest.forEach((c) => { c.draw(); c.moveTo(state.step); }); } }, el("summary", {}, `${rest.length} other readings`), el("div", { class: "charts in" }, rest)) : null;
   const sections = [
-    bannerOf(run), factsOf(run), evaluationOf(data.job),
+    bannerOf(run), attempt(() => factsOf(run)), attempt(() => evaluationOf(data.job)),
     section("curves", "Curves", el("div", { class: "charts" }, curves), more),
     section("time", "Where the time goes", el("div", { class: "charts" }, time)),
     section("experts", "Experts", experts, agreement ? el("div", { class: "charts" }, agreement) : null),
-    groups, rewardModelOf(run), lineageOf(data, run), eventsOf(run, frame), environmentOf(run),
+    groups, attempt(() => rewardModelOf(run)), attempt(() => lineageOf(data, run)), attempt(() => eventsOf(run, frame)), attempt(() => environmentOf(run)),
   ].filter(Boolean);
   if (!steps.length) sections.splice(1, 0, el("p", { class: "soft" }, "No step has been written yet."));
-  document.getElementById("main").replaceChildren(...sections);
+  if (app.shown !== run.dir) document.getElementById("main").replaceChildren(); // nothing of another run is kept, however alike
+  app.shown = run.dir;
+  settle(document.getElementById("main"), sections);
   document.getElementById("foot").replaceChildren();
   fill(document.getElementById("foot"), {}, [el("p", {}, `Made ${data.made} by cabochon. Nothing on this page is fetched from anywhere.`),
     run.left_out.length ? [el("p", {}, "Left out or drawn together:"), el("ul", {}, run.left_out.map((t) => el("li", {}, visible(t))))] : null]);
@@ -69,7 +71,16 @@ function render() {
   for (const each of [...curves, time, experts, agreement, ...rest]) if (each && each.draw) each.draw();
   app.redraw = () => { for (const each of [...curves, time, experts, agreement, ...rest]) if (each && each.draw) each.draw(); move(); };
   move();
+  scrollTo(0, scrolled); // while charts have no size yet, the page is shorter
   if (focused && document.getElementById(focused)) document.getElementById(focused).focus({ preventScroll: true });
+}
+
+// Kept while the run is looked at; what it shows is asked for again, and drawn again if it is not the same.
+function completionsOf(run) {
+  if (!app.rolloutSteps().length) return (app.completions = null);
+  if (!app.completions || app.completions.place !== run.dir) app.completions = groupsSection(app);
+  app.completions.stale = true;
+  return app.completions;
 }
 
 function move() {
@@ -80,6 +91,7 @@ let waiting = false;
 function choose(step) {
   const steps = app.run().curves.step;
   if (!steps.length) return;
+  app.state.held = null;
   app.state.step = steps[nearest(steps, step)];
   app.state.atEnd = app.state.step === steps[steps.length - 1];
   if (waiting) return;
@@ -89,7 +101,7 @@ function choose(step) {
 
 function select(index) {
   const count = app.data.runs.length;
-  app.state = { ...app.state, run: (index + count) % count, atEnd: true, group: 0 };
+  app.state = { ...app.state, run: (index + count) % count, atEnd: true, group: 0, held: null };
   render();
   say(`run ${app.run().name}`);
 }
@@ -142,6 +154,7 @@ function follow() {
       try {
         const got = await fetch("/api/data");
         if (got.ok) { app.data = await got.json(); render(); }
+        light(got.ok);
       } catch { break; }
       await new Promise((done) => setTimeout(done, 1500));
     }

@@ -27,12 +27,14 @@ function factsOf(run) {
 }
 
 function intervalOf(low, middle, high, from, to) {
+  if (![low, middle, high].every(known)) return "";
   const at = (x) => 4 + 172 * Math.min(Math.max((x - from) / (to - from), 0), 1);
   return svg("svg", { class: "interval c0", viewBox: "0 0 180 16", "aria-hidden": "true" },
     from < 0 ? svg("line", { class: "grid", x1: at(0), x2: at(0), y1: 0, y2: 16 }) : null,
     svg("line", { x1: at(low), x2: at(high), y1: 8, y2: 8 }), svg("circle", { cx: at(middle), cy: 8, r: 3.5 }));
 }
 
+const points = (x) => (known(x) ? signed(100 * x) : "–");
 const whole = (text) => el("td", { class: "whole" }, text);
 
 // The directory that several models lie in, which need not be said for each.
@@ -53,7 +55,7 @@ function evaluationOf(job) {
       if (!m) continue;
       const rates = Object.entries(d).filter(([k]) => k.includes("@")).map(([k, v]) => `${k} ${percent(v)}`).join(", ");
       rows.push([domain, visible(String(e.model).slice(directory.length) + (known(e.thinking) ? ` (thinking ${e.thinking})` : "")), percent(m.mean),
-        p ? el("td", { class: `whole ${p.low > 0 ? "good" : p.high < 0 ? "bad" : ""}` }, `${signed(100 * p.difference)} points [${signed(100 * p.low)}, ${signed(100 * p.high)}], p ${number(p.p)}`) : "",
+        p ? el("td", { class: `whole ${known(p.low) && p.low > 0 ? "good" : known(p.high) && p.high < 0 ? "bad" : ""}` }, `${points(p.difference)} points [${points(p.low)}, ${points(p.high)}], p ${number(p.p)}`) : "",
         intervalOf(m.low, m.mean, m.high, 0, 1), whole(`${percent(m.low)} – ${percent(m.high)}`), el("td", { class: "wrap" }, rates)]);
     }
   }
@@ -138,16 +140,16 @@ function lineageOf(data, run) {
   const stages = data.job && data.job.stages;
   const rows = data.differences.map((d) => [el("td", { class: "mono" }, d.key), ...d.values.map((v) => el("td", { class: "mono wrap" }, v === null ? "" : visible(v)))]);
   return section("lineage", "Lineage", el("div", { class: "flow" }, flow),
-    stages ? el("details", {}, el("summary", {}, `Commands of the job's ${Object.keys(stages).length} stages`), el("div", { class: "in" },
-      table(["stage", "seconds", "command"], Object.entries(stages).map(([n, s]) => [n, number(Math.round(s.seconds)), el("td", { class: "mono wrap" }, visible(`cabochon ${(s.command || []).join(" ")}`))]), [1]))) : null,
-    rows.length ? el("details", { open: data.runs.length > 1 && rows.length <= 25 }, el("summary", {}, `${rows.length} ${rows.length === 1 ? "setting that differs" : "settings that differ"} between the runs`),
+    stages ? folding("commands", {}, el("summary", {}, `Commands of the job's ${Object.keys(stages).length} stages`), el("div", { class: "in" },
+      table(["stage", "seconds", "command"], Object.entries(stages).filter(([, s]) => s).map(([n, s]) => [visible(n), number(Math.round(s.seconds)), el("td", { class: "mono wrap" }, visible(`cabochon ${[s.command || []].flat().join(" ")}`))]), [1]))) : null,
+    rows.length ? folding("differences", { open: data.runs.length > 1 && rows.length <= 25 }, el("summary", {}, `${rows.length} ${rows.length === 1 ? "setting that differs" : "settings that differ"} between the runs`),
       el("div", { class: "in" }, table(["setting", ...data.runs.map((r) => r.name)], rows))) : null);
 }
 
 function eventsOf(run, frame) {
   if (!run.events.length) return null;
   const rows = run.events.map((e) => [
-    known(e.time) ? new Date(1000 * e.time).toISOString().slice(0, 19).split("T").map((part) => [el("span", { class: "whole" }, part), " "]) : "",
+    known(e.time) && Math.abs(e.time) < 1e11 ? new Date(1000 * e.time).toISOString().slice(0, 19).split("T").map((part) => [el("span", { class: "whole" }, part), " "]) : "",
     known(e.step) && e.step > 0 ? el("button", { type: "button", class: "link", onclick: () => frame.choose(e.step) }, number(e.step)) : "",
     el("td", { class: e.event === "alarm" || e.event === "failed" ? "bad" : "" }, visible(String(e.event))), el("td", { class: "wrap", dir: "auto" }, visible(String(e.message || "")))]);
   return section("events", "Events", el("div", { class: "panel" }, table(["time (UTC)", "step", "what", ""], rows, [1])));
@@ -156,9 +158,9 @@ function eventsOf(run, frame) {
 function environmentOf(run) {
   const m = run.manifest || {};
   const versions = Object.entries(m.versions || {}).map(([k, v]) => [k, visible(plainly(v))]);
-  const files = (m.data || []).map((f) => [el("td", { class: "wrap" }, visible(String(f.path))), whole(`${number(Math.round(f.bytes / 1000))} kB`), el("td", { class: "mono" }, String(f.sha256).slice(0, 16))]);
+  const files = (Array.isArray(m.data) ? m.data : []).filter(Boolean).map((f) => [el("td", { class: "wrap" }, visible(String(f.path))), whole(`${number(Math.round(f.bytes / 1000))} kB`), el("td", { class: "mono" }, String(f.sha256).slice(0, 16))]);
   return section("environment", "Environment", el("div", { class: "cards" },
     versions.length ? el("div", { class: "panel" }, el("h3", {}, "Versions"), table(["", ""], versions)) : null,
     files.length ? el("div", { class: "panel" }, el("h3", {}, "Data, by content"), table(["file", "size", "sha-256"], files, [1])) : null,
-    el("div", { class: "panel" }, el("h3", {}, "Settings"), el("details", {}, el("summary", {}, "config.yaml, as it was resolved"), el("pre", { class: "in", tabindex: "0" }, visible(JSON.stringify(run.config, null, 1)))))));
+    el("div", { class: "panel" }, el("h3", {}, "Settings"), folding("settings", {}, el("summary", {}, "config.yaml, as it was resolved"), el("pre", { class: "in", tabindex: "0" }, visible(JSON.stringify(run.config, null, 1)))))));
 }
