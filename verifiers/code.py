@@ -14,7 +14,7 @@ HumanEval's
 None,
   changes are always carried back.
 - `prefix`: source a completion goes on from (HumanEval's prompt), used where the completion does not define
-`entry_point`.
+`entry_point`; where it does, it still finds what HumanEval's prompt defines beside it.
 
 Trust: see code_judge. Standard output is compared in this process, as text.
 """
@@ -27,9 +27,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from cabochon.types import Status, Task, Verdict
-from cabochon.verifiers.code_extract import MAX_PROGRAM, program
+from cabochon.verifiers.code_extract import MAX_PROGRAM, answer, block, program
 from cabochon.verifiers.code_judge import Outcome, evidence, judge
-from cabochon.verifiers.code_tests import CasePlan, FunctionPlan, plan_of
+from cabochon.verifiers.code_tests import CasePlan, FunctionPlan, helpers_of, plan_of
 from cabochon.verifiers.sandbox.base import Limits, Sandbox, SandboxError, as_bytes, python_program
 from cabochon.verifiers.sandbox.running import retried
 
@@ -37,9 +37,9 @@ from cabochon.verifiers.sandbox.running import retried
 class CodeVerifier:
     """`CodeVerifier(BubblewrapSandbox()).verify(task, completion)`.
 
-    `score`: "all" pays 1 where every test passes and 0 otherwise; "fraction" pays the share that passed. `limits`
-    hold for the judgement as a whole, except for `stdio`, where each case is a run of its own and `case_seconds`
-    bounds it.
+    `score`: "all" pays 1 where every test passes and 0 otherwise; "fraction" pays the share that passed, which is below
+    1 wherever the status is not ok. `limits` hold for the judgement as a whole, except for `stdio`, where each case is
+    a run of its own, `case_seconds` bounds it, and the output expected comes on top of the output allowed.
     """
 
     def __init__(
@@ -77,9 +77,10 @@ class CodeVerifier:
         return self._verdict(outcome, plan, source, started)
 
     def _verdict(self, outcome: Outcome, plan: FunctionPlan | CasePlan, source: str, started: float) -> Verdict:
-        planned = len(plan.cases) if isinstance(plan, CasePlan) else sum(bool(u.label) for u in plan.units)
+        planned = len(plan.cases) if isinstance(plan, CasePlan) else sum(u.tests for u in plan.units)
         good = outcome.status == "ok"
-        fraction = 1.0 if good else min(outcome.passed / max(outcome.total, planned, 1), 1.0)
+        # one test at least did not pass, be it the one that never came to its end
+        fraction = 1.0 if good else outcome.passed / max(outcome.total, planned, outcome.passed + 1)
         score = fraction if self.score == "fraction" else float(good)
         found: dict[str, Any] = {**evidence(outcome), "fraction": fraction, "all_pass": good, "program": source[:4000]}
         return Verdict(
@@ -93,7 +94,9 @@ class CodeVerifier:
     def _cases(self, plan: CasePlan, source: str) -> Outcome:
         outcome = Outcome(status="ok")
         for number, case in enumerate(plan.cases):
-            result = self.sandbox.run(python_program(source, case.stdin), self.case_limits)
+            room = self.case_limits.output_bytes + len(case.stdout.encode("utf-8", "surrogatepass"))
+            limits = replace(self.case_limits, output_bytes=room)
+            result = self.sandbox.run(python_program(source, case.stdin), limits)
             status: Status = result.status
             printed = result.stdout.decode("utf-8", "replace")
             if status == "ok" and not same_output(printed, case.stdout):
@@ -122,25 +125,29 @@ class CodeVerifier:
 def _source(task: Task, text: str) -> str:
     """The program, with the prompt's own code in front where the completion only goes on from it."""
     found = program(text)
-    prefix = str(
-        task.payload.get("prefix") or (task.payload.get("prompt") if "entry_point" in task.payload else "") or ""
-    )
+    prompt = str(task.payload.get("prompt") or "") if "entry_point" in task.payload else ""
+    prefix = str(task.payload.get("prefix") or prompt)
     entry = str(task.payload.get("entry_point") or "").partition(".")[0]
-    if (
-        prefix
-        and entry
-        and not re.search(rf"^\s*(async\s+def|def|class)\s+{re.escape(entry)}\b|^{re.escape(entry)}\s*=", found, re.M)
-    ):
-        return (
-            f"{prefix}{'' if prefix.endswith(chr(10)) else chr(10)}{found or text}" if (found or text).strip() else ""
-        )
-    return found
+    if not prefix or not entry:
+        return found
+    if re.search(rf"^\s*(async\s+def|def|class)\s+{re.escape(entry)}\b|^{re.escape(entry)}\s*=", found, re.M):
+        return _behind(helpers_of(prefix, entry), found)
+    body = block(text) or answer(text)  # as it is indented: it goes on inside a function
+    return f"{prefix}{'' if prefix.endswith(chr(10)) else chr(10)}{body}" if body.strip() else ""
+
+
+def _behind(helpers: str, source: str) -> str:
+    """`source` after what its prompt gave it; its own `from __future__` lines stay first."""
+    if not helpers:
+        return source
+    at = max((m.end() for m in re.finditer(r"^from __future__ import [^(\n]*(\n|$)", source, re.M)), default=0)
+    return f"{source[:at]}{helpers}\n{source[at:]}"
 
 
 def same_output(got: str, want: str) -> bool:
     """Equal but for trailing spaces, trailing blank lines and line ends; failing that, equal word by word, where a
-    word of the expected output with a decimal point may differ by 1e-6 (relative or absolute), so `0.1` and `0.10`
-    agree."""
+    word of the expected output with a decimal point may differ by 1e-6, so `0.1` and `0.10` agree; large ones by 1e-6
+    of their value, but no more than rounds to the digits they have."""
     got_lines = [line.rstrip() for line in got.rstrip().splitlines()]
     want_lines = [line.rstrip() for line in want.rstrip().splitlines()]
     if got_lines == want_lines:
@@ -149,14 +156,17 @@ def same_output(got: str, want: str) -> bool:
     return len(got_words) == len(want_words) and all(map(_same_word, got_words, want_words))
 
 
-_DECIMAL = re.compile(r"[-+]?\d{1,30}\.\d{1,30}(?:[eE][-+]?\d{1,3})?")
+_DECIMAL = re.compile(r"[-+]?\d{1,30}\.(\d{1,30})(?:[eE]([-+]?\d{1,3}))?")
 _NUMBER = re.compile(r"[-+]?\d{1,30}(?:\.\d{0,30})?(?:[eE][-+]?\d{1,3})?")
 
 
 def _same_word(got: str, want: str) -> bool:
     if got == want:
         return True
-    if not _DECIMAL.fullmatch(want) or not _NUMBER.fullmatch(got):
+    decimal = _DECIMAL.fullmatch(want)
+    if decimal is None or not _NUMBER.fullmatch(got):
         return False
     a, b = float(got), float(want)
-    return abs(a - b) <= 1e-6 * max(1.0, abs(b))
+    half_unit = float(f"5e{int(decimal[2] or 0) - len(decimal[1]) - 1}")
+    noise = 1e-14 * abs(b)  # of a double: it may be more than the last digit is worth
+    return abs(a - b) <= max(1e-6, noise, min(1e-6 * abs(b), half_unit)) < float("inf")

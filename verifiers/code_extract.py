@@ -6,20 +6,25 @@ import re
 
 MAX_PROGRAM = 1 << 20
 """characters"""
-_FENCE = re.compile(r"^[ \t]{0,8}(```+|~~~+)[ \t]*([\w+.#-]*)[^\n]*$", re.MULTILINE)
-_PYTHON = {"python", "py", "python3", "py3", "python2", "pycon", "python3.11", "python3.12"}
+_FENCE = re.compile(r"^([ \t]{0,8})(```+|~~~+)[ \t]*([\w+.#-]*)[^\n]*$", re.MULTILINE)
+_DEEPER = 3
+"""columns a fence that closes may be right of the one that opened; beyond, it is text, as in a docstring"""
+_PYTHON = {"python", "py", "python3", "py3", "python2", "python3.11", "python3.12"}
 _THOUGHT_END = "</think>"
+_NEAR = 200
+"""characters of a line that are looked at on each side of a `</think>`"""
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
     """The fenced blocks as (language, content), in order; a fence that never closes runs to the end."""
     found: list[tuple[str, str]] = []
     opened: tuple[str, str, int] | None = None
+    margin = 0
     for match in _FENCE.finditer(text):
-        mark, language = match[1], match[2].lower()
+        indent, mark, language = len(match[1].expandtabs(4)), match[2], match[3].lower()
         if opened is None:
-            opened = (mark, language, match.end() + 1)
-        elif mark[0] == opened[0][0] and len(mark) >= len(opened[0]) and not language:
+            opened, margin = (mark, language, match.end() + 1), indent
+        elif mark[0] == opened[0][0] and len(mark) >= len(opened[0]) and not language and indent <= margin + _DEEPER:
             found.append((opened[1], text[opened[2] : match.start()]))
             opened = None
     if opened is not None:
@@ -27,18 +32,37 @@ def blocks(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def program(text: str) -> str:
-    """The program, or "" where there is none.
+def answer(text: str) -> str:
+    """What comes after the last `</think>`, one in a string of the program aside; without a byte order mark."""
+    end = len(text)
+    while (at := text.rfind(_THOUGHT_END, 0, end)) >= 0:
+        after = at + len(_THOUGHT_END)
+        left = text[max(at - _NEAR, 0) : at].rpartition("\n")[2]
+        right = text[after : after + _NEAR].partition("\n")[0]
+        if not any(left.count(quote) % 2 and quote in right for quote in "'\""):
+            text = text[after:]
+            break
+        end = at
+    return text.removeprefix("\ufeff")
 
-    After the last `</think>` if there is one: the last block marked Python, else the last unmarked block, else the last
-    block of any kind, else the whole text where it looks like code.
-    """
-    text = text.rpartition(_THOUGHT_END)[2] if _THOUGHT_END in text else text
-    found = [(language, content) for language, content in blocks(text) if content.strip()]
+
+def block(text: str) -> str:
+    """The last block marked Python, else the last unmarked one, else the last of any kind, else ""; as it is
+    indented."""
+    found = [(language, content) for language, content in blocks(answer(text)) if content.strip()]
     for wanted in (lambda tag: tag in _PYTHON, lambda tag: not tag, lambda tag: True):
         for language, content in reversed(found):
             if wanted(language):
-                return _dedented(content)
+                return content.removeprefix("\ufeff")
+    return ""
+
+
+def program(text: str) -> str:
+    """The program, or "" where there is none: the `block`, else the whole answer where it looks like code."""
+    found = block(text)
+    if found:
+        return _dedented(found)
+    text = answer(text)
     return text if _looks_like_code(text) else ""
 
 

@@ -49,37 +49,36 @@ def judge(sandbox: Sandbox, plan: FunctionPlan, source: bytes, limits: Limits) -
         )  # fmt: skip
         tests.deadline = program.deadline
         try:
-            given = _load(program, tests, outcome)
-            if given:
-                _converse(program, tests, nonce, outcome, limits, given)
+            if _load(program, tests, outcome):
+                _converse(program, tests, nonce, outcome)
         except Stopped as e:
             _stopped(program, e, outcome, limits)
         outcome.stderr = program.error_tail()
     return outcome
 
 
-def _load(program: Session, tests: Session, outcome: Outcome) -> int:
-    """Waits for the program to be loaded and tells the tests: bytes they were given, 0 where it did not load."""
+def _load(program: Session, tests: Session, outcome: Outcome) -> bool:
+    """Waits for the program to be loaded and tells the tests; False where it did not load."""
     message = program.receive()
     if message[:1] == b"L":
         tests.send(message)
-        return len(message)
+        return True
     why = _plain(message[1:])
     if message[:1] != b"E" or type(why) is not tuple or len(why) != 3 or not all(type(w) is str for w in why):
         raise Stopped("malformed", "the program's side sent something else than an answer")
     outcome.status = "malformed" if why[0] == "malformed" else "oom" if why[1] == "MemoryError" else "crash"
     outcome.detail = f"the program does not {'compile' if why[0] == 'malformed' else 'load'}: {why[1]}: {why[2][:300]}"
-    return 0
+    return False
 
 
-def _converse(program: Session, tests: Session, nonce: str, outcome: Outcome, limits: Limits, given: int) -> None:
-    answered = given > 1 << 16  # a program's constants alone may be too much for the tests
+def _converse(program: Session, tests: Session, nonce: str, outcome: Outcome) -> None:
+    given = False  # something of the program's is in the tests' process, which it may not survive
     raised = ""
     while True:
         try:
             message = tests.receive()
         except Stopped as e:
-            if e.reason == "ended" and not answered and program.ended is None:
+            if e.reason == "ended" and not given and program.ended is None:
                 raise Lost(
                     f"the tests' process ended before the program had said anything: {tests.error_tail(300)}"
                 ) from e
@@ -100,7 +99,9 @@ def _converse(program: Session, tests: Session, nonce: str, outcome: Outcome, li
             if answer[:1] not in (b"R", b"K"):
                 raise Stopped("malformed", "the program's side sent something else than an answer")
             tests.send(answer)
-            answered = True
+            given = True
+        elif letter in (b"G", b"P"):
+            given = letter == b"G"
         else:
             raise Lost("the tests' side sent an unknown message")
 
@@ -114,7 +115,7 @@ def _unit(message: bytes, outcome: Outcome) -> str:
         outcome.first_failure = {"test": label, **about}
         return str(about.get("raised", ""))
     if outcome.total > MAX_UNITS:
-        raise Lost(f"over {MAX_UNITS} tests in one task")
+        raise Stopped("malformed", f"over {MAX_UNITS} tests and subtests were reported")
     return ""
 
 

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cabochon.verifiers.code_pytest import count_tests, unsupported
+
 _COMMON_IMPORTS = {
     **dict.fromkeys(("isclose", "sqrt", "inf", "nan", "pi", "floor", "ceil", "fabs"), "math"),
     **dict.fromkeys(("Counter", "defaultdict", "OrderedDict", "deque", "namedtuple"), "collections"),
@@ -32,6 +34,8 @@ class Unit:
     label: str
     source: str
     whole: bool = True
+    tests: int = 1
+    """How many it is known to report; 0 for set-up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,7 @@ def plan_of(payload: Mapping[str, Any]) -> Plan:
     if kind not in ("asserts", "calls"):
         raise ValueError(f"payload['kind'] must be asserts, calls, stdio or unittest, got {kind!r}")
     if not text["helpers"] and text["entry_point"] and payload.get("prompt"):
-        text["helpers"] = _helpers(str(payload["prompt"]), text["entry_point"])
+        text["helpers"] = helpers_of(str(payload["prompt"]), text["entry_point"])
     mutates = bool(payload.get("mutates", False))
     return _assert_plan(sources, listed, text["setup"], text["helpers"], text["entry_point"], mutates)
 
@@ -148,14 +152,14 @@ def _parse(source: str, what: str) -> ast.Module:
         raise ValueError(f"the task's {what} do not parse: {e}") from e
 
 
-def _helpers(prompt: str, entry: str) -> str:
-    """What a HumanEval prompt defines beside the function asked for: the tests may use it, and must not take the
-    program's."""
+def helpers_of(prompt: str, entry: str) -> str:
+    """What a HumanEval prompt defines beside the function asked for: the program may use it, the tests may too, and
+    must not take the program's."""
     try:
         tree = ast.parse(prompt)
     except SyntaxError:
         return ""  # a prompt in words
-    keep = [node for node in tree.body if getattr(node, "name", None) != entry]
+    keep = [node for node in tree.body if getattr(node, "name", None) != entry and not isinstance(node, ast.Expr)]
     return ast.unparse(ast.Module(body=keep, type_ignores=[])) if keep else ""
 
 
@@ -167,7 +171,8 @@ def _assert_plan(
     setup_tree, helper_tree = _parse(setup, "set-up"), _parse(helpers, "helpers")
     wanted, imports = _names([*trees, setup_tree], _defined([helper_tree]), entry)
     attributes = _attribute_roots([*trees, setup_tree])  # before assertions are rewritten, which adds one
-    units = [Unit(label="", source=s) for s in ("\n".join(imports), helpers, ast.unparse(setup_tree)) if s.strip()]
+    before = ("\n".join(imports), helpers, ast.unparse(setup_tree))
+    units = [Unit(label="", source=s, tests=0) for s in before if s.strip()]
     if listed:
         for tree in trees:
             label = ast.unparse(tree)
@@ -184,7 +189,8 @@ def _split(tree: ast.Module, entry: str) -> list[Unit]:
     """One unit per top-level assertion or call; definitions are set-up. `check(candidate)` is called if nobody does."""
     units: list[Unit] = []
     called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    checks = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"}
+    asserted = max(1, sum(isinstance(n, ast.Assert) for n in checks["check"].body)) if checks else 1
     for node in tree.body:
         if isinstance(node, ast.Assert):
             label = ast.unparse(node)[:500]
@@ -192,15 +198,16 @@ def _split(tree: ast.Module, entry: str) -> list[Unit]:
                 Unit(label=label, source=ast.unparse(_Asserts().visit(ast.Module(body=[node], type_ignores=[]))))
             )
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            units.append(Unit(label=ast.unparse(node)[:500], source=ast.unparse(node), whole=False))
+            tests = asserted if isinstance(node.value.func, ast.Name) and node.value.func.id == "check" else 1
+            units.append(Unit(label=ast.unparse(node)[:500], source=ast.unparse(node), whole=False, tests=tests))
         else:
             if isinstance(node, ast.FunctionDef) and node.name == "check":
                 node.body = [_reported(n) if isinstance(n, ast.Assert) else _Asserts().visit(n) for n in node.body]
             else:
                 node = _Asserts().visit(node)
-            units.append(Unit(label="", source=ast.unparse(ast.fix_missing_locations(node))))
-    if "check" in defined and "check" not in called and entry:
-        units.append(Unit(label=f"check({entry})", source=f"check({entry})", whole=False))
+            units.append(Unit(label="", source=ast.unparse(ast.fix_missing_locations(node)), tests=0))
+    if checks and "check" not in called and entry:
+        units.append(Unit(label=f"check({entry})", source=f"check({entry})", whole=False, tests=asserted))
     return units
 
 
@@ -305,6 +312,10 @@ def _names(trees: Sequence[ast.AST], known: set[str], entry: str) -> tuple[tuple
 def _file_plan(source: str, setup: str, module: str) -> FunctionPlan:
     """A unittest or pytest file that imports the program from `module`, or uses its names as globals."""
     tree = _parse(f"{setup}\n{source}" if setup else source, "tests")
+    lacking = unsupported(tree)
+    if lacking:
+        raise ValueError(f"the task's test file needs what is not here: {lacking}")
+    tests = count_tests(tree)
     wanted: set[str] = set()
     aliases: set[str] = set()
     bare = True
@@ -328,7 +339,7 @@ def _file_plan(source: str, setup: str, module: str) -> FunctionPlan:
         raise ValueError(f"the task's test file uses nothing of the program: import it as `from {module} import ...`")
     classes = tuple(sorted(n for n in wanted if n[0].isupper()))
     rewritten = ast.unparse(_Asserts().visit(tree))
+    unit = Unit(label="", source=rewritten, tests=tests)
     return FunctionPlan(
-        wanted=tuple(sorted(wanted)), classes=classes, units=(Unit(label="", source=rewritten),), module=module,
-        bare_names=bare, collect=True,
-    )  # fmt: skip
+        wanted=tuple(sorted(wanted)), classes=classes, units=(unit,), module=module, bare_names=bare, collect=True
+    )

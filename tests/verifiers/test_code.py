@@ -132,6 +132,22 @@ def test_humaneval_form(both):
     assert both.verify(HUMANEVAL, fenced(forged)).score == 0.0
 
 
+def test_a_body_in_a_fence_and_the_helpers_of_the_prompt(verifier):
+    programs = ("    return -xs[0] / xs[1]", "    a, b = xs\n    return -a / b",
+                "def find_zero(xs: List[float]) -> float:\n    return -xs[0] / xs[1] + 0 * math.floor(poly(xs, 0))",
+                "from __future__ import annotations\ndef find_zero(xs: Gone) -> List:\n    return -xs[0] / xs[1] + 0 * poly(xs, 0)")  # fmt: skip
+    for source in programs:
+        verdict = verifier.verify(HUMANEVAL, fenced(source))
+        assert verdict.status == "ok", verdict
+
+
+def test_output_may_be_as_long_as_what_is_expected(verifier):
+    want = "\n".join(str(10**9 + i) for i in range(150_000))
+    rows = task(cases=[{"stdin": "", "stdout": want}])
+    assert verifier.verify(rows, fenced("for i in range(150_000): print(10**9 + i)")).status == "ok"
+    assert verifier.verify(rows, fenced("while True: print('x' * 1000)")).status == "crash"
+
+
 def test_stdio_form(both):
     rows = task(cases=[{"stdin": "3\n1 2 3\n", "stdout": "6\n0.5"}, {"stdin": "1\n5\n", "stdout": "5\n0.50"}])
     good = "n = int(input())\nprint(sum(map(int, input().split())), ' ')\nprint('0.500')"
@@ -278,7 +294,9 @@ def test_broken_tests_are_not_the_models_fault(verifier):
     ("got", "want", "equal"),
     [("1\n2", "1\n2\n\n", True), ("1  \r\n2", "1\n2", True), ("1 2", "1\n2", True), ("0.3333333", "0.33333333", True),
      ("1", "1.0", True), ("1.0", "1", False), ("1.001", "1.0", False), ("12", "1 2", False), ("", "0", False), ("YES", "Yes", False),
-     ("nan", "1.0", False), ("1" * 10**6, "1", False)],
+     ("nan", "1.0", False), ("1" * 10**6, "1", False), ("123456.85", "123456.78", False), ("123456.7812", "123456.78", True),
+     ("1000000", "1000000.5", False), ("1000000.5000001", "1000000.5", True), ("12345678901.123458", "12345678901.123456", True),
+     ("150000000.01", "1.5e8", True), ("5", "1.0e400", False), ("1.0e400", "1.0e400", True)],
 )  # fmt: skip
 def test_same_output(got, want, equal):
     assert same_output(got, want) is equal

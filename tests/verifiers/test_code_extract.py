@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabochon.verifiers.code_extract import blocks, program
+from cabochon.verifiers.code_extract import answer, block, blocks, program
 
 CODE = "def f(x):\n    return x\n"
 
@@ -34,10 +34,29 @@ CODE = "def f(x):\n    return x\n"
         ("<think>\n```python\nx = 1\n```\n</think>\nNo idea.", ""),
         ("```python\n```\n", ""),
         ("```python\r\nx = 1\r\n```", "x = 1\r\n"),
+        ("\ufeff" + CODE, CODE),
+        (f"```python\n\ufeff{CODE}```", CODE),
+        (f"```python\n{CODE}```\nDemo:\n```pycon\n>>> f(2)\n2\n```", CODE),
+        ("```pycon\n>>> 1\n```", ">>> 1\n"),
+        (f"```python\nT = '</think>'\n{CODE}```", f"T = '</think>'\n{CODE}"),
+        (f"I don't know.</think>\n{CODE}", "\n" + CODE),
+        (
+            f'```python\ndef g():\n    """So:\n\n    ```python\n    g()\n    ```\n    """\n{CODE}```',
+            f'def g():\n    """So:\n\n    ```python\n    g()\n    ```\n    """\n{CODE}',
+        ),
+        (f"```python\n{CODE}   ```\nSo it is.", CODE),
     ],
 )
 def test_program(text, want):
     assert program(text) == want
+
+
+def test_a_block_keeps_its_indentation():
+    """A body that goes on from a prompt."""
+    text = "<think>a</think>```python\n    return x\n```"
+    assert block("So:\n" + text.partition("</think>")[2]) == "    return x\n"
+    assert block("no program") == ""
+    assert answer(text).startswith("```python")
 
 
 def test_blocks_in_order():
@@ -50,7 +69,16 @@ def test_any_text_gives_a_text(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["`" * 10**6, "```\n" * 200_000, "~" * 10**6 + "\n", "[" * 10**7, "</think>" * 10**5, "a" * 10**7]
+    "text",
+    [
+        "`" * 10**6,
+        "```\n" * 200_000,
+        "~" * 10**6 + "\n",
+        "[" * 10**7,
+        "</think>" * 10**5,
+        "'</think>'" * 10**5,
+        "a" * 10**7,
+    ],
 )
 def test_large_texts_are_quick(text):
     began = time.monotonic()

@@ -82,7 +82,15 @@ FORGING: dict[str, str] = {
     "patched codec": "import sys\nfor n, m in list(sys.modules.items()):\n    if n.startswith('cabochon'):\n        for k in ('pack', 'frame', 'unpack'):\n            if k in m.__dict__: m.__dict__[k] = lambda *a, **k: b'T'\ndef solve(x): return 0",
     "garbage instead of its description": "import sys\nsys.modules['cabochon.verifiers.sandbox.inside'].pack = lambda *a, **k: b'Z'\ndef solve(x): return 0",
     "an empty description": "import sys\nsys.modules['cabochon.verifiers.sandbox.inside'].pack = lambda *a, **k: b'T'\ndef solve(x): return 0",
-    "an odd description": _FRAMES + "sys.modules['cabochon.verifiers.sandbox.inside'].pack = lambda *a, **k: b'm' + struct.pack('<I', 2) + pk('solve') + b't' + struct.pack('<I', 2) + pk('exception') + pk('print')\ndef solve(x): return 0",
+    "an odd description": _FRAMES
+    + "sys.modules['cabochon.verifiers.sandbox.inside'].pack = lambda *a, **k: b'm' + struct.pack('<I', 2) + pk('solve') + b't' + struct.pack('<I', 2) + pk('exception') + pk('print')\ndef solve(x): return 0",
+    "a description that grows": _FRAMES
+    + "RANGE = b'x' + pk('builtins.range')[1:] + b't' + struct.pack('<I', 3) + INT3(0) + b'i' + struct.pack('<I', 6) + (10 ** 11).to_bytes(6, 'little') + INT3(1)\nDEQUE = b'x' + pk('collections.deque')[1:] + b't' + struct.pack('<I', 2) + RANGE + b'N'\nsys.modules['cabochon.verifiers.sandbox.inside'].pack = lambda *a, **k: b'm' + struct.pack('<I', 2) + pk('solve') + b't' + struct.pack('<I', 2) + pk('value') + DEQUE\ndef solve(x): return 0",
+    "a description that takes long": _FRAMES
+    + "LONG = b'x' + pk('fractions.Fraction')[1:] + b't' + struct.pack('<I', 2) + pk('1e999999999') + b'N'\nsys.modules['cabochon.verifiers.sandbox.inside'].pack = lambda *a, **k: b'm' + struct.pack('<I', 2) + pk('solve') + b't' + struct.pack('<I', 2) + pk('value') + LONG\ndef solve(x): return 0",
+    "a function that is a name": _FRAMES
+    + "sys.modules['cabochon.verifiers.sandbox.inside'].Candidate.answer = lambda self, r: b't' + struct.pack('<I', 4) + INT3(0) + pk('value') + b'g' + struct.pack('<I', 0) + pk('solve')[1:] + b'N'\ndef solve(x): return 0",
+    "annotations that are not there": "def solve(x: Missing) -> Gone: return x * x",
     "a huge description": "solve = [[]] * 600_000",
     "ends after its description": "import os, threading, time\nthreading.Thread(target=lambda: (time.sleep(0.002), os._exit(0))).start()\ndef solve(x): return 0",
     "says it twice": "import sys\nC = sys.modules['cabochon.verifiers.sandbox.inside'].Candidate\nreal = C.answer\ndef answer(self, r):\n    said = real(self, r); self.channel.send(b'R' + said); return said\nC.answer = answer\ndef solve(x): return 9",
@@ -121,7 +129,8 @@ FLOATS: dict[str, str] = {
 
 SOLUTIONS: dict[str, str] = {
     "method returns itself": _ALWAYS + "class Solution(Yes):\n    def root(self, x): return self",
-    "arithmetic gives itself": _ALWAYS + "class Solution(Yes):\n    def root(self, x): return self\n    __sub__ = __rsub__ = __neg__ = __abs__ = lambda self, *a: self",
+    "arithmetic gives itself": _ALWAYS
+    + "class Solution(Yes):\n    def root(self, x): return self\n    __sub__ = __rsub__ = __neg__ = __abs__ = lambda self, *a: self",
     "method returns its class": _ALWAYS + "class Solution(Yes):\n    def root(self, x): return Solution",
 }
 
@@ -141,6 +150,7 @@ STDIO: dict[str, str] = {
     "right but dies": "n = int(input())\nprint(n * n)\nimport os\nos.abort()",
     "right but never ends": "n = int(input())\nprint(n * n, flush=True)\nwhile True: pass",
     "forged trailer": "import sys\nsys.stdout.buffer.write(b'\\x00cabochon-exit:' + bytes(8)); sys.stderr.buffer.write(b'\\x00cabochon-exit:' + bytes(8))",
+    "right, forged trailer, never ends": "import sys, time\nprint(int(input()) ** 2, flush=True)\ntime.sleep(0.3)\nfor n in (8, 24):\n    for f in (sys.stdout, sys.stderr): f.buffer.write(b'\\x00cabochon-exit:' + bytes(n)); f.flush()\n    time.sleep(0.3)\nwhile True: pass",
 }
 
 UNITTEST: dict[str, str] = {

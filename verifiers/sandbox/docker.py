@@ -12,6 +12,7 @@ import collections
 import contextlib
 import os
 import pathlib
+import secrets
 import socket
 import struct
 import threading
@@ -38,7 +39,7 @@ IDLE_SECONDS = 20.0
 """A waiting container that has heard nothing for so long ends itself: its engine died, whose other ends stay open, or
 its owner is stopped. The owner says it is there every fifth of it."""
 SWEEP_SECONDS = 60.0
-_TRAILER_SIZE = len(TRAILER) + 8
+_TRAILER_SIZE = len(TRAILER) + 16 + 8
 _OVERHEAD_BYTES = 24 << 20
 """Process 1's own memory, on top of the program's limit."""
 
@@ -76,6 +77,8 @@ class DockerSession(Session):
         self._why_gone = why_gone
         self._raw = bytearray()
         self._words: dict[int, Ended] = {}
+        self._trailer = TRAILER + secrets.token_bytes(16)  # else a program could write the last words itself
+        self.behind_order = frame(self._trailer[len(TRAILER) :])
         sock.setblocking(False)
         self.readers = {self.write_fd: self._on_pieces}
         self.open_streams = 2
@@ -111,7 +114,7 @@ class DockerSession(Session):
             del self._raw[: 8 + size]
             stream = self.stdout if kind == 1 else self.stderr
             (self.on_stdout if kind == 1 else self.on_stderr)(piece)
-            if stream[-_TRAILER_SIZE:].startswith(TRAILER):
+            if stream[-_TRAILER_SIZE:].startswith(self._trailer):
                 code, kills = struct.unpack("<ii", stream[-8:])
                 del stream[-_TRAILER_SIZE:]
                 self._words[kind] = Ended(code=code, oom=kills > 0)

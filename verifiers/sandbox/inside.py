@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from _thread import RLock
 from struct import pack as struct_pack
 from struct import unpack as struct_unpack
 
@@ -26,7 +27,8 @@ else:
 
 READY = b"ready"
 TRAILER = b"\x00cabochon-exit:"
-"""The supervisor's last words on both streams: this, then exit code and OOM-kill count as two little-endian i32."""
+"""The supervisor's last words on both streams: this, what only the host and it know, then exit code and OOM-kill count
+as two little-endian i32."""
 HOME = "/tmp"
 """The only writable folder, a size-limited tmpfs."""
 
@@ -77,7 +79,7 @@ def main(supervised: bool = False, idle_seconds: float = 3600.0) -> None:
         payload = channel.read()
     order = unpack(payload)
     if supervised:
-        _supervise(order["limits"]["wall_seconds"])
+        _supervise(order["limits"]["wall_seconds"], channel)
     _limit(order["limits"])
     _refuse(order.get("seccomp", {}))
     home = order.get("home") or HOME
@@ -132,18 +134,26 @@ def _oom_kills() -> int:
     return 0
 
 
-def _supervise(wall_seconds: float) -> None:
+def _supervise(wall_seconds: float, channel: Channel) -> None:
     """Forks. The child returns; process 1 waits for it, for the host to hang up, or for the time to be over; then kills
     everything, says how the child ended and exits. Process 1 cannot be killed from inside its own namespace, so no
-    program outlives its host or its time, whatever became of the host."""
+    program outlives its host or its time, whatever became of the host. The child is held until the frame behind the
+    order is read here: what signs the last words is never in its memory, nor in its reach on the pipe."""
     import select
     import signal
     import time
 
+    gate, opened = os.pipe()
     child = os.fork()
+    os.close(opened if child == 0 else gate)
     if child == 0:
+        os.read(gate, 1)
+        os.close(gate)
         _dumpable(True)
         return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal Python handles, which a program could send
+    secret = channel.read()
+    os.close(opened)
     watch = select.poll()
     ended = os.pidfd_open(child)
     watch.register(ended, select.POLLIN)
@@ -151,12 +161,14 @@ def _supervise(wall_seconds: float) -> None:
     deadline = time.monotonic() + wall_seconds + 2.0
     finished = False
     while not finished and time.monotonic() < deadline:
-        events = watch.poll(250)
-        finished = bool(events)
+        try:
+            finished = bool(watch.poll(250))
+        except OSError:  # no program may bring this process down, whatever it did to its limits
+            time.sleep(0.25)
         while not finished and (other := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
-            if other.si_pid == child:
-                break
-            os.waitpid(other.si_pid, 0)  # an orphan of the program
+            finished = other.si_pid == child
+            if not finished:
+                os.waitpid(other.si_pid, 0)  # an orphan of the program
     code = -int(signal.SIGKILL)
     try:  # noqa: SIM105 (contextlib costs an import)
         os.kill(-1, signal.SIGKILL)
@@ -169,16 +181,16 @@ def _supervise(wall_seconds: float) -> None:
             break
         if pid == child:
             code = os.waitstatus_to_exitcode(status)
-    words = TRAILER + struct_pack("<ii", code, _oom_kills())
+    words = TRAILER + secret + struct_pack("<ii", code, _oom_kills())
     for fd in (1, 2):  # each stream travels alone, so each has to say that it is at its end
         os.set_blocking(fd, False)  # a stream may be full and its reader gone
         room = select.poll()
         room.register(fd, select.POLLOUT)
-        if room.poll(1000):
-            try:
+        try:
+            if room.poll(1000):
                 os.write(fd, words)
-            except OSError:
-                continue
+        except OSError:
+            continue
     os._exit(0)
 
 
@@ -230,11 +242,11 @@ def _run(order: dict[str, Any], home: str) -> None:
         source = f.read()
     del order
     sys.modules["__main__"] = module
-    exec(compile(source, path, "exec"), module.__dict__)
+    exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)  # else under the imports of this file
 
 
 class Callback:
-    """A function of the tests, as the program sees it: calling it asks the tests' process."""
+    """A function of the tests, as the program sees it: calling it asks the tests' process, which may ask back first."""
 
     def __init__(self, owner: Candidate, number: int, kind: str) -> None:
         self._ask = (owner, number)
@@ -242,8 +254,11 @@ class Callback:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner, number = self._ask
-        owner.channel.send(b"K" + pack((number, args, kwargs), owner.number, owner.keep))
-        reply = owner.read(owner.channel.read()[1:])
+        with owner.turn:
+            owner.channel.send(b"K" + pack((number, args, kwargs), owner.number, owner.keep))
+            while (message := owner.channel.read())[:1] == b"C":
+                owner.channel.send(b"R" + owner.answer(message[1:]))
+        reply = owner.read(message[1:])
         if reply[0] == "value":
             return reply[1]
         raise getattr(__import__("builtins"), reply[1], RuntimeError)(reply[2])
@@ -257,6 +272,7 @@ class Candidate:
         self.objects: list[Any] = []
         self.module = ModuleType("solution")
         self.callbacks: dict[int, Callback] = {}
+        self.turn = RLock()  # one thread talks at a time
         self.keep: tuple[type, ...] = ()
         """Classes the tests use as such: their objects stay objects, whatever they inherit from."""
 
@@ -273,6 +289,8 @@ class Candidate:
     def resolve(self, tag: bytes, number: int, kind: str) -> Any:
         if tag == b"h":
             return self.objects[number]
+        if tag == b"g":
+            return self.module.__dict__[kind]
         return self.callbacks.setdefault(number, Callback(self, number, kind))
 
     def read(self, data: bytes) -> Any:
@@ -287,7 +305,7 @@ class Candidate:
             module.__dict__.update(__file__=path, __builtins__=__builtins__)
             sys.modules["solution"] = module
             try:
-                code = compile(source, path, "exec")
+                code = compile(source, path, "exec", dont_inherit=True)
             except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as e:
                 self.channel.send(b"E" + pack(("malformed", type(e).__name__, str(e)[:500])))
                 return

@@ -44,6 +44,10 @@ class Host:
         self.open_names = open_names
         self.seq = 0
         self.functions: list[Any] = []
+        self.remotes: dict[tuple[int, str], Remote] = {}
+        """Each of the program's objects once, so that `is` means here what it means there."""
+        self.own: dict[int, tuple[str, Any]] = {}
+        """The program's functions and classes by the id of what stands for them: handed back, they are names."""
         self.kinds: dict[str, type] = {}
         self.errors: dict[str, type] = {}
         self.last_error = ""
@@ -52,6 +56,8 @@ class Host:
     def number(self, value: Any) -> tuple[bytes, int, str]:
         if isinstance(value, Remote):
             return b"h", object.__getattribute__(value, "_cabochon_id"), type(value).__name__
+        if id(value) in self.own:
+            return b"g", 0, self.own[id(value)][0]
         if callable(value):
             self.functions.append(value)
             return b"k", len(self.functions) - 1, getattr(value, "__name__", "function")
@@ -60,15 +66,23 @@ class Host:
     def resolve(self, tag: bytes, number: int, kind: str) -> Any:
         if tag == b"k":
             return self.functions[number]
-        return Remote(self, number, kind)
+        if tag != b"h":
+            raise WireError("a name where an object is expected")
+        if (number, kind) not in self.remotes:
+            self.remotes[number, kind] = Remote(self, number, kind)
+        return self.remotes[number, kind]
 
     def ask(self, target: Any, op: str, *args: Any, **kwargs: Any) -> Any:
-        """The program's answer as plain data; its exception raised here. Raises ProgramStopped on a broken answer."""
+        """The program's answer as plain data; its exception raised here. Raises ProgramStopped on a broken answer.
+
+        A function of the tests that the program calls meanwhile may ask again, so the question's number is local.
+        """
         self.seq += 1
+        seq = self.seq
         self.last_error = ""
         if op == "call":
             self.last_call = _call_text(target, args, kwargs)
-        self.channel.send(b"C" + pack((self.seq, target, op, list(args), kwargs), self.number))
+        self.channel.send(b"C" + pack((seq, target, op, list(args), kwargs), self.number))
         while True:
             message = self.channel.read()
             try:
@@ -77,7 +91,7 @@ class Host:
                     number, inner_args, inner_kwargs = answer
                     function = self.functions[number]
                 else:
-                    raised = self.accept(answer, args)
+                    raised = self.accept(seq, answer, args)
             except (WireError, IndexError, ValueError, TypeError, KeyError) as e:
                 raise ProgramStopped(f"the program's answer is malformed: {e}") from None
             if message[:1] != b"K":
@@ -92,9 +106,9 @@ class Host:
         except Exception as e:
             return pack(("raise", type(e).__name__, str(e)[:500]))
 
-    def accept(self, answer: Any, args: tuple[Any, ...]) -> Exception | None:
+    def accept(self, seq: int, answer: Any, args: tuple[Any, ...]) -> Exception | None:
         """Checks an answer's form and carries changed arguments back; the exception it tells of. Raises WireError."""
-        if type(answer) is not tuple or len(answer) < 3 or answer[0] not in (self.seq, 0):
+        if type(answer) is not tuple or len(answer) < 3 or answer[0] not in (seq, 0):
             raise WireError("an answer to another question")
         if answer[1] == "value" and len(answer) == 4:
             value, changed = answer[2], answer[3]
@@ -155,6 +169,13 @@ def show(value: Any, limit: int = _SHOWN) -> str:
 
 def stand_in(host: Host, name: str, about: Any) -> Any:
     """What the tests see under a name of the program. Raises LookupError where the program has no such name."""
+    made = _stand_in(host, name, about)
+    if about[0] in ("function", "coroutine", "class", "exception"):
+        host.own[id(made)] = (name, made)
+    return made
+
+
+def _stand_in(host: Host, name: str, about: Any) -> Any:
     kind = about[0]
     if kind == "function":
 
@@ -234,8 +255,13 @@ class Recorder:
 
 
 def judge(order: dict[str, Any], channel: Channel) -> None:
-    """Runs the tests of `order` once the program is loaded, then sends the verdict, with the host's nonce."""
+    """Runs the tests of `order` once the program is loaded, then sends the verdict, with the host's nonce.
+
+    `G` before it reads anything of the program, and `P` where it then holds no value of it to speak of: what this
+    process dies of between the two, and later where there was no `P`, came from the program.
+    """
     host = Host(channel, order["mutates"], order["classes"])
+    channel.send(b"G")
     loaded = channel.read()[1:]
     recorder = Recorder(host)
     module = ModuleType("test_solution")
@@ -254,6 +280,9 @@ def judge(order: dict[str, Any], channel: Channel) -> None:
         why = f"the program's description of itself is malformed: {type(e).__name__}: {e}"
         channel.send(b"V" + pack((order["nonce"], "malformed", why[:300], 0, 0, missing)))
         return
+    small = len(loaded) <= 256 * (1 + len(order["wanted"]))
+    if small and all(type(about) is tuple and about[:1] != ("value",) for about in names.values()):
+        channel.send(b"P")
     if order["bare_names"]:
         space.update((name, solution.__dict__[name]) for name in order["wanted"] if name not in missing)
     if not order["bare_names"]:
@@ -282,7 +311,7 @@ def _unit(label: str, source: str, space: dict[str, Any], recorder: Recorder, *,
     else it reports its own assertions, and only an error outside them is told here."""
     before = recorder.total
     try:
-        exec(compile(source, "<tests>", "exec"), space)
+        exec(compile(source, "<tests>", "exec", dont_inherit=True), space)
     except ProgramStopped:
         raise
     except BaseException as e:

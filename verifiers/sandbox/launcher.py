@@ -122,6 +122,8 @@ class Launcher:
         os.setpgid(0, 0)
         if os.geteuid() == 0:
             uid = UID_BASE + os.getpid() % 1_000_000
+            for fd in (1, 2):  # else a program could not open /dev/stdout
+                os.fchown(fd, uid, uid)
             os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)

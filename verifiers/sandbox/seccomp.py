@@ -2,8 +2,9 @@
 
 Classic BPF over `struct seccomp_data` (nr at 0, arch at 4, args from 16), as seccomp(2) describes; no libseccomp.
 Refused: mounting, namespaces, tracing, keys, BPF, perf, io_uring, handles, modules, clocks, and sockets other than
-local and internet ones (AF_VSOCK would reach the host of a virtual machine, for it is not namespaced). `clone3`,
-whose flags a filter cannot see, and any system call newer than this table are ENOSYS, so libc falls back.
+local and internet ones (AF_VSOCK would reach the host of a virtual machine, for it is not namespaced); limits and
+priorities of any process but the caller, for process 1 must stay able to end the others. `clone3`, whose flags a filter
+cannot see, and any system call newer than this table are ENOSYS, so libc falls back.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ _AARCH64 = {
     "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272, "finit_module": 273, "bpf": 280,
     "userfaultfd": 282, "kexec_file_load": 294,
 }  # fmt: skip
+_OF_OTHERS = {"x86_64": [142, 144, 203, 302, 314], "aarch64": [118, 119, 122, 261, 274]}
+"""sched_setparam, sched_setscheduler, sched_setaffinity, prlimit64, sched_setattr: of a process, 0 for the caller"""
+_SET_PRIORITY = {"x86_64": 141, "aarch64": 140}
+"""of (kind, whom): kind 0 is one process; a group or a user may have process 1 in it"""
 MACHINES = ("x86_64", "aarch64")
 _HIDDEN_MEMORY = {"x86_64": [29, 319, 447], "aarch64": [194, 279, 447]}
 """shmget, memfd_create, memfd_secret"""
@@ -78,6 +83,10 @@ def filter_bytes(machine: str | None = None, *, hidden_memory: bool = True) -> b
     hidden = [] if hidden_memory else _HIDDEN_MEMORY[machine]
     for number in sorted([*_COMMON.values(), *table.values(), *hidden]):
         out += [_op(_JEQ, number, 0, 1), refuse]
+    for number in _OF_OTHERS[machine]:
+        out += [_op(_JEQ, number, 0, 4), _op(_LD_W_ABS, 16), _op(_JEQ, 0, 0, 1), _op(_RET, _ALLOW), refuse]
+    out += [_op(_JEQ, _SET_PRIORITY[machine], 0, 6), _op(_LD_W_ABS, 16), _op(_JEQ, 0, 0, 3), _op(_LD_W_ABS, 24)]
+    out += [_op(_JEQ, 0, 0, 1), _op(_RET, _ALLOW), refuse]
     out += [_op(_JEQ, clone, 0, 4), _op(_LD_W_ABS, 16), _op(_JSET, _NEW_NAMESPACES, 0, 1), refuse, _op(_RET, _ALLOW)]
     out += [_op(_JEQ, socket, 0, 2 + len(_FAMILIES)), _op(_LD_W_ABS, 16)]
     for i, family in enumerate(_FAMILIES):

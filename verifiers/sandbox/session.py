@@ -21,8 +21,8 @@ from cabochon.verifiers.sandbox.wire import MAX_FRAME, frame, pack
 
 START_SECONDS = 30.0
 """How long a sandbox may take until it says it is ready; the machine's time, not the program's."""
-END_SECONDS = 10.0
-"""How long a killed sandbox may take to be gone."""
+END_SECONDS = 15.0
+"""How long a killed sandbox may take to be gone: longer than docker's process 1 needs to end a usual run by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,8 @@ class Session:
         """By machine, the filter the program puts on itself where nothing outside does."""
         self.home = ""
         """The writable folder, where it is not the usual one."""
+        self.behind_order = b""
+        """What follows the order and is not the program's to read."""
         self._kill = kill
         self._stdout_fd = -1
         self._owned: list[int] = []
@@ -169,7 +171,7 @@ class Session:
         order = {"mode": mode, "limits": inner, "home": self.home, "seccomp": self.seccomp, "files": {}, **fields}
         self.began = time.monotonic()
         self.deadline = self.began + limits.wall_seconds
-        self.pump(self.deadline, lambda: True, frame(pack(order)))
+        self.pump(self.deadline, lambda: True, frame(pack(order)) + self.behind_order)
 
     def has_frame(self) -> bool:
         if len(self.stdout) < 4:

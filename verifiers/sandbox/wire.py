@@ -6,7 +6,8 @@ nothing else. One value is one tag byte and its body; a frame is a little-endian
 What passes: None, bool, int, float, complex, str (lone surrogates too), bytes, bytearray, list, tuple, set,
 frozenset, dict, builtin types by name, a few standard-library values rebuilt outside from plain parts (Counter,
 deque, Fraction, dates ...). Subclasses are flattened to their plain base, so no code of the sender's class ever runs
-at the receiver. Anything else is a handle: a number the sender can resolve and the receiver can only hold.
+at the receiver. Anything else is a handle: a number the sender can resolve and the receiver can only hold (`h`, `k`),
+or a name of the receiver's own (`g`).
 """
 
 from __future__ import annotations
@@ -159,9 +160,28 @@ def _parts(v: Any, kind: str) -> tuple[str, Any] | None:
     return None
 
 
+_FORMS: dict[str, tuple[type, ...]] = {
+    "deque": (list, object), "Fraction": (int, int), "timedelta": (int, int, int), "range": (int, int, int),
+}  # fmt: skip
+_PAIRS = ("Counter", "OrderedDict", "dict_items")
+
+
+def _as_sent(name: str, parts: Any) -> bool:
+    """Whether `parts` have the types `_parts` gives them. A range where a list should be is a few bytes here and would
+    be all of memory there; Fraction reads exponents."""
+    if name in _FORMS:
+        forms = _FORMS[name]
+        return type(parts) is tuple and len(parts) == len(forms) and all(map(isinstance, parts, forms))
+    if name in _PAIRS:
+        return type(parts) is list and all(type(pair) is tuple for pair in parts)
+    return type(parts) is list if name in ("dict_keys", "dict_values") else type(parts) is str
+
+
 def _rebuild(kind: str, parts: Any) -> Any:
     """The inverse of `_parts`, with the receiver's own standard library."""
     module, _, name = kind.rpartition(".")
+    if not _as_sent(name, parts):
+        raise WireError(f"a {kind} of odd parts")
     if module == "collections":
         import collections
 
@@ -226,7 +246,7 @@ class Reader:
         n = self.u32()
         if tag in b"letzm":
             return self._container(tag, n, depth)
-        if tag in b"hk":
+        if tag in b"hkg":
             kind = self.take(self.u32()).decode("utf-8", "replace")
             if self.resolve is None:
                 raise WireError(f"an object of class {kind} where plain data is expected")

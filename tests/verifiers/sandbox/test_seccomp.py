@@ -14,8 +14,8 @@ ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 X86, ARM = 0xC000003E, 0xC00000B7
 
 
-def decide(program, nr, arch, arg0=0):
-    data = struct.pack("<IIQ6Q", nr, arch, 0, arg0, 0, 0, 0, 0, 0)
+def decide(program, nr, arch, arg0=0, arg1=0):
+    data = struct.pack("<IIQ6Q", nr, arch, 0, arg0, arg1, 0, 0, 0, 0)
     at, a = 0, 0
     while True:
         code, yes, no, k = struct.unpack_from("<HBBI", program, 8 * at)
@@ -50,6 +50,18 @@ def test_other_architectures():
     assert decide(seccomp.filter_bytes("x86_64"), 20, 0x40000003) == KILL  # 32-bit calls
     with pytest.raises(ValueError, match="no seccomp table for 'vax'"):
         seccomp.filter_bytes("vax")
+
+
+@pytest.mark.parametrize(("arch", "machine", "calls", "priority"), [
+    (X86, "x86_64", (142, 144, 203, 302, 314), 141), (ARM, "aarch64", (118, 119, 122, 261, 274), 140),
+])  # fmt: skip
+def test_limits_and_priorities_are_the_callers_own_only(arch, machine, calls, priority):
+    program = seccomp.filter_bytes(machine)
+    refused = ERRNO | errno.EPERM
+    for nr in calls:
+        assert [decide(program, nr, arch, pid) for pid in (0, 1, 77)] == [ALLOW, refused, refused]
+    whom = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    assert [decide(program, priority, arch, *w) for w in whom] == [ALLOW, *[refused] * 4]
 
 
 def test_memory_without_an_owner_can_be_refused():

@@ -82,6 +82,20 @@ def test_library_values_come_back(value):
     assert back == value
 
 
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [("collections.deque", (range(10**12), None)), ("builtins.dict_keys", range(10**12)),
+     ("builtins.dict_values", range(10**12)), ("builtins.dict_items", [range(10**12)]),
+     ("collections.Counter", [range(10**12)]), ("collections.OrderedDict", {1: 2}),
+     ("fractions.Fraction", ("1e999999999", None)), ("fractions.Fraction", (1.5, 2)), ("builtins.range", [1, 2, 3]),
+     ("decimal.Decimal", (0, (1,), 5)), ("datetime.timedelta", (1.5, 0, 0)), ("datetime.date", 5),
+     ("x.deque", ([], None))],
+)  # fmt: skip
+def test_library_values_of_odd_parts_are_refused_at_once(kind, parts):
+    with pytest.raises(WireError):
+        unpack(b"x" + struct.pack("<I", len(kind)) + kind.encode() + pack(parts))
+
+
 def test_nan_and_negative_zero():
     assert math.isnan(unpack(pack(float("nan"))))
     assert math.copysign(1, unpack(pack(-0.0))) == -1

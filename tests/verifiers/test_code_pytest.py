@@ -1,0 +1,130 @@
+"""Pytest files: what is run, that wrong programs are not paid for tests that were not, and which files are refused."""
+
+# ruff: noqa: E501 (programs are data, one a line)
+
+import ast
+import os
+
+import pytest
+
+from cabochon.errors import UserError
+from cabochon.types import Task
+from cabochon.verifiers.code import CodeVerifier
+from cabochon.verifiers.code_pytest import count_tests, unsupported
+from cabochon.verifiers.code_tests import plan_of
+from cabochon.verifiers.sandbox.base import Limits
+from cabochon.verifiers.sandbox.testing import sandbox
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    try:
+        box = sandbox("bubblewrap", warm=2)
+    except UserError as e:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(f"no bubblewrap here: {e}")
+    yield CodeVerifier(box, limits=Limits(wall_seconds=30.0))
+    box.close()
+
+
+HEAD = "import pytest\nfrom solution import f\n"
+RIGHT, WRONG = "def f(x): return x * x", "def f(x): return -1"
+RUN = {
+    "an inherited test": "class Base:\n    def test_f(self): assert f(2) == 4\nclass TestA(Base):\n    def test_g(self): assert f(2) != 5\n",
+    "an inherited fixture": "class Base:\n    @pytest.fixture\n    def x(self): return 2\nclass TestA(Base):\n    def test_g(self, x): assert f(x) == 4\n",
+    "class-level rows": "@pytest.mark.parametrize('x', [1, 2])\nclass TestA:\n    @pytest.mark.parametrize('y', [0, 1])\n    def test_g(self, x, y): assert f(x + y) == (x + y) ** 2\n",
+    "setup_module": "def setup_module(m):\n    global X\n    X = 2\ndef test_f(): assert f(X) == 4\n",
+    "setup_function": "X = []\ndef setup_function(fn): X.append(2)\ndef teardown_function(): X.clear()\ndef test_f(): assert f(X[0]) == 4 and len(X) == 1\ndef test_g(): assert f(X[0]) == 4 and len(X) == 1\n",
+    "setup_class": "class TestF:\n    @classmethod\n    def setup_class(cls): cls.x = 2\n    def test_f(self): assert f(self.x) == 4\n",
+    "setup_method": "class TestF:\n    def setup_method(self, method): self.x = 2\n    def teardown_method(self): assert self.x == 2\n    def test_f(self): assert f(self.x) == 4\n",
+    "an autouse fixture": "X = []\n@pytest.fixture(autouse=True)\ndef fresh():\n    X.append(2)\n    yield\n    X.clear()\ndef test_f(): assert f(X[0]) == 4 and len(X) == 1\ndef test_g(): assert f(X[0]) == 4 and len(X) == 1\n",
+    "a fixture by another name": "@pytest.fixture(name='x')\ndef make_x(): return 2\ndef test_f(x): assert f(x) == 4\n",
+    "one fixture, once": "@pytest.fixture\ndef xs(): return []\n@pytest.fixture\ndef filled(xs): xs.append(2)\ndef test_f(xs, filled): assert f(xs[0]) == 4\n",
+    "skipif": "@pytest.mark.skipif(True, reason='n')\ndef test_f(): assert f(2) == 99\n@pytest.mark.skipif(False, reason='n')\ndef test_g(): assert f(2) == 4\n",
+    "a default": "def test_f(x: int = 2): assert f(x) == 4\n",
+    "what was raised": "def test_f():\n    with pytest.raises(ZeroDivisionError) as e: 1 / 0\n    assert e.type is ZeroDivisionError and e.match('division') and f(2) == 4\n",
+    "complex and NaN": "def test_f(): assert 1 + 0j == pytest.approx(1 + 1e-9j) and float('nan') == pytest.approx(float('nan'), nan_ok=True) and f(2) == 4\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_what_is_run(verifier, name):
+    task = Task(id="t", prompt="", verifier="code", payload={"tests": HEAD + RUN[name], "kind": "unittest"})
+    verdict = verifier.verify(task, f"```python\n{RIGHT}\n```")
+    assert verdict.status == "ok", verdict
+    assert verifier.verify(task, f"```python\n{WRONG}\n```").status == "wrong"
+
+
+@pytest.mark.parametrize(
+    "tests",
+    ["@pytest.mark.asyncio\nasync def test_f():\n    assert await f(2) == 4\n",
+     "class TestF:\n    async def test_f(self):\n        assert await f(2) == 4\n",
+     "import unittest\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_f(self): self.assertEqual(await f(2), 4)\n"],
+)  # fmt: skip
+def test_asynchronous_tests_are_waited_for(verifier, tests):
+    task = Task(id="t", prompt="", verifier="code", payload={"tests": HEAD + tests, "kind": "unittest"})
+    assert verifier.verify(task, f"```python\nasync {RIGHT}\n```").status == "ok"
+    assert verifier.verify(task, f"```python\nasync {WRONG}\n```").status == "wrong"
+
+
+def test_a_set_up_that_raises_is_a_failed_test(verifier):
+    tests = HEAD + "class TestF:\n    def setup_method(self): self.x = f(2)\n    def test_f(self): assert self.x == 4\n"
+    task = Task(id="t", prompt="", verifier="code", payload={"tests": tests})
+    verdict = verifier.verify(task, "```python\ndef f(x): raise OSError\n```")
+    assert (verdict.status, verdict.evidence["total"]) == ("wrong", 1), verdict
+
+
+def test_an_object_of_the_program_is_no_fixture(verifier):
+    """Marks are looked for on functions of the tests: asked, an object would say that it has them all."""
+    lies = "class Yes:\n    def __getattr__(self, name): return True\nBOX = Yes()\n"
+    tests = "import pytest\nfrom solution import f, BOX\nclass TestF:\n    def test_f(self): assert f(2) == 4\n"
+    task = Task(id="t", prompt="", verifier="code", payload={"tests": tests})
+    assert verifier.verify(task, f"```python\n{lies}{RIGHT}\n```").status == "ok"
+    assert verifier.verify(task, f"```python\n{lies}{WRONG}\n```").status == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("tests", "words"),
+    [
+        ("@pytest.mark.xfail\ndef test_x(): assert f(2) == 5\n", "pytest.mark.xfail"),
+        ("@pytest.fixture(params=[1, 2])\ndef x(request): return 1\ndef test_f(x): assert f(x)\n", "the argument params"),
+        ("def test_f(tmp_path): assert f(tmp_path)\n", "the fixture 'tmp_path'"),
+        ("class TestA:\n    def test_f(self, capsys): assert f(1)\n", "the fixture 'capsys'"),
+        ("@pytest.fixture\ndef x(monkeypatch): return 1\ndef test_f(x): assert f(x)\n", "the fixture 'monkeypatch'"),
+        ("def test_f():\n    with pytest.warns(UserWarning): f(1)\n", "pytest.warns"),
+        ("from pytest import importorskip\ndef test_f(): assert f(1)\n", "pytest.importorskip"),
+        ("import pytest as pt\ndef test_f(): pt.importorskip('x'); assert f(1)\n", "pytest.importorskip"),
+        ("import pytest_asyncio\ndef test_f(): assert f(1)\n", "the module pytest_asyncio"),
+        ("@pytest.mark.parametrize('x', [1], indirect=True)\ndef test_f(x): assert f(x)\n", "the argument indirect"),
+        ("@pytest.mark.parametrize('x', [pytest.param(1, marks=pytest.mark.skip)])\ndef test_f(x): assert f(x)\n", "the argument marks"),
+        ("@pytest.mark.skipif('sys.version_info > (3,)', reason='n')\ndef test_f(): assert f(1)\n", "skipif as a text"),
+        ("pytestmark = pytest.mark.skipif(False, reason='n')\ndef test_f(): assert f(1)\n", "pytestmark with skipif"),
+        ("@pytest.fixture\nasync def x(): return 1\ndef test_f(x): assert f(x)\n", "the asynchronous fixture x"),
+        ("def test_f():\n    yield f(1)\n", "a yield in the test test_f"),
+        ("import unittest\nclass T(unittest.TestCase):\n    async def test_f(self): self.assertEqual(await f(1), 1)\n", "nobody would wait for"),
+        ("import unittest\nclass T(unittest.TestCase):\n    @pytest.fixture\n    def x(self): return 1\n    def test_f(self): f(1)\n", "of a TestCase"),
+        ("import unittest\n@pytest.fixture(autouse=True)\ndef x(): f(0)\nclass T(unittest.TestCase):\n    def test_f(self): f(1)\n", "around tests of a TestCase"),
+    ],
+)  # fmt: skip
+def test_files_that_need_more_are_refused(tests, words):
+    with pytest.raises(ValueError, match=f"needs what is not here: .*{words}"):
+        plan_of({"tests": HEAD + tests, "kind": "unittest"})
+
+
+def test_files_that_need_nothing_odd_are_not_refused():
+    files = (*RUN.values(), "import unittest\nclass Mine(unittest.TestCase): pass\nclass T(Mine):\n    def test_f(self, extra): pass\n",
+             "class Client:\n    def test_link(self, host): pass\ndef test_f(): assert f(1)\n", "pytestmark = pytest.mark.asyncio\n",
+             "@pytest.mark.slow\ndef test_f(): assert f(1)\n", "@pytest.mark.parametrize(['x', 'y'], [(1, 2)], ids=['a'])\ndef test_f(x, y): pass\n",
+             "def test_f():\n    def g(): yield 1\n    assert f(*g())\n", "x = pytest.fixture(lambda: 1)\ndef test_f(x): pass\n")  # fmt: skip
+    for tests in files:
+        assert unsupported(ast.parse(HEAD + tests)) == "", tests
+
+
+def test_tests_are_counted():
+    source = (
+        HEAD
+        + "def test_a(): pass\n@pytest.mark.parametrize('x', [1, 2, 3])\ndef test_b(x): pass\n@pytest.mark.parametrize('x', range(9))\ndef test_c(x): pass\n"
+    )
+    source += "@pytest.mark.parametrize('y', (1, 2))\nclass TestD:\n    @pytest.mark.parametrize('x', [1, 2])\n    def test_d(self, x, y): pass\n    def helper(self): pass\n"
+    assert count_tests(ast.parse(source)) == 1 + 3 + 1 + 4
