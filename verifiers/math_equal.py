@@ -13,6 +13,7 @@ import sympy
 from sympy import Expr
 from sympy.core.function import AppliedUndef
 
+from cabochon.verifiers.math_labels import by_name, distributed, same_parameter, unnamed, unnumbered
 from cabochon.verifiers.math_numbers import same_formula, same_leaf
 from cabochon.verifiers.math_sets import FLIPPED, region, same_region, same_relation
 from cabochon.verifiers.math_values import DEGREE, Based, Chain, Grid, Items, Leaf, NamedSet, SetOperation, Value, Words
@@ -31,6 +32,12 @@ _SAME_WORDS = (
 
 def equal(gold: Value, answer: Value) -> bool:
     """Whether `answer` is the same value as `gold`."""
+    gold = distributed(gold)
+    answer = same_parameter(gold, distributed(answer))
+    if not isinstance(gold, Chain | Words) and (said := unnamed(answer)) is not None:
+        return equal(gold, said)
+    named = isinstance(gold, Items) and any(isinstance(item, Chain) for item in gold.items)
+    answer = by_name(answer) if named else unnumbered(answer)
     gold_label, gold_bare = unlabel(gold)
     label, bare = unlabel(answer)
     if gold_bare == _FALSE or bare == _FALSE:
@@ -65,6 +72,8 @@ def unlabel(value: Value) -> tuple[Expr | None, Value]:
     label: Expr | None
     if value.relations == ("in",) and isinstance(first, Leaf) and first.expr.is_Symbol:
         return first.expr, last
+    if value.relations == ("in",) and isinstance(names := _label(first), sympy.Tuple) and isinstance(last, Items):
+        return (names, last) if last.kind == "set" else (None, value)
     if any(relation not in ("=", "~") for relation in value.relations):
         return None, value
     if (name := _label(first)) is not None and not _mentions(last, name):
@@ -102,7 +111,8 @@ def _solved(value: Value) -> bool:
     if label is not None and label.is_Symbol:
         return not _symbols(bare)
     leaves = [item.expr for item in value.items if isinstance(item, Leaf)] if isinstance(value, Chain) else []
-    return all(expr.is_Symbol or not expr.free_symbols for expr in leaves)
+    inside = [expr.args[0] if isinstance(expr, sympy.Abs) else expr for expr in leaves]  # |x| < 3 says it
+    return all(expr.is_Symbol or not expr.free_symbols for expr in inside)
 
 
 def _unsolved(value: Value) -> bool:
@@ -274,7 +284,7 @@ def _same_tuples(gold: Items, answer: Items) -> bool:
 def _coordinates(parts: tuple[Value, ...]) -> list[Value] | None:
     """The values of `x = 1, y = 2` (any order, both or all three of x, y, z named), in the order of their names."""
     named = {str(label): bare for label, bare in map(unlabel, parts) if label is not None}
-    if len(named) != len(parts) or "".join(sorted(named)) not in ("xy", "xyz"):
+    if len(named) != len(parts) or "".join(sorted(named)) not in ("xy", "xyz", "abc"):
         return None
     return [named[name] for name in sorted(named)]
 

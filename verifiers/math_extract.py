@@ -82,22 +82,37 @@ _BARE = re.compile(
 )
 """What a box without braces holds."""
 _ESCAPED = re.compile(r"\\.|[{}]", re.DOTALL)
-_MINUS = re.compile(r"(?:^|[\s=:$(\[])-$")
+_MINUS = re.compile(r"(?:^|[\s=:$(\[])[-−]$|[=$(\[]\s?[-−]\s$")
 _POWER = re.compile(r"\^(?:\{[^{}]{1,40}\}|\d)")
-_BEHIND = re.compile(r"\s*\\?%|\s+(?:hundred|thousand|million|billion|trillion|dozen|percent)\b")
+_SCALE = r"(?:hundred|thousand|million|billion|trillion|dozen|percent)\b"
+_BEHIND = re.compile(rf"\s{{0,3}}\\?%|(?:\s?(?:\$|\\\)|\\text\{{))?\s{{0,3}}(?P<word>(?<=[\s{{]){_SCALE})")
+_GAP = r"(?:[ \t]|\\[,;:! ]|~){0,5}"
 _PART = re.compile(
-    r"\s*\\(?:times|cdot|div|pi|sqrt|frac)(?![A-Za-z])|_\{?\d|[-+/]\s?\d|\.?\d|[a-z](?![a-z])|!+(?=\$|\\\))"
+    rf"{_GAP}(?:\\(?:times|cdot|div|pi|sqrt|d?frac|pm|mp|theta|log|ln|sin|cos|tan|binom|p?mod|bmod)(?![A-Za-z])|\*\s?\d"
+    r"|[-+/]\s?[\d\\]|[-+/]\s?[b-z](?![A-Za-z.])|[eiknxyz](?![A-Za-z.'’])"
+    r"|(?:\\left\s?)?\((?:[\d.]{1,9}|[a-z])\s?[-+*/^])"
+    r"|_\{?\d|\.?\d|(?:,|\{,\}|\\,)\d{3}(?!\d)|[a-z](?![a-z])|!+(?=\$|\\\))"
+    r"|,\s?-?\d{1,9}\s?[)\]]|\)\s?\^|\\(?:mathrm|text)\{i\}"
 )
 _PART_BEFORE = re.compile(
-    r"(?:\\(?:pm|mp|ne|neq|times|cdot|div|sqrt)|[≠±×]|\\sqrt\s*\{|\\[dt]?frac\s*\S{1,20}\{|(?<![\w.])\d+(?:\s*[-+*/^])?)\s*$"
+    r"(?:\\(?:pm|mp|ne|neq|times|cdot|div|sqrt|log|ln|sin|cos|tan|pi)|[≠±×]|\\sqrt\s*\{|[\w)}][_^]\{?"
+    r"|\\[dtc]?frac\s*(?:\S{1,20})?\{|(?<![A-Za-z\\])[ek-z]\s*[-+*/]|\}\s*[+*/]|[(\[]\s*-?\d+\s*,"
+    r"|(?<![\w.])\d+(?:\s*[-+*/^])?)\s*$|(?:(?<!\w)0\.|\d,)$"
 )
 """What stands at a box, outside of it, and changes its value: `-\\boxed{5}`, `\\boxed{5}^2`, `\\boxed{5}\\%`."""
+_DENIED = re.compile(
+    r"(?:\b(?:not|than|instead of|never|cannot be)|n't(?: be)?)\s*(?:\$|\\\(|\*\*|\s){0,4}$", re.IGNORECASE
+)
+_TAKEN_BACK = re.compile(
+    r"\s?(?:\$|\\\))?\s{1,3}(?:is|was)\s(?:wrong|incorrect|false|not (?:right|correct|the answer))\b"
+)
+"""What says that a box is not the answer, before it and behind it."""
 
 
 def last_box(text: str) -> Found | None:
     """The content of the last outermost `\\boxed{...}`; without braces, the token that follows (of `\\boxed 56` all
     digits: TeX would box the 5, but nobody means that)."""
-    last: Found | None = None
+    boxes: list[tuple[int, int, int]] = []
     position = 0
     while (start := _BOX.search(text, position)) is not None:
         position = start.end()
@@ -105,19 +120,35 @@ def last_box(text: str) -> Found | None:
             close = _closing_brace(text, position)
             if close < 0:
                 return Found(method="boxed", problem="the last box is never closed")
-            content, before = text[position + 1 : close].strip(), text[max(0, start.start() - 40) : start.start()]
+            boxes.append((start.start(), position, close))
             position = close + 1
-            if power := _POWER.match(text, position):
-                content = f"({content}){power.group()}"
-            elif scale := _BEHIND.match(text, position):
-                content += scale.group()
-            if content and (_PART.match(text, position) or _PART_BEFORE.search(before)):
-                last = Found(method="boxed", problem="the box is a part of an expression")
-                continue
-            last = Found(answer=f"-({content})" if _MINUS.search(before[-2:]) else content, method="boxed")
-        elif token := _BARE.match(text, position):
-            last = Found(answer=token.group().rstrip(".,"), method="boxed")
-    return last
+        elif _BARE.match(text, position):
+            boxes.append((start.start(), position, -1))
+    denied = None
+    for box in reversed(boxes):
+        found = _content(text, *box)
+        if found is not None:
+            return found
+        denied = Found(method="boxed", problem="the box is what the answer is not")
+    return denied
+
+
+def _content(text: str, start: int, inside: int, close: int) -> Found | None:
+    """What a box says, with what stands at it; None where the text says that it is not the answer."""
+    if close < 0:
+        token = _BARE.match(text, inside)
+        return Found(answer=token.group().rstrip(".,"), method="boxed") if token else None
+    content, before = text[inside + 1 : close].strip(), text[max(0, start - 40) : start]
+    if _DENIED.search(before) or _TAKEN_BACK.match(text, close + 1):
+        return None
+    behind = close + 1
+    if power := _POWER.match(text, behind):
+        content = f"({content}){power.group()}"
+    elif scale := _BEHIND.match(text, behind):
+        content += " " + (scale["word"] or scale.group().strip())
+    if content and (_PART.match(text, behind) or _PART_BEFORE.search(before)):
+        return Found(method="boxed", problem="the box is a part of an expression")
+    return Found(answer=f"-({content})" if _MINUS.search(before[-4:]) else content, method="boxed")
 
 
 def _closing_brace(text: str, start: int) -> int:
@@ -142,6 +173,13 @@ _PHRASE = re.compile(
     r"(?:\s{1,3}(?:therefore|then|thus|hence|simply)\b)?\s{0,3}(?:\*\*)?[:=]?[ \t]{0,3}",
     re.IGNORECASE,
 )
+_NAMED_OPTION = re.compile(
+    r"(?:^|[.:\n]\s{0,3}|\b(?:[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore|[Tt]hat),?\s{1,3})(?:\*\*)?(?:(?:[Tt]he\s)?"
+    r"(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s{1,3}(?:\*\*)?\(?([A-J])\)?|\((?=[A-J]\)))(?:(?<=\()([A-J])\))?"
+    r"(?:\*\*)?\sis\s(?:the\s)?(?:correct|right|best|answer)(?:\s(?:answer|option|choice|one))?(?:\*\*)?"
+    r"(?=[.!]?\s{0,3}(?:\n|$|because|since))"
+)
+"""`Option B is correct`, `(B) is the answer`, where a sentence says no more."""
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|(?<=\S)\s+(?:because|since|so|which|as)\b")
 
 
@@ -156,7 +194,9 @@ def _after_hashes(text: str) -> Found | None:
 def _after_phrase(text: str) -> Found | None:
     """What stands between the last "the answer is" and the end of its sentence."""
     tail = text[-20_000:]
-    last = _last(_PHRASE, tail)
+    last, named = _last(_PHRASE, tail), _last(_NAMED_OPTION, tail)
+    if named is not None and (last is None or named.start() >= last.start()):
+        return Found(answer=named.group(1) or named.group(2), method="answer_is")
     if last is None:
         return None
     rest = tail[last.end() :].lstrip()[:2000]
@@ -169,7 +209,7 @@ def _after_phrase(text: str) -> Found | None:
     return Found(answer=answer, method="answer_is") if answer else None
 
 
-_NOT_ANOTHER = re.compile(r"(?<=\S)(?:,|\s+and|\s*\()\s*(?:not|rather than|instead of)\b.*\Z", re.DOTALL)
+_NOT_ANOTHER = re.compile(r"(?<=\S)(?:(?:,|\s+and|\s*\()\s*not|[\s,(]\s*(?:rather than|instead of))\b.*\Z", re.DOTALL)
 """`42, not 41` says 42."""
 
 
@@ -222,8 +262,10 @@ def _last_expression(text: str) -> Found | None:
         return Found(answer=_trim(whole), method="last_expression") if _trim(whole) else None
     tail = text[-5_000:]
     formula, number = _last(_MATH, tail), _last(_NUMBER, tail)
-    found = formula if formula is not None and (number is None or number.start() < formula.end()) else number
+    found = formula if formula is not None and (number is None or number.end() <= formula.end()) else number
     if found is None or _one_of_several(tail[max(0, found.start() - 60) : found.start()]):
+        return None
+    if _MORE.match(tail, found.end()):
         return None
     if found is formula:
         answer = next(group for group in found.groups() if group is not None).strip()
@@ -232,8 +274,19 @@ def _last_expression(text: str) -> Found | None:
     return Found(answer=answer, method="last_expression") if answer else None
 
 
-_ONE_OF_SEVERAL = re.compile(r"(?:\b(?:or|not|than)|[\d$)}]\s+and)\s+\$?$|[\d$],\s?$", re.IGNORECASE)
-"""What stands before the last of several, or before what the answer is not."""
+_ONE_OF_SEVERAL = re.compile(
+    r"(?:\b(?:or|than|never|negative|minus|plus|over|times|twice|thrice|double|through|differs from)|[\d$)}]\sand"
+    r"|\b(?:root|half|third|quarter|log) of"
+    r"|(?:\b(?:not|cannot|never)|n't)(?:\s(?:be|equal(?:\sto)?|think (?:it|that) is))?"
+    r"|!=|[<>]=|[≠≤≥±]|\\(?:neq?|pm|mp)\s?\$?|\\(?:cdot|times)\s?\$|\$\s?[-+*/])\s?\$?$|[\d$],\s?$|[\d}]\$$",
+    re.IGNORECASE,
+)
+"""What stands before the last of several, before what the answer is not, and before a part of it."""
+_MORE = re.compile(
+    r"\s?[-+*/^]\s?(?:\d?[B-HJ-Zb-z](?![A-Za-z])|\\|\()|\s(?:times\s(?=[\d$\\(])|squared|cubed|factorial|pi|sqrt|over|divided"
+    r"|multiplied|mod|modulo|plus|minus|halves|to the|is (?:wrong|incorrect|not))\b"
+)
+"""What stands behind a part of it."""
 
 
 def _one_of_several(before: str) -> bool:
@@ -256,11 +309,13 @@ _RUNS_ON = re.compile(
 def _whole_run(text: str, number: re.Match[str]) -> str:
     """The number with what belongs to it: of `2\\sqrt{3}` not the 3, of `(2, 5)` not the 5, of `2^10` not the 10."""
     more = _RUNS_ON.match(text, number.end())
+    more = more or _BEHIND.match(text, number.end())
     end = more.end() if more else number.end()
     before = re.split(r"\n|[.:;?]\s", text[max(0, number.start() - 200) : number.start()])[-1]
     run = _RUN.search(before) if _BINDS.search(before) and not _TAG.search(before) else None
     left = run.group().lstrip(" ,:;") if run else ""
-    whole = re.sub(r"^[-*]\s+", "", left + text[number.start() : end].strip())
+    listed = not before[: run.start() if run else None].rstrip().endswith("=")
+    whole = re.sub(r"^[-*]\s+" if listed else "$^", "", left + text[number.start() : end].strip())
     surplus = sum(whole.count(mark) for mark in ")]}") - sum(whole.count(mark) for mark in "([{")
     return whole[: len(whole) - surplus] if surplus > 0 and set(whole[-surplus:]) <= set(")]}") else whole
 

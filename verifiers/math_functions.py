@@ -9,13 +9,15 @@ import sympy
 from sympy import Expr, Integer, Rational
 
 from cabochon.verifiers.math_lex import GREEK, MathSyntaxError, Token
-from cabochon.verifiers.math_values import DEGREE, PM, Chain, Items, Leaf, Value, divide, number, power
+from cabochon.verifiers.math_values import DEGREE, PM, Chain, Grid, Items, Leaf, Value, divide, number, power
 
 if TYPE_CHECKING:
     from cabochon.verifiers.math_parse import _Parser
 
-SYMBOL_COMMANDS = GREEK | {"imath", "jmath", "degree", "begin:vmatrix", "langle", "vec", "bar"}
-FACTOR_COMMANDS = SYMBOL_COMMANDS | {"frac", "sqrt", "pi", "infty", "binom", "overline", "lfloor", "lceil"}
+SYMBOL_COMMANDS = GREEK | {"imath", "jmath", "angle", "degree", "begin:vmatrix", "langle", "vec", "bar"}
+FACTOR_COMMANDS = SYMBOL_COMMANDS | {
+    "frac", "sqrt", "pi", "infty", "binom", "overline", "lfloor", "lceil", "begin:pmatrix", "begin:bmatrix"
+}
 """What may stand directly after a factor and multiply it."""
 
 _CALLABLE = frozenset("fghFGHPQ")
@@ -36,6 +38,13 @@ def multiply(left: Expr, right: Expr) -> Expr:
     return left * right
 
 
+def product(left: Value, right: Value) -> Value:
+    """Two factors; a number before a matrix multiplies each cell."""
+    if isinstance(right, Grid):
+        return Grid(tuple(tuple(product(left, cell) for cell in row) for row in right.rows))
+    return Leaf(multiply(_expr(left), _expr(right)))
+
+
 def _expr(value: Value) -> Expr:
     if isinstance(value, Leaf):
         return value.expr
@@ -54,6 +63,8 @@ def symbol(parser: _Parser, letter: str) -> Value:
     if letter in _CALLABLE and inverse == ["^", "{", "-", "1", "}", "("]:
         parser.at += 5
         name += "^-1"
+    if letter == "P" and (event := _event(parser)):
+        return Leaf(sympy.Symbol(name + event))
     if letter in _CALLABLE and parser.token.value == "(":
         parser.next()
         arguments = parser.listing()
@@ -65,6 +76,21 @@ def symbol(parser: _Parser, letter: str) -> Value:
     if name == "i":
         return Leaf(sympy.I)
     return Leaf(sympy.Symbol(name))
+
+
+_EVENTS = frozenset([r"\cap", r"\cup", "|", "=", "<", ">", "<=", ">=", r"\le", r"\leq", r"\ge", r"\geq"])
+
+
+def _event(parser: _Parser) -> str:
+    """The bracket after a P where it is a probability, as of `P(A \\cap B)`; nothing where P is a polynomial."""
+    tokens = [token.value for token in parser.tokens[parser.at : parser.at + 12]]
+    if tokens[:1] != ["("] or ")" not in tokens or "(" in tokens[1 : tokens.index(")")]:
+        return ""
+    inside = tokens[: tokens.index(")") + 1]
+    if not _EVENTS & set(inside):
+        return ""
+    parser.at += len(inside)
+    return "".join(inside)
 
 
 def _subscript(parser: _Parser) -> str:
@@ -95,6 +121,12 @@ def command_value(parser: _Parser, command: str) -> Value:
         return Leaf(sympy.oo)
     if name in ("imath",):
         return Leaf(sympy.I)
+    if name == "angle":
+        letters = []
+        while parser.token.kind in ("letter", "word") and parser.token.value.isupper():
+            letters.append(parser.next().value)
+        if letters:
+            return Leaf(sympy.Symbol("angle_" + "".join(letters)))
     if name in ("overline", "bar"):
         return Leaf(sympy.Symbol("overline_" + str(_expr(parser.argument()))))
     if name in GREEK:

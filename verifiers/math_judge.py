@@ -12,9 +12,9 @@ from sympy import Rational, pi
 
 from cabochon.verifiers.math_equal import contradicts, equal, same_words
 from cabochon.verifiers.math_extract import Extraction, extract, last_box
-from cabochon.verifiers.math_lex import LENGTH_LIMIT, MathSyntaxError, clean
+from cabochon.verifiers.math_lex import BASE_NAMES, LENGTH_LIMIT, MathSyntaxError, clean
 from cabochon.verifiers.math_parse import parse
-from cabochon.verifiers.math_units import Split, conversion, split_unit
+from cabochon.verifiers.math_units import Split, Unit, compound, conversion, parse_unit, split_unit
 from cabochon.verifiers.math_values import DEGREE, Based, Items, Leaf, Value, Words
 
 
@@ -46,7 +46,7 @@ def read(answer: str) -> Reading:
         return Reading(text="", split=Split(""), value=None, problem=str(error))
     if "\x00" in text:
         return Reading(text=text, split=Split(text), value=None, problem="a NUL byte")
-    split = split_unit(text)
+    split = compound(text) or split_unit(text)
     core = _SPACED.sub(lambda found: found.group().replace(" ", ""), split.core)
     if _GROUPED.fullmatch(core):
         core = core.replace(",", "")
@@ -79,8 +79,9 @@ _CHOICE = re.compile(
     re.DOTALL,
 )
 _UNDECIDED = re.compile(
-    r"\b(?:or|and|not|wrong|incorrect|rejected|maybe|then|except)\b|\b(?:no|false)\W*$|[,/&]\s*\(?[A-J]\b|\([A-Ja-j]\)|\b[A-J][.:)]"
-    r"|(?<![A-Za-z\\])[B-HJ](?![A-Za-z])"
+    r"\b(?:or|and|not|wrong|incorrect|(?:reject|discard|exclud|eliminat)ed|ruled out|impossible|cannot|(?:can|is)n?'t"
+    r"|reject|vs|maybe|then|except)\b|\b(?:no|false)\W*$|[,/&]\s*\(?[A-J]\b|\([A-Ja-j]\)|\b[A-J][.:)]|;\s*[a-j]\)"
+    r"|(?<![A-Za-z\\])(?:[B-HJ](?![A-Za-z])|A is\b)"
 )
 """What follows a chosen option names another one, or takes the choice back."""
 
@@ -110,6 +111,8 @@ def matches(gold: str, answer: str, *, prompt: str = "", choices: Sequence[str] 
     if letter is not None and ((letter != "E" and letter != "I") or choices):
         given = chosen(answer)
         place = ord(letter) - ord("A")
+        if given is None and re.fullmatch("[a-j]", answer) and choices and answer not in choices:
+            given = answer.upper()
         if given is not None:
             said = answer.strip().strip("(").lstrip()[1:].lstrip("). :")
             others = [text for other, text in enumerate(choices) if other != place and said and same_text(text, said)]
@@ -117,6 +120,8 @@ def matches(gold: str, answer: str, *, prompt: str = "", choices: Sequence[str] 
         if place < len(choices):
             return matches(choices[place], answer, prompt=prompt)
         return False, "not an option"
+    if letter is not None and (given := chosen(answer)) is not None and re.search(rf"\({given}\)", answer):
+        return given == letter, f"option {given}"  # E and I, which are also numbers
     if choices and (given := chosen(answer, alone=True)) is not None and ord(given) - ord("A") < len(choices):
         answer = choices[ord(given) - ord("A")]
     left, right = _read_gold(gold), read(answer)
@@ -144,7 +149,7 @@ _CAPITALS = re.compile(r"[A-Z]{3,}|[IVXLC]{2,}")
 
 def _as_written(gold: str, answer: str, prompt: str) -> tuple[bool, str] | None:
     """Times and names in capitals are compared as they are written: 2:30 is no ratio here, SAS no product."""
-    if (time := _CLOCK.fullmatch(gold)) and "ratio" not in prompt.casefold():
+    if (time := _CLOCK.fullmatch(gold)) and not re.search(r"ratio|scale|proportion|odds", prompt.casefold()):
         given = _CLOCK.fullmatch(answer)
         return given is not None and given.group(1) == time.group(1), "compared as times"
     if _CAPITALS.fullmatch(name := _plain(gold).replace(" ", "")):
@@ -158,13 +163,20 @@ _WORK = re.compile(r"(?<=[^\s({])\s*[-+*/^!_|(]|\\(?!pi(?![A-Za-z])|%|text|mathr
 
 def _restates(gold: str, answer: str, prompt: str) -> bool:
     """Whether an answer is a piece of the question that asks for work, and not how the gold is written."""
-    bare = [re.sub(r"[\s{}]", "", side) for side in (gold, answer)]
-    if bare[0] == bare[1] or len(bare[1]) < 3 or not prompt or _WORK.search(split_unit(answer).core) is None:
+    bare = [_unbound(side) for side in (gold, answer)]
+    if bare[0] == bare[1] or len(bare[1]) < 2 or not prompt or _WORK.search(split_unit(answer).core) is None:
         return False
     try:
-        return bare[1] in re.sub(r"[\s{}]", "", clean(prompt[-LENGTH_LIMIT:]))
+        return bare[1] in _unbound(clean(prompt[-LENGTH_LIMIT:]))
     except MathSyntaxError:
         return False
+
+
+def _unbound(text: str) -> str:
+    """Without spaces, brackets and the several ways to write a product or a fraction."""
+    part = r"\s?(?:\{(\w{1,20})\}|(\w))"
+    text = re.sub(rf"\\frac{part}{part}", r"\1\2/\3\4", text)
+    return re.sub(r"[\s{}()]", "", re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "*", text))
 
 
 def same_text(one: str, two: str) -> bool:
@@ -189,11 +201,18 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
     assert gold.value is not None
     assert answer.value is not None
     factor = conversion(gold.split.unit, answer.split.unit)
+    if gold.split.unit is None and answer.split.unit not in (None, parse_unit("dollar")):  # a $ is a mere habit
+        asked = _asked_unit(prompt)
+        cents = answer.split.unit == parse_unit("cents") and re.search(r"cents?\b|¢", prompt) is None
+        if cents or conversion(asked, answer.split.unit) not in (None, 1):
+            return False, "not the unit asked for"  # 5 cents where the question speaks of dollars
     if factor is None or (_in_degrees(gold) and not _angle(answer)) or (_in_degrees(answer) and not _angle(gold)):
         return False, "a different unit"
     ask_percent = _ASKS_PERCENT.search(prompt) is not None
     if "base" in prompt.casefold() and isinstance(gold.value, Based) and answer.text == gold.value.digits:
         return True, "the same digits, base understood"
+    if isinstance(answer.value, Based) and gold.text == answer.value.digits and _asks_base(answer.value.base, prompt):
+        return True, "the same digits, in the base asked for"
     one, two = gold.value, answer.value
     if gold.split.percent != answer.split.percent and not ask_percent:
         one, two = (_percent(side.value, side.split.percent) for side in (gold, answer))  # type: ignore[arg-type]
@@ -214,6 +233,22 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
         two = Leaf(two.expr * Rational(factor.numerator, factor.denominator))
     right = equal(one, two)
     return right, "the same value" if right else "a different value"
+
+
+def _asks_base(base: int, prompt: str) -> bool:
+    """Whether a question wants a number in a base: "in base 2", "to base $2$", "in binary"."""
+    bases = re.findall(r"\b(?:in|to) (?:base[ -]\$?(\d+|[a-z]+)|(binary))", prompt.casefold())
+    names = {BASE_NAMES.get(word, int(word) if word.isdigit() and len(word) < 3 else 0) for word, _ in bases if word}
+    return names | {2 for _, binary in bases if binary} == {base}
+
+
+_HOW_MANY = re.compile(r"\bhow many ((?:square |cubic )?[a-z]+)", re.IGNORECASE)
+
+
+def _asked_unit(prompt: str) -> Unit | None:
+    """The unit of the one quantity that the question asks "how many" of; None where it asks for several or for none."""
+    asked = _HOW_MANY.findall(prompt)
+    return parse_unit(asked[0]) if len(asked) == 1 else None
 
 
 def _in_degrees(reading: Reading) -> bool:

@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from cabochon.verifiers.math_forms import turned_brackets, usual
+
 LENGTH_LIMIT = 4_000
 """A longer final answer is not one."""
 
@@ -42,7 +44,8 @@ _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _LEVEL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789-+n0123456789")
 
-_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"))
+_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"),
+             ("<b>", "</b>"), ("<strong>", "</strong>"))
 
 _SPACING = re.compile(
     r"\\(?:displaystyle|textstyle|limits|nolimits|left|right|[Bb]igg?[lrm]?|middle|qquad|quad|hspace\{[^{}]*\}|phantom\{[^{}]*\}"
@@ -56,7 +59,7 @@ def clean(text: str) -> str:
         raise MathSyntaxError(f"the answer is {len(text)} characters long")
     text = _RAISED.sub(lambda run: "^{" + run.group().translate(_LEVEL) + "}", text)
     text = _LOWERED.sub(lambda run: "_{" + run.group().translate(_LEVEL) + "}", text)
-    text = text.translate(_UNICODE).strip()
+    text = " ".join(text.translate(_UNICODE).split())
     if _TO_DERIVE.search(text):
         raise MathSyntaxError("a derivative that is not worked out")
     text = _DRESS.sub("", text)
@@ -76,8 +79,8 @@ def clean(text: str) -> str:
             text, changed = text[:-1].rstrip(), True
     text = re.sub(r"(?<=\d)(?:\{,\}|\\,|\\!,|,\\!|\{\s\}|\\ )(?=\d{3}(?!\d))", ",", text)
     text = re.sub(r"\\left\s*\.|\\right\s*\.", " ", text)
-    text = _SPACING.sub(" ", text)
-    text = re.sub(r"(?<!\\)\\ ", " ", text)
+    text = _SPACING.sub(" ", usual(text))
+    text = turned_brackets(re.sub(r"(?<!\\)\\ ", " ", text))
     text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", r" \\cup ", text)
     text = _REPEATING.sub(_repeating, text)
     text = _INFIX.sub(_prefixed, text)
@@ -113,7 +116,7 @@ def _prefixed(match: re.Match[str]) -> str:
     return rf"\{'frac' if name == 'over' else 'binom'}{{{top}}}{{{bottom}}}"
 
 
-_BASE_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+BASE_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
                "twelve": 12, "sixteen": 16}
 _BASE_WORDS = re.compile(
     r"\b([0-9A-Za-z]+)(?:_\s*\{?\s*\\(?:text|mathrm)\s*\{\s*([a-z]+)\s*\}\s*\}?|\s*\(?\s*(?:in\s)?base[ -](\w+)\s*\)?)$"
@@ -127,7 +130,7 @@ def _based(match: re.Match[str]) -> str:
     if mark:
         return f"{literal.upper()}_{{{ {'x': 16, 'b': 2, 'o': 8}[mark.lower()] }}}"
     name = name or word
-    base = _BASE_NAMES.get(name, int(name) if name.isdigit() and len(name) < 3 else 0)
+    base = BASE_NAMES.get(name, int(name) if name.isdigit() and len(name) < 3 else 0)
     return f"{digits.upper()}_{{{base}}}" if base else match.group()
 
 

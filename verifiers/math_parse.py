@@ -150,10 +150,10 @@ class _Parser:
         sign = self.accept("+", "-", r"\pm", r"\mp")
         first = self.term()
         more = self.token.kind in ("op", "command") and self.token.value in ("+", "-", r"\pm", r"\mp")
-        if sign is None and not more:
+        if not more and (sign is None or (sign == "+" and not isinstance(first, Leaf))):
             return first
-        if sign == "+" and not isinstance(first, Leaf):
-            return first
+        if sign == "-" and isinstance(first, Grid) and not more:
+            return functions.product(Leaf(sympy.Integer(-1)), first)
         total = functions.signed(sign, _expr(first))
         while (sign := self.accept("+", "-", r"\pm", r"\mp")) is not None:
             total = total + functions.signed(sign, _expr(self.term()))
@@ -164,11 +164,11 @@ class _Parser:
         value: Value = mixed if mixed is not None else self.factor()
         while True:
             if self.accept("*", r"\times", r"\cdot", r"\ast"):
-                value = Leaf(functions.multiply(_expr(value), _expr(self.signed_factor())))
+                value = functions.product(value, self.signed_factor())
             elif self.accept("/", r"\div"):
                 value = Leaf(divide(_expr(value), _expr(self.signed_factor())))
             elif self.starts_factor():
-                value = Leaf(functions.multiply(_expr(value), _expr(self.factor())))
+                value = functions.product(value, self.factor())
             else:
                 return value
 
@@ -183,7 +183,7 @@ class _Parser:
         if token.kind in ("letter", "function"):
             return True
         if token.kind == "number":
-            return self.at > 0 and self.tokens[self.at - 1].value in (")", "}", "]")
+            return self.at > 0 and self.tokens[self.at - 1].value in (")", "}", "]", "!", r"\pi")
         if token.kind == "op":
             return token.value in ("(", "{", "[") or (token.value == "|" and not self.bars)
         return token.kind == "command" and token.value[1:] in functions.FACTOR_COMMANDS
@@ -355,7 +355,8 @@ class _Parser:
         return functions.command_value(self, name)
 
     def environment(self, name: str) -> Value:
-        if name not in ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array"):
+        if name not in ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array",
+                        "cases"):
             raise MathSyntaxError(f"cannot read the environment {name!r}")
         rows: list[tuple[Value, ...]] = []
         row = [self.relation()]
@@ -379,6 +380,8 @@ class _Parser:
             if len(rows) != len(rows[0]) or len(rows) > 6:
                 raise MathSyntaxError("a determinant that is not square, or too large")
             return Leaf(sympy.Matrix([[_expr(cell) for cell in cells] for cells in rows]).det())
+        if name == "cases" and all(len(cells) == 1 for cells in rows):
+            return Items("list", tuple(cells[0] for cells in rows), ",")
         return Grid(tuple(rows))
 
 

@@ -9,6 +9,8 @@ from cabochon.verifiers.math_numbers import proportional
 from cabochon.verifiers.math_values import Chain, Items, Leaf, NamedSet, SetOperation, Value, is_opaque
 
 FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
+_PARTS_LIMIT = 12
+"""Inequalities or intervals in a list; sympy's unions take their time."""
 _NAMED = {"R": S.Reals, "Z": S.Integers, "N": S.Naturals, "Q": S.Rationals, "empty": S.EmptySet}
 
 
@@ -32,15 +34,38 @@ def region(value: Value, depth: int = 0) -> tuple[sympy.Set, str] | None:
                 return None
             joined = {"union": Union, "intersection": sympy.Intersection, "minus": sympy.Complement}[operation]
             return joined(one[0], two[0]), one[1] or two[1]
-        case Items(kind="list", items=items, brackets=joint) if joint in ("or", "and") and depth < 30:
-            parts = [region(item, depth + 1) for item in items]
-            if any(part is None or not part[1] for part in parts) or len({part[1] for part in parts if part}) != 1:
-                return None
-            sets = [part[0] for part in parts if part]
-            return (Union(*sets) if joint == "or" else sympy.Intersection(*sets)), parts[0][1] if parts[0] else ""
+        case Items(kind="list", items=items, brackets=joint) if joint in ("or", "and", ",") and depth < 30:
+            return _listed(items, joint, depth)
         case Chain():
             return _solved(value, depth)
     return None
+
+
+def _listed(items: tuple[Value, ...], joint: str, depth: int) -> tuple[sympy.Set, str] | None:
+    """Inequalities in one variable, or intervals, joined by "or", "and" or a comma.
+
+    A comma is what it must be: "or" in `x < 1, x > 4`, which no x could be both, "and" in `x > 1, x < 4`, where any x
+    would be either.
+    """
+    if len(items) > _PARTS_LIMIT:
+        return None
+    parts = [found for item in items if (found := region(item, depth + 1)) is not None]
+    names = {name for _, name in parts}
+    if len(parts) != len(items) or len(names) != 1:
+        return None
+    if names == {""} and (joint != "or" or not any(_must_be_interval(item) for item in items)):
+        return None  # (1, 2) or (3, 4) are points
+    either, both = Union(*(one for one, _ in parts)), sympy.Intersection(*(one for one, _ in parts))
+    if joint == ",":
+        joint = "or" if both == S.EmptySet else "and" if either == S.Reals else ""
+    return (either if joint == "or" else both, names.pop()) if joint else None
+
+
+def _must_be_interval(value: Value) -> bool:
+    if not isinstance(value, Items) or value.kind != "tuple":
+        return False
+    infinite = any(isinstance(end, Leaf) and abs(end.expr) == sympy.oo for end in value.items)
+    return value.brackets in ("(]", "[)") or infinite
 
 
 def _real(leaf: Leaf) -> bool:
@@ -58,6 +83,9 @@ def _solved(chain: Chain, depth: int) -> tuple[sympy.Set, str] | None:
         return None
     if any(relation in ("in", "~") for relation in chain.relations) or len(leaves) > 4:
         return None
+    if isinstance(leaves[0], sympy.Abs) and leaves[0].args[0].is_Symbol and chain.relations in (("<",), ("<=",)):
+        leaves = [-leaves[1], leaves[0].args[0], leaves[1]]  # |x| < 2 is -2 < x < 2
+        chain = Chain(tuple(map(Leaf, leaves)), chain.relations * 2)
     variables = set().union(*(leaf.free_symbols for leaf in leaves))
     if len(variables) != 1:
         return None

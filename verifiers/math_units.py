@@ -52,15 +52,22 @@ _NEVER = frozenset(
      "mn", "permille", "percent", "percentage", "percentages", "through", "otherwise", "off", "increase", "decrease",
      "increased", "decreased", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
      "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty",
-     "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "zero", "only"]
+     "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "zero", "only", "without", "nope", "halfs", "thou",
+     "grand", "myriad", "milliard", "milliards", "against", "negated", "inverted", "raised", "mille", "ppm"]
 )
 """What makes another number of the one before it, takes it back or offers a second: no unit."""
 _SHORT_UNITS = frozenset(
-    ["bag", "box", "can", "car", "cat", "cup", "dog", "egg", "jar", "men", "pen", "per", "pie", "row", "toy", "way"]
+    ["bag", "box", "can", "car", "cat", "cup", "dog", "egg", "jar", "men", "pen", "per", "pie", "row", "sq", "toy",
+     "way"]
 )
+_AT_THE_END = frozenset(
+    ["binary", "octal", "decimal", "hexadecimal", "hex", "recurring", "repeating", "opposite", "kilo", "mega", "giga"]
+)
+"""The same where nothing follows: `10 in binary`, but `16 binary strings`."""
 _SENSES = frozenset(
     ["north", "south", "east", "west", "ago", "hence", "loss", "profit", "gain", "debt", "before", "after", "early",
-     "late", "ahead", "behind", "deposit", "withdrawal", "forward", "backward", "clockwise", "counterclockwise"]
+     "late", "ahead", "behind", "deposit", "withdrawal", "forward", "backward", "clockwise", "counterclockwise",
+     "short"]
 )
 """Words that say which way a quantity counts: two different ones are two different answers."""
 _WORD_LIMIT = 20
@@ -115,6 +122,8 @@ def split_unit(text: str, *, numeric_only: bool = True) -> Split:
     if tail and tail.start() > 0:
         words = re.sub(r"\\[a-z]+\s*\{([^{}]*)\}", r" \1 ", tail.group(1))
         core = text[: tail.start()].rstrip()
+        if money and core.endswith("/"):
+            core, words = core[:-1], f"per {words}"
         if words.strip() == "%":
             return Split(core, unit, percent=True)
         if not _UNIT_WORDS.fullmatch(words.strip()):
@@ -134,12 +143,29 @@ def split_unit(text: str, *, numeric_only: bool = True) -> Split:
     return _with_words(text, core, " ".join(words.split()), money)
 
 
+_COMPOUND = re.compile(r"(\d{1,9})\s?([A-Za-z]{1,12})\.?,?\s(?:and\s)?(\d{1,9})\s?([A-Za-z]{1,12})\.?")
+
+
+def compound(text: str) -> Split | None:
+    """`1 hour 30 minutes` as 90 minutes: units of one kind, the larger first, less of the smaller than makes one."""
+    bare = " ".join(re.sub(r"\\(?:text|mathrm|textrm|mbox)\s?\{([^{}]{0,40})\}", r" \1 ", text).split())
+    if (match := _COMPOUND.fullmatch(bare)) is None:
+        return None
+    many, large, few, small = match.groups()
+    one, two = parse_unit(large), parse_unit(small)
+    if one.dimension != two.dimension or _base(large) is None or _base(small) is None:
+        return None
+    worth = one.factor / two.factor
+    return Split(str(int(many) * worth + int(few)), two) if worth > max(int(few), 1) else None
+
+
 def _reads_as_unit(words: str, *, spaced: bool) -> bool:
     """Whether bare letters after a number are a unit rather than variables: `5 cm`, `5 apples`, not `5ab`, `5R^2`."""
     first = words.replace("^", " ").replace("/", " ").split()[0].rstrip(".")
     if _base(first) is not None or first.casefold() in _SPEEDS:
         return spaced or (len(first) > 1 and first not in ("mg", "ms"))  # m times g, m times s
-    return spaced and (len(first) >= 4 or first in _SHORT_UNITS)
+    hour = words.casefold() in ("a.m", "a.m.", "p.m", "p.m.")
+    return spaced and (len(first) >= 4 or first in _SHORT_UNITS or hour)
 
 
 def _with_words(text: str, core: str, words: str, money: str) -> Split:
@@ -159,8 +185,12 @@ def _with_words(text: str, core: str, words: str, money: str) -> Split:
     while len(parts) > 1 and parts[-1] in _FILLERS:
         parts.pop()
         words = words.rsplit(None, 1)[0]
-    if any(part in _NEVER and (part not in ("squared", "cubed") or not place) for place, part in enumerate(parts)):
+    if parts == ["times"]:
+        return Split(core, parse_unit("times"))  # how often
+    if any(part in _NEVER and (not place or part not in ("squared", "cubed")) for place, part in enumerate(parts)):
         return Split(text, unit)
+    if parts and (parts[-1] in _AT_THE_END or set(parts) & (_MULTIPLIERS.keys() - {"dozen"})):
+        return Split(text, unit)  # 5 per thousand, 5 per dozen being a rate
     if len(parts) > 8 or any(_no_word(word) for word in re.findall(r"[A-Za-z]+", words)):
         return Split(text, unit)
     if not parts:
@@ -189,7 +219,8 @@ def _base(word: str) -> tuple[str, Fraction] | None:
 
 def parse_unit(words: str) -> Unit:
     """`cm^2`, `square feet`, `meters per second`, `m/s^2`, or unknown words taken as they are."""
-    words = _SPEEDS.get(words.casefold(), words)
+    words = _SPEEDS.get(words.casefold(), words.lower() if words.casefold() in ("am", "pm") else words)
+    words = re.sub(r"(?i)\bdeg(?:ree)?s? (?=(?:celsius|fahrenheit|c|f)\b)", "", words)
     senses = [word for word in re.findall(r"[a-z]+", words.casefold()) if word in _SENSES]
     if senses:
         rest = " ".join(word for word in words.split() if word.casefold().strip(".") not in _SENSES)
@@ -241,6 +272,8 @@ def conversion(gold: Unit | None, answer: Unit | None) -> Fraction | None:
     """By what the answer must be multiplied to be in the gold's unit; None where the units cannot be the same thing."""
     if gold is None or answer is None:
         return Fraction(1)
+    if {gold, answer} == {parse_unit("sterling"), parse_unit("pound")}:
+        return Fraction(1)  # £5 is 5 pounds
     if gold.dimension != answer.dimension or (gold.sense and answer.sense and gold.sense != answer.sense):
         return None
     return answer.factor / gold.factor

@@ -163,6 +163,8 @@ HOSTILE = {
     "nested power": "^{2".join("2" for _ in range(40)) + "}" * 39,
     "fractions": "\\frac{1}{1+" * 55 + "x" + "}" * 55,
     "infinite": "\\infty-\\infty",
+    "many inequalities": ",".join(f"x\\ne {n}" for n in range(300)),
+    "many intervals": " or ".join(f"[{n},{n}.5)" for n in range(200)),
     "zero power": "0^{-1}",
     "gcd": "\\gcd(2^{19999}, 3^{9999})",
 }
@@ -194,6 +196,7 @@ def test_hostile_answers_come_back_in_time_with_a_status_of_the_models(name: str
         "#### " * 40_000,
         "\\boxed{}",
         "[" * 10_000,
+        "\\boxed{6}" + " " * 300_000,
     ],
     ids=lambda text: f"{text[:8]!r}x{len(text)}",
 )
@@ -324,6 +327,9 @@ def test_choices_by_letter_or_by_text() -> None:
     assert verdict("7", "\\boxed{B}", choices=options).score == 1.0
     assert verdict("C", "\\boxed{7}", choices=options).score == 0.0
     assert verdict("7", "\\boxed{A}", choices=options).score == 0.0
+    assert verdict("B", "\\boxed{b}", choices=options).score == 1.0
+    assert verdict("B", "\\boxed{a}", choices=options).score == 0.0
+    assert verdict("B", "\\boxed{b}", choices=["b", "a", "c"]).score == 0.0
 
 
 def test_a_gold_out_of_a_solution() -> None:
