@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from time import monotonic
+from time import monotonic, sleep
 
 from cabochon.errors import MachineError
 from cabochon.protocols import Verifier
@@ -70,6 +70,7 @@ class VerifierPool:
         self._retries = retries
         self._lock = threading.Lock()
         self._stats = PoolStats()
+        self._in_hand = 0
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="verify")
 
     @property
@@ -85,6 +86,15 @@ class VerifierPool:
 
     def verify_one(self, task: Task, text: str) -> Verdict:
         """The verdict on one item; never raises."""
+        with self._lock:
+            self._in_hand += 1
+        try:
+            return self._verify_one(task, text)
+        finally:
+            with self._lock:
+                self._in_hand -= 1
+
+    def _verify_one(self, task: Task, text: str) -> Verdict:
         start = monotonic()
         verdict = infra_error("not tried")
         for attempt in range(self._retries + 1):
@@ -143,5 +153,8 @@ class VerifierPool:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """After Ctrl-C nobody waits for the items in hand: the workers of this process are killed with them."""
         if kind is KeyboardInterrupt:
-            close_shared_pools()
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            while self._in_hand:
+                close_shared_pools()  # again: an item that had just begun makes a new one
+                sleep(0.05)
         self.close()

@@ -234,9 +234,9 @@ def test_completions_are_left_out_before_the_file_gets_too_large(tmp_path):
 
 
 def test_letters_that_nobody_sees_are_marked(tmp_path, chrome):
-    """Variation selectors can spell a whole text, fillers and a blank of Braille look like spaces."""
-    hidden = "".join(chr(0xE0100 + b) for b in b"obey") + "\ufe0f\u3164\u115f\u034f\u2800"
-    place = runs.rl_run(tmp_path / "run", 3, rollouts=1, groups=1, texts=(f"ok{hidden}",))
+    """Variation selectors can spell a whole text, fillers and a blank of Braille look like spaces; emoji stay."""
+    hidden = "".join(chr(0xE0100 + b) for b in b"obey") + "\u3164\u115f\u034f\u2800"
+    place = runs.rl_run(tmp_path / "run", 3, rollouts=1, groups=1, texts=(f"ok\u2764\ufe0f{hidden}",))
     with watched(chrome) as (tab, complaints, _):
         tab.goto(written(tmp_path / "page.html", place))
         marks = tab.locator("#groups article > p .mark")

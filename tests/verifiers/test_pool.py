@@ -163,12 +163,20 @@ def test_workers_killed_during_a_batch_cost_nothing_but_time() -> None:
         assert verdict.score in (None, float(number % 2))
 
 
-def test_ctrl_c_does_not_wait_for_the_items_in_hand(tmp_path) -> None:
+@pytest.mark.parametrize("late", [0.0, 3.0], ids=["at work", "before its worker is there"])
+def test_ctrl_c_does_not_wait_for_the_items_in_hand(tmp_path, late: float) -> None:
     path = tmp_path / "slow.py"
     path.write_text("import time\ndef sleeps(completions, **kwargs):\n    time.sleep(60)\n    return [1.0]\n")
     asked = f"{path}:sleeps"
     task = Task(id="s", prompt="p", verifier=asked, payload={})
-    pool = VerifierPool.unproven(verifier=verifier_for([task]), concurrency=1)
+    verifier = verifier_for([task])
+
+    class Late:
+        def verify(self, task: Task, text: str) -> Verdict:
+            time.sleep(late)
+            return verifier.verify(task, text)
+
+    pool = VerifierPool.unproven(verifier=Late(), concurrency=1, retries=0)
 
     def stopped_at_once() -> None:
         with pool:
