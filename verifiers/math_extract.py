@@ -308,14 +308,14 @@ _RUNS_ON = re.compile(
 
 def _whole_run(text: str, number: re.Match[str]) -> str:
     """The number with what belongs to it: of `2\\sqrt{3}` not the 3, of `(2, 5)` not the 5, of `2^10` not the 10."""
-    more = _RUNS_ON.match(text, number.end())
-    more = more or _BEHIND.match(text, number.end())
+    more = _RUNS_ON.match(text, number.end()) or _BEHIND.match(text, number.end())
     end = more.end() if more else number.end()
     before = re.split(r"\n|[.:;?]\s", text[max(0, number.start() - 200) : number.start()])[-1]
     run = _RUN.search(before) if _BINDS.search(before) and not _TAG.search(before) else None
     left = run.group().lstrip(" ,:;") if run else ""
-    listed = not before[: run.start() if run else None].rstrip().endswith("=")
-    whole = re.sub(r"^[-*]\s+" if listed else "$^", "", left + text[number.start() : end].strip())
+    whole = left + text[number.start() : end].strip()
+    if not before[: run.start() if run else None].rstrip().endswith("="):
+        whole = re.sub(r"^[-*]\s+", "", whole)  # of a list; behind `=` it is a sign
     surplus = sum(whole.count(mark) for mark in ")]}") - sum(whole.count(mark) for mark in "([{")
     return whole[: len(whole) - surplus] if surplus > 0 and set(whole[-surplus:]) <= set(")]}") else whole
 
