@@ -286,6 +286,8 @@ class WorkerPool:
         ours, theirs = socket.socketpair()
         try:
             with theirs, self._control_lock:
+                if self._closed:  # since `_take` looked: nobody would stop what is started now
+                    raise _MachineFailure("the worker pool is closed")
                 control = self._running_zygote()
                 try:
                     socket.send_fds(control, [b"F"], [theirs.fileno()])
@@ -329,9 +331,7 @@ class WorkerPool:
         self._stop_zygote()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path = [os.path.abspath(entry or os.curdir) for entry in sys.path]
-        argument = json.dumps(
-            [theirs.fileno(), path, list(self.config.preload), self.config.memory_mib << 20]
-        )
+        argument = json.dumps([theirs.fileno(), path, list(self.config.preload), self.config.memory_mib << 20])
         with theirs, tempfile.TemporaryFile() as errors:
             self._zygote = subprocess.Popen(
                 [sys.executable, "-s", "-P", "-c", _BOOT, argument],

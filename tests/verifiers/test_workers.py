@@ -279,6 +279,22 @@ def test_a_module_that_cannot_be_imported_is_one_clear_line() -> None:
     assert "No module named 'no_such_module_of_ours'" in outcome.detail
 
 
+def test_a_pool_closed_between_taking_and_starting_a_worker_starts_none(jobs: str, monkeypatch) -> None:
+    """Otherwise an interpreter outlives the close, and Ctrl-C waits for the item it runs."""
+
+    class ClosedThen(WorkerPool):
+        def _fork(self):
+            self.close()
+            return super()._fork()
+
+    monkeypatch.syspath_prepend(jobs)
+    pool = ClosedThen(WorkerConfig(size=1))
+    start = time.monotonic()
+    outcome = pool.call("cabochon_test_jobs:nap", {"seconds": 30}, deadline=60)
+    assert (outcome.status, outcome.detail) == ("infra_error", "the worker pool is closed")
+    assert time.monotonic() - start < 20 and pool._zygote is None
+
+
 def test_equal_configs_share_a_pool() -> None:
     assert shared_pool(WorkerConfig(size=1)) is shared_pool(WorkerConfig(size=1))
     assert shared_pool(WorkerConfig(size=1)) is not shared_pool(WorkerConfig(size=2))
