@@ -122,9 +122,11 @@ def _reply(body: bytes) -> bytes:
     return reply
 
 
-def _work(connection: socket.socket, memory_bytes: int) -> None:
+def _work(connection: socket.socket, memory_bytes: int, zygote_pid: int) -> None:
     """Serve requests until the owner closes the connection."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != zygote_pid:  # killed before we asked to be killed with it
+        return
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -140,13 +142,14 @@ def _work(connection: socket.socket, memory_bytes: int) -> None:
 
 
 def _fork_worker(control: socket.socket, connection: socket.socket, memory_bytes: int) -> int:
+    zygote_pid = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
         control.close()
-        _work(connection, memory_bytes)
+        _work(connection, memory_bytes, zygote_pid)
         status = 0
     finally:
         os._exit(status)  # never run the zygote's own exit handlers in a worker

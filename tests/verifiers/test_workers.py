@@ -3,6 +3,8 @@
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -254,9 +256,6 @@ def test_closing_leaves_no_process(jobs: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_workers_die_with_an_owner_that_is_killed(jobs: str, tmp_path: pathlib.Path) -> None:
-    import subprocess
-    import sys
-
     script = (
         f"import sys, time; sys.path.insert(0, {jobs!r})\n"
         "from cabochon.verifiers.workers import WorkerConfig, WorkerPool\n"
@@ -293,6 +292,17 @@ def test_a_pool_closed_between_taking_and_starting_a_worker_starts_none(jobs: st
     outcome = pool.call("cabochon_test_jobs:nap", {"seconds": 30}, deadline=60)
     assert (outcome.status, outcome.detail) == ("infra_error", "the worker pool is closed")
     assert time.monotonic() - start < 20 and pool._zygote is None
+
+
+def test_a_worker_whose_zygote_died_before_it_asked_to_die_with_it_does_not_begin() -> None:
+    code = (
+        "import socket, threading; from cabochon.verifiers.worker_main import _work\n"
+        "ours, theirs = socket.socketpair(); ours.settimeout(10)\n"
+        "thread = threading.Thread(target=_work, args=(theirs, 1 << 40, 1 << 30), daemon=True); thread.start()\n"
+        "thread.join(5); theirs.close(); print(thread.is_alive(), ours.recv(1))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False b''", done.stderr
 
 
 def test_equal_configs_share_a_pool() -> None:
