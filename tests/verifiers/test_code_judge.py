@@ -152,3 +152,30 @@ def test_annotations_are_what_a_plain_interpreter_makes_of_them(verifier, source
 def test_annotations_of_the_tests_are_values_too(verifier):
     tests = "from solution import f\ndef test_a():\n    def g(a: int): pass\n    assert g.__annotations__ == {'a': int} and f(2) == 4\n"
     assert judged(verifier, "def f(x): return x * x", tests).status == "ok"
+
+
+SWALLOWS = {
+    "unittest": "import unittest\nfrom solution import f\nclass T(unittest.TestCase):\n    def test_a(self):\n        with self.assertRaises(BaseException): f(1)\n",
+    "pytest": "import pytest\nfrom solution import f\ndef test_a():\n    with pytest.raises(BaseException): f(1)\n",
+    "except": ["try:\n    f(1)\nexcept BaseException:\n    pass"],
+    "bare except": ["try:\n    f(1)\nexcept:\n    pass"],
+    "finally": ["def g():\n    try: f(1)\n    finally: return 3\nassert g() == 3"],
+    "a thread": ["import threading\nt = threading.Thread(target=f, args=(1,))\nt.start(); t.join()\nassert True"],
+}  # fmt: skip
+STOPS = {
+    "no plain data": ("def f(x):\n    a = []; a.append(a); return a", "malformed"),
+    "a forged answer": ("import sys\nC = sys.modules['cabochon.verifiers.sandbox.inside'].Candidate\nC.answer = lambda self, r: b'T'\ndef f(x): return 0", "malformed"),
+    "too large a value": ("def f(x): return 'x' * (9 << 20)", "malformed"),
+    "os._exit": ("import os\ndef f(x): os._exit(0)", "crash"),
+    "a signal": ("import os\ndef f(x): os.kill(os.getpid(), 11)", "crash"),
+    "timeout": ("def f(x):\n    while True: pass", "timeout"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", STOPS)
+def test_what_stopped_the_program_is_the_verdict_whatever_the_tests_catch(both, how):
+    source, status = STOPS[how]
+    verifier = CodeVerifier(both.sandbox, limits=Limits(wall_seconds=2.0 if how == "timeout" else 20.0))
+    for form in SWALLOWS if how == "no plain data" else ("unittest", "bare except"):
+        verdict = judged(verifier, source, SWALLOWS[form])
+        assert (verdict.status, verdict.score) == (status, 0.0), (form, verdict)

@@ -17,7 +17,7 @@ from cabochon.verifiers.sandbox.wire import WireError, pack, unpack
 TYPE_CHECKING = False  # see wire
 if TYPE_CHECKING:
     from types import ModuleType
-    from typing import Any
+    from typing import Any, NoReturn
 
     from cabochon.verifiers.sandbox.inside import Channel
 else:
@@ -28,7 +28,8 @@ _SHOWN = 300
 
 
 class ProgramStopped(BaseException):
-    """The program broke the dialogue: its fault, and no test may catch it as an ordinary error."""
+    """The program broke the dialogue: its fault. The verdict is sent when this is raised, so it does not matter what
+    the tests make of it."""
 
 
 class ProgramError(Exception):
@@ -38,8 +39,9 @@ class ProgramError(Exception):
 class Host:
     """The link to the program's process."""
 
-    def __init__(self, channel: Channel, mutates: bool, open_names: list[str]) -> None:
+    def __init__(self, channel: Channel, nonce: str, mutates: bool, open_names: list[str]) -> None:
         self.channel = channel
+        self.nonce = nonce
         self.mutates = mutates
         self.open_names = open_names
         self.seq = 0
@@ -93,12 +95,17 @@ class Host:
                 else:
                     raised = self.accept(seq, answer, args)
             except (WireError, IndexError, ValueError, TypeError, KeyError) as e:
-                raise ProgramStopped(f"the program's answer is malformed: {e}") from None
+                self.stop(f"the program's answer is malformed: {e}")
             if message[:1] != b"K":
                 if raised is not None:
                     raise raised
                 return answer[2]
             self.channel.send(b"A" + self.call_back(function, inner_args, inner_kwargs))
+
+    def stop(self, why: str) -> NoReturn:
+        """Sends the verdict on a program that broke the dialogue; the host listens no further."""
+        self.channel.send(b"V" + pack((self.nonce, "malformed", why[:300], 0, 0, [])))
+        raise ProgramStopped(why)
 
     def call_back(self, function: Any, args: Any, kwargs: Any) -> bytes:
         try:
@@ -260,7 +267,7 @@ def judge(order: dict[str, Any], channel: Channel) -> None:
     `G` before it reads anything of the program, and `P` where it then holds no value of it to speak of: what this
     process dies of between the two, and later where there was no `P`, came from the program.
     """
-    host = Host(channel, order["mutates"], order["classes"])
+    host = Host(channel, order["nonce"], order["mutates"], order["classes"])
     channel.send(b"G")
     loaded = channel.read()[1:]
     recorder = Recorder(host)
@@ -277,9 +284,7 @@ def judge(order: dict[str, Any], channel: Channel) -> None:
                 continue
             solution.__dict__[name] = stand_in(host, name, names[name])
     except Exception as e:  # whatever it sent instead of a description
-        why = f"the program's description of itself is malformed: {type(e).__name__}: {e}"
-        channel.send(b"V" + pack((order["nonce"], "malformed", why[:300], 0, 0, missing)))
-        return
+        host.stop(f"the program's description of itself is malformed: {type(e).__name__}: {e}")
     small = len(loaded) <= 256 * (1 + len(order["wanted"]))
     if small and all(type(about) is tuple and about[:1] != ("value",) for about in names.values()):
         channel.send(b"P")
@@ -300,8 +305,7 @@ def judge(order: dict[str, Any], channel: Channel) -> None:
             from cabochon.verifiers.sandbox.inside_pytest import collect
 
             collect(module, recorder)
-    except ProgramStopped as e:
-        channel.send(b"V" + pack((order["nonce"], "malformed", str(e), recorder.passed, recorder.total, missing)))
+    except ProgramStopped:
         return
     channel.send(b"V" + pack((order["nonce"], "done", "", recorder.passed, recorder.total, missing)))
 
