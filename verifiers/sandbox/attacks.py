@@ -225,14 +225,9 @@ def run(sandbox: Inhabited, attacks: list[Attack] | None = None, *, limits: Limi
     fails."""
     verifier = CodeVerifier(sandbox, limits=limits)
     patient = CodeVerifier(sandbox, limits=replace(limits, wall_seconds=4 * limits.wall_seconds))
-    host = Host()
-    neighbour = Neighbour(sandbox)
-    try:
+    with contextlib.closing(Host()) as host, contextlib.closing(Neighbour(sandbox)) as neighbour:
         for attack in suite() if attacks is None else attacks:
             yield _one(sandbox, patient if attack.pay == "always" else verifier, host, neighbour, attack)
-    finally:
-        neighbour.close()
-        host.close()
 
 
 def _one(sandbox: Inhabited, verifier: CodeVerifier, host: Host, neighbour: Neighbour, attack: Attack) -> Finding:

@@ -2,9 +2,10 @@
 
 Classic BPF over `struct seccomp_data` (nr at 0, arch at 4, args from 16), as seccomp(2) describes; no libseccomp.
 Refused: mounting, namespaces, tracing, keys, BPF, perf, io_uring, handles, modules, clocks, and sockets other than
-local and internet ones (AF_VSOCK would reach the host of a virtual machine, for it is not namespaced); limits and
-priorities of any process but the caller, for process 1 must stay able to end the others. `clone3`, whose flags a filter
-cannot see, and any system call newer than this table are ENOSYS, so libc falls back.
+local and internet ones (AF_VSOCK would reach the host of a virtual machine, for it is not namespaced); what the kernel
+counts per user, whom all sandboxes and perhaps the host's own programs share; limits and priorities of any process but
+the caller, for process 1 must stay able to end the others. `clone3`, whose flags a filter cannot see, and any system
+call newer than this table are ENOSYS, so libc falls back.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ _OF_OTHERS = {"x86_64": [142, 144, 203, 302, 314], "aarch64": [118, 119, 122, 26
 """sched_setparam, sched_setscheduler, sched_setaffinity, prlimit64, sched_setattr: of a process, 0 for the caller"""
 _SET_PRIORITY = {"x86_64": 141, "aarch64": 140}
 """of (kind, whom): kind 0 is one process; a group or a user may have process 1 in it"""
+_PER_USER = {"x86_64": [222, 240, 253, 294], "aarch64": [26, 107, 180]}
+"""timer_create (of the user's pending signals), mq_open, inotify_init, inotify_init1"""
 MACHINES = ("x86_64", "aarch64")
 _HIDDEN_MEMORY = {"x86_64": [29, 319, 447], "aarch64": [194, 279, 447]}
 """shmget, memfd_create, memfd_secret"""
@@ -81,7 +84,7 @@ def filter_bytes(machine: str | None = None, *, hidden_memory: bool = True) -> b
     out += [_op(_JGE, _NEWEST + 1, 0, 1), _op(_RET, _ERRNO | errno.ENOSYS)]  # x32 calls, with bit 30 set, end here too
     out += [_op(_JEQ, 435, 0, 1), _op(_RET, _ERRNO | errno.ENOSYS)]  # clone3
     hidden = [] if hidden_memory else _HIDDEN_MEMORY[machine]
-    for number in sorted([*_COMMON.values(), *table.values(), *hidden]):
+    for number in sorted([*_COMMON.values(), *table.values(), *_PER_USER[machine], *hidden]):
         out += [_op(_JEQ, number, 0, 1), refuse]
     for number in _OF_OTHERS[machine]:
         out += [_op(_JEQ, number, 0, 4), _op(_LD_W_ABS, 16), _op(_JEQ, 0, 0, 1), _op(_RET, _ALLOW), refuse]

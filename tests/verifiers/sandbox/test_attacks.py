@@ -11,6 +11,7 @@ from cabochon.errors import UserError
 from cabochon.verifiers.code import CodeVerifier
 from cabochon.verifiers.sandbox import attacks
 from cabochon.verifiers.sandbox.bubblewrap import BubblewrapSandbox
+from cabochon.verifiers.sandbox.docker import DockerSandbox
 from cabochon.verifiers.sandbox.cli import line, table
 from cabochon.verifiers.sandbox.testing import sandbox
 
@@ -42,6 +43,7 @@ ON_DOCKER = {
     "in place", "reads all at once", "io_uring", "host of the virtual machine", "others' descriptors", "shared memory",
     "queue of processes", "a child prints", "interrupts process 1", "limits of process 1", "priority of process 1",
     "opens standard output", "lowers itself", "right, forged trailer, never ends", "a description that grows",
+    "what its user may have",
 }  # fmt: skip
 """What the default suite runs on docker, where each takes most of a second."""
 
@@ -100,6 +102,23 @@ def test_bombs_without_control_groups():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_program(kind):
     check(kind, attacks.suite(), attacks.LIMITS)
+
+
+@pytest.mark.docker
+def test_a_sandbox_that_cannot_be_had_leaves_nothing_of_the_host_s_bait(monkeypatch):
+    """A `sleep` left over held the pipe its output went to, and whoever read it waited an hour."""
+    hosts = []
+
+    class Recorded(attacks.Host):
+        def __init__(self):
+            super().__init__()
+            hosts.append(self)
+
+    monkeypatch.setattr(attacks, "Host", Recorded)
+    with DockerSandbox(image="cabochon-no-such-image:none") as box, pytest.raises(UserError, match="is not on the engine"):
+        next(attacks.run(box))
+    assert hosts[0].process.poll() is not None
+    assert not hosts[0].folder.exists()
 
 
 @pytest.mark.bubblewrap

@@ -34,7 +34,7 @@ def decide(program, nr, arch, arg0=0, arg1=0):
      (425, 0, "EPERM"), (435, 0, "ENOSYS"), (463, 0, "ENOSYS"), (0x40000000, 0, "ENOSYS"), (56, 0x1200011, ALLOW),
      (56, 0x10000011, "EPERM"), (56, 0x40000000, "EPERM"), (41, 1, ALLOW), (41, 2, ALLOW), (41, 16, "EPERM"), (41, 17,
      "EPERM"),
-     (41, 40, "EPERM"), (319, 0, ALLOW)],
+     (41, 40, "EPERM"), (319, 0, ALLOW), (222, 0, "EPERM"), (240, 0, "EPERM"), (253, 0, "EPERM"), (294, 0, "EPERM")],
 )  # fmt: skip
 def test_x86_decisions(nr, arg0, want):
     expected = want if want == ALLOW else ERRNO | getattr(errno, want)
@@ -45,6 +45,7 @@ def test_other_architectures():
     program = seccomp.filter_bytes("aarch64")
     assert decide(program, 117, ARM) == ERRNO | errno.EPERM
     assert decide(program, 220, ARM, 0x20000000) == ERRNO | errno.EPERM
+    assert [decide(program, nr, ARM) for nr in (26, 107, 180)] == [ERRNO | errno.EPERM] * 3
     assert decide(program, 198, ARM, 1) == ALLOW
     assert decide(program, 117, X86) == KILL
     assert decide(seccomp.filter_bytes("x86_64"), 20, 0x40000003) == KILL  # 32-bit calls
@@ -79,6 +80,7 @@ def call(*args):
     r = c.syscall(*args)
     return errno.errorcode.get(ctypes.get_errno(), 'OK')
 print(call(101, 0, 0, 0, 0), call(272, 0x10000000), call(321, 0, 0, 0), call(425, 1, 0), call(435, 0, 0), call(463))
+print(call(294, 0), call(240, b'/q', 0o102, 0o600, 0), call(222, 1, 0, ctypes.byref(ctypes.c_int())))
 for family in (40, 16, 17, 38):
     try: socket.socket(family, socket.SOCK_RAW if family == 17 else socket.SOCK_STREAM); print('opened', family)
     except OSError as e: print(errno.errorcode[e.errno])
@@ -90,4 +92,4 @@ socket.socketpair(); socket.socket(socket.AF_INET)
         pytest.skip(str(e)) if not __import__("os").environ.get("CI") else pytest.fail(str(e))
     with box:
         lines = box.run(python_program(source)).stdout.decode().splitlines()
-    assert lines == ["EPERM EPERM EPERM EPERM ENOSYS ENOSYS", "EPERM", "EPERM", "EPERM", "EPERM"]
+    assert lines == ["EPERM EPERM EPERM EPERM ENOSYS ENOSYS", "EPERM EPERM EPERM", "EPERM", "EPERM", "EPERM", "EPERM"]
