@@ -11,8 +11,8 @@ from cabochon.errors import UserError
 from cabochon.verifiers.code import CodeVerifier
 from cabochon.verifiers.sandbox import attacks
 from cabochon.verifiers.sandbox.bubblewrap import BubblewrapSandbox
-from cabochon.verifiers.sandbox.docker import DockerSandbox
 from cabochon.verifiers.sandbox.cli import line, table
+from cabochon.verifiers.sandbox.docker import DockerSandbox
 from cabochon.verifiers.sandbox.testing import sandbox
 
 KINDS = [pytest.param("bubblewrap", marks=pytest.mark.bubblewrap), pytest.param("docker", marks=pytest.mark.docker)]
@@ -115,7 +115,7 @@ def test_a_sandbox_that_cannot_be_had_leaves_nothing_of_the_host_s_bait(monkeypa
             hosts.append(self)
 
     monkeypatch.setattr(attacks, "Host", Recorded)
-    with DockerSandbox(image="cabochon-no-such-image:none") as box, pytest.raises(UserError, match="is not on the engine"):
+    with DockerSandbox(image="cabochon-none:none") as box, pytest.raises(UserError, match="is not on the engine"):
         next(attacks.run(box))
     assert hosts[0].process.poll() is not None
     assert not hosts[0].folder.exists()
