@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cabochon.report import lineage, page, rollouts
-from cabochon.report.files import Row, Tail, count_of, number_of, read_object, stamp
+from cabochon.report.files import OF_A_JOB, Row, Tail, count_of, number_of, read_object, stamp
 from cabochon.report.series import Curves, Loads
 from cabochon.report.verdict import verdict
 
@@ -139,10 +139,17 @@ class Readers:
         several = len(self.places) > 1
         self.runs = [RunReader(f"{place.name}/{name}" if several and at != place else name, at)
                      for place, name, at in named]  # fmt: skip
+        self._jobs: dict[Path, dict[str, tuple[int, int]]] = {}
 
     def refresh(self) -> bool:
+        """Reads what is new; whether anything is, in the runs or in the files of their job."""
         self._newcomers()
-        return any([run.refresh() for run in self.runs])
+        before, self._jobs = self._jobs, {j: stamp(j, OF_A_JOB) for j in {*self.places, *self._parents()}}
+        return any([run.refresh() for run in self.runs]) or self._jobs != before
+
+    def _parents(self) -> set[Path]:
+        """Where an evaluation of a run lies, if it was evaluated."""
+        return {run.place.parent for run in self.runs}
 
     def _newcomers(self) -> None:
         """A job's later stages begin while it is looked at."""
@@ -155,7 +162,7 @@ class Readers:
     def snapshot(self) -> Row:
         runs = [run.snapshot() for run in self.runs]
         job = self.places[0] if len(self.places) == 1 and not lineage.is_run(self.places[0]) else None
-        beside = {place: _evaluation(place) for place in {Path(run["dir"]).parent for run in runs}}
+        beside = {place: _evaluation(place) for place in self._parents()}
         for run in runs:
             run["verdict"] = verdict(run, _paired(beside[Path(run["dir"]).parent], run["dir"]))
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,14 @@ def count_of(value: Any) -> int | None:
     return value if isinstance(value, int) and 0 < value < 10**12 else None
 
 
-def stamp(place: Path) -> dict[str, tuple[int, int]]:
+OF_A_RUN = ("metrics.jsonl", "moe.jsonl", "events.jsonl", "manifest.json", "rollouts", "config.yaml")
+OF_A_JOB = ("pipeline.json", "eval.json")
+
+
+def stamp(place: Path, names: Sequence[str] = OF_A_RUN) -> dict[str, tuple[int, int]]:
     """Sizes and times of the files a page shows, by name: equal stamps, equal page."""
     out = {}
-    for name in ("metrics.jsonl", "moe.jsonl", "events.jsonl", "manifest.json", "rollouts", "config.yaml"):
+    for name in names:
         try:
             status = (place / name).stat()
         except OSError:

@@ -106,6 +106,17 @@ def test_the_evaluation_of_a_job_decides_its_verdict(tmp_path):
     assert alone.verdicts == [f"rl: {found['title']}: {found['because'][0]}"], "also where the run is looked at alone"
 
 
+@pytest.mark.parametrize("looked_at", [".", "rl"], ids=["the job", "the run alone"])
+def test_an_evaluation_that_comes_later_is_news(tmp_path, looked_at):
+    runs.rl_run(tmp_path / "rl", 9)
+    readers = Readers([tmp_path / looked_at])
+    assert readers.refresh()
+    assert not readers.refresh()
+    (tmp_path / "eval.json").write_text('{"evaluations": []}')
+    assert readers.refresh()
+    assert not readers.refresh()
+
+
 @pytest.mark.parametrize("said", ["run/job/rl/final", "elsewhere/job/rl/final", "{tmp_path}/run/job/rl/final"])
 def test_the_verdict_does_not_depend_on_how_a_directory_is_typed(tmp_path, monkeypatch, said):
     job = tmp_path / "run" / "job"
