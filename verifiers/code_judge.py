@@ -37,11 +37,14 @@ class Outcome:
 
 
 def judge(sandbox: Sandbox, plan: FunctionPlan, source: bytes, limits: Limits) -> Outcome:
-    """Raises Lost or SandboxError for the machine's failures only."""
+    """Raises Lost or SandboxError for the machine's failures only, ValueError where the task is unusable."""
     nonce = secrets.token_hex(16)
     outcome = Outcome()
     with sandbox.open(limits) as program, sandbox.open(limits) as tests:
-        program.begin("candidate", limits, source=source, wanted=list(plan.wanted), classes=list(plan.classes))
+        program.begin(
+            "candidate", limits, source=source, wanted=list(plan.wanted), classes=list(plan.classes),
+            mutates=plan.mutates,
+        )  # fmt: skip
         tests.begin(
             "tests", limits, nonce=nonce, wanted=list(plan.wanted), classes=list(plan.classes), mutates=plan.mutates,
             module=plan.module, bare_names=plan.bare_names, collect=plan.collect,
@@ -124,6 +127,8 @@ def _verdict(message: bytes, nonce: str, outcome: Outcome, raised: str) -> None:
     if type(said) is not tuple or len(said) != 6 or not secrets.compare_digest(str(said[0]), nonce):
         raise Lost("the verdict does not carry its number")
     _, how, why, passed, total, missing = said
+    if how == "unusable":
+        raise ValueError(str(why))
     if how != "done":
         outcome.status, outcome.detail = "malformed", str(why)[:300]
         return

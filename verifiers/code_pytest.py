@@ -7,7 +7,7 @@ told so instead of the model.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from itertools import chain
 
 _KNOWN = {"raises", "approx", "mark", "skip", "fixture", "fail", "param", "main"}
@@ -32,6 +32,38 @@ def unsupported(tree: ast.Module) -> str:
     module = {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.Import)
               for a in n.names if a.name == "pytest"}  # fmt: skip
     return next(chain(_names(tree, module), _calls(tree, module), _functions(tree, plain), _mixtures(tree, cases)), "")
+
+
+_IN_ONE_PROCESS = {
+    "mock": {"patch"}, "contextlib": {"redirect_stdout", "redirect_stderr"}, "builtins": {"open"}, "io": {"open"},
+    "tempfile": {"NamedTemporaryFile", "TemporaryDirectory", "TemporaryFile", "mkdtemp", "mkstemp"},
+    "inspect": {"getsource", "signature", "getfullargspec", "isfunction", "isgeneratorfunction"},
+    "self": {"assertLogs", "assertNoLogs", "assertWarns", "assertWarnsRegex"}, "os": {"chdir"},
+}  # fmt: skip
+"""By module or object: what reaches into the process of what is tested, or shares its files."""
+_STREAMS = {"sys.stdin", "sys.stdout", "sys.stderr", "sys.argv", "os.environ"}
+_BARE = {"patch", "redirect_stdout", "redirect_stderr", "open"} | _IN_ONE_PROCESS["tempfile"]
+
+
+def uncrossable(trees: Sequence[ast.AST], wanted: Set[str], modules: Set[str]) -> str:
+    """The first thing tests use that works in the program's own process only, in words; "" where there is none.
+    `wanted` are the program's names, `modules` those of its module."""
+    nodes = [n for tree in trees for n in ast.walk(tree)]
+    targets = [t for n in nodes if isinstance(n, ast.Assign | ast.Delete) for t in n.targets]
+    changed = {id(n) for t in targets for n in ast.walk(t)}
+    for node in nodes:
+        if isinstance(node, ast.ClassDef):
+            for base in node.bases:
+                owner = _last(base.value) if isinstance(base, ast.Attribute) else ""
+                if owner in modules or (isinstance(base, ast.Name) and base.id in wanted):
+                    return f"a class {node.name} derived from the program's {_last(base)}"
+        elif isinstance(node, ast.Name) and node.id in _BARE - wanted and isinstance(node.ctx, ast.Load):
+            return f"{node.id}, which does not reach the program"
+        elif isinstance(node, ast.Attribute) and node.attr in _IN_ONE_PROCESS.get(_last(node.value), ()):
+            return f"{ast.unparse(node)}, which does not reach the program"
+        elif isinstance(node, ast.Attribute) and id(node) in changed and ast.unparse(node) in _STREAMS:
+            return f"a change of {ast.unparse(node)}, which does not reach the program"
+    return ""
 
 
 def count_tests(tree: ast.Module) -> int:

@@ -12,11 +12,11 @@ import builtins
 import functools
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cabochon.verifiers.code_pytest import count_tests, unsupported
+from cabochon.verifiers.code_pytest import count_tests, uncrossable, unsupported
 
 _COMMON_IMPORTS = {
     **dict.fromkeys(("isclose", "sqrt", "inf", "nan", "pi", "floor", "ceil", "fabs"), "math"),
@@ -91,13 +91,14 @@ def plan_of(payload: Mapping[str, Any]) -> Plan:
         sources, listed = tuple(tests), True
     else:
         raise ValueError(f"a code task needs payload['tests'], a text or a list of texts, got {type(tests).__name__}")
+    mutates = bool(payload.get("mutates", False))
     if kind == "unittest":
-        return _file_plan("\n".join(sources), text["setup"], text["module"] or "solution")
+        plan = _file_plan("\n".join(sources), text["setup"], text["module"] or "solution")
+        return replace(plan, mutates=mutates)
     if kind not in ("asserts", "calls"):
         raise ValueError(f"payload['kind'] must be asserts, calls, stdio or unittest, got {kind!r}")
     if not text["helpers"] and text["entry_point"] and payload.get("prompt"):
         text["helpers"] = helpers_of(str(payload["prompt"]), text["entry_point"])
-    mutates = bool(payload.get("mutates", False))
     return _assert_plan(sources, listed, text["setup"], text["helpers"], text["entry_point"], mutates)
 
 
@@ -163,6 +164,12 @@ def helpers_of(prompt: str, entry: str) -> str:
     return ast.unparse(ast.Module(body=keep, type_ignores=[])) if keep else ""
 
 
+def _refuse(trees: Sequence[ast.AST], wanted: Iterable[str], modules: Iterable[str]) -> None:
+    lacking = uncrossable(trees, set(wanted), set(modules))
+    if lacking:
+        raise ValueError(f"the task's tests need the program in their own process: {lacking}")
+
+
 @functools.lru_cache(maxsize=512)
 def _assert_plan(
     sources: tuple[str, ...], listed: bool, setup: str, helpers: str, entry: str, mutates: bool
@@ -170,6 +177,7 @@ def _assert_plan(
     trees = [_parse(s, "tests") for s in sources]
     setup_tree, helper_tree = _parse(setup, "set-up"), _parse(helpers, "helpers")
     wanted, imports = _names([*trees, setup_tree], _defined([helper_tree]), entry)
+    _refuse([*trees, setup_tree], wanted, ())
     attributes = _attribute_roots([*trees, setup_tree])  # before assertions are rewritten, which adds one
     before = ("\n".join(imports), helpers, ast.unparse(setup_tree))
     units = [Unit(label="", source=s, tests=0) for s in before if s.strip()]
@@ -337,6 +345,7 @@ def _file_plan(source: str, setup: str, module: str) -> FunctionPlan:
         wanted = set(_names([tree], set(), "")[0])
     if not wanted:
         raise ValueError(f"the task's test file uses nothing of the program: import it as `from {module} import ...`")
+    _refuse([tree], wanted, aliases)
     classes = tuple(sorted(n for n in wanted if n[0].isupper()))
     rewritten = ast.unparse(_Asserts().visit(tree))
     unit = Unit(label="", source=rewritten, tests=tests)

@@ -99,7 +99,7 @@ def test_evidence_names_the_first_failure(verifier):
     assert "trace 2" in verdict.evidence["stderr"]
     assert verdict.evidence["program"].startswith("import sys")
     raised = verifier.verify(F, fenced("def f(x): return {}[x]"))
-    assert raised.evidence["first_failure"]["error"] == "KeyError: '2'"
+    assert raised.evidence["first_failure"]["error"] == "KeyError: 2"
     missing = verifier.verify(F, fenced("def g(x): return x"))
     assert "does not define f" in missing.detail
 

@@ -117,3 +117,42 @@ def test_test_files():
 def test_unusable_tasks(payload, words):
     with pytest.raises(ValueError, match=words):
         plan_of(payload)
+
+
+@pytest.mark.parametrize(
+    ("tests", "words"),
+    [
+        ("from unittest.mock import patch\ndef test_a():\n    with patch('builtins.input', return_value='1'): assert f() == 1", "patch"),
+        ("from unittest import mock\n@mock.patch('solution.g', 3)\ndef test_a(): assert f() == 1", "mock.patch"),
+        ("import unittest.mock\ndef test_a():\n    with unittest.mock.patch.object(dict, 'x'): assert f() == 1", "unittest.mock.patch"),
+        ("import io, contextlib\ndef test_a():\n    out = io.StringIO()\n    with contextlib.redirect_stdout(out): f()\n    assert out.getvalue() == 'x'", "redirect_stdout"),
+        ("import io, sys\ndef test_a():\n    sys.stdout = io.StringIO()\n    f()\n    assert sys.stdout.getvalue() == 'x'", "a change of sys.stdout"),
+        ("import os\ndef test_a():\n    os.environ['A'] = '1'\n    assert f() == 1", "a change of os.environ"),
+        ("import tempfile\ndef test_a():\n    with tempfile.TemporaryDirectory() as d: assert f(d) == 1", "tempfile.TemporaryDirectory"),
+        ("def test_a():\n    with open('x', 'w') as out: out.write('1')\n    assert f('x') == 1", "open"),
+        ("import inspect\ndef test_a(): assert inspect.signature(f).parameters", "inspect.signature"),
+        ("import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        with self.assertLogs('x'): f()", "self.assertLogs"),
+        ("class Mine(Base): pass\ndef test_a(): assert f(Mine()) == 1", "a class Mine derived from the program's Base"),
+    ],
+)  # fmt: skip
+def test_tests_that_need_the_programs_own_process_are_refused(tests, words):
+    with pytest.raises(ValueError, match=f"in their own process: .*{words}"):
+        plan_of({"tests": "from solution import f, Base\n" + tests, "kind": "unittest"})
+    if "Mine" in tests:
+        with pytest.raises(ValueError, match=words):
+            plan_of({"tests": "import solution as s\n" + tests.replace("(Base)", "(s.Base)"), "kind": "unittest"})
+        with pytest.raises(ValueError, match=words):
+            plan_of({"tests": ["class Mine(Base): pass\nassert f(Mine()) == 1"]})
+
+
+def test_names_that_only_look_like_it_are_not_refused():
+    for tests in ("d = Door()\nd.open()\nassert d.is_open", "c = Client()\nassert c.patch('x').path == 'x'", "assert open(3) == 4",
+                  "import sys\nassert f(sys.stdout.encoding) == 1", "class A: pass\nclass B(A): pass\nassert f(B()) == 1",
+                  "from unittest.mock import Mock\nm = Mock()\nf(m)\nm.open.assert_called_once_with()"):  # fmt: skip
+        assert plan_of({"tests": [tests]}).wanted, tests
+
+
+def test_a_test_file_may_look_at_arguments_and_results():
+    payload = {"tests": "from solution import f\ndef test_a():\n    xs = []\n    assert f(xs) == 1 and xs == [1]"}
+    assert plan_of(payload).mutates is False
+    assert plan_of({**payload, "mutates": True}).mutates is True

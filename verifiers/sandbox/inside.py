@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import os
 import sys
-from _thread import RLock
 from struct import pack as struct_pack
 from struct import unpack as struct_unpack
 
+from cabochon.verifiers.sandbox.inside_remote import Link, told
 from cabochon.verifiers.sandbox.wire import MAX_FRAME, WireError, frame, pack, unpack
 
 TYPE_CHECKING = False  # see wire
@@ -103,7 +103,7 @@ def main(supervised: bool = False, idle_seconds: float = 3600.0) -> None:
         judge(order, channel)
     else:
         sys.path.insert(0, home)
-        Candidate(channel).serve(order["source"], order["wanted"], order["classes"])
+        Candidate(channel, order.get("mutates", False)).serve(order["source"], order["wanted"], order["classes"])
     sys.stdout.flush()
     os._exit(0)
 
@@ -245,56 +245,15 @@ def _run(order: dict[str, Any], home: str) -> None:
     exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)  # else under the imports of this file
 
 
-class Callback:
-    """A function of the tests, as the program sees it: calling it asks the tests' process, which may ask back first."""
-
-    def __init__(self, owner: Candidate, number: int, kind: str) -> None:
-        self._ask = (owner, number)
-        self.__name__ = kind
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        owner, number = self._ask
-        with owner.turn:
-            owner.channel.send(b"K" + pack((number, args, kwargs), owner.number, owner.keep))
-            while (message := owner.channel.read())[:1] == b"C":
-                owner.channel.send(b"R" + owner.answer(message[1:]))
-        reply = owner.read(message[1:])
-        if reply[0] == "value":
-            return reply[1]
-        raise getattr(__import__("builtins"), reply[1], RuntimeError)(reply[2])
-
-
-class Candidate:
+class Candidate(Link):
     """Answers calls on a loaded program. Everything it says is the program's word and no more."""
 
-    def __init__(self, channel: Channel) -> None:
-        self.channel = channel
-        self.objects: list[Any] = []
+    def __init__(self, channel: Channel, mutates: bool = False) -> None:
+        super().__init__(channel, b"hk", b"KCR", carries_out=mutates, carries_in=True)
         self.module = ModuleType("solution")
-        self.callbacks: dict[int, Callback] = {}
-        self.turn = RLock()  # one thread talks at a time
-        self.keep: tuple[type, ...] = ()
-        """Classes the tests use as such: their objects stay objects, whatever they inherit from."""
 
-    def number(self, value: Any) -> tuple[bytes, int, str]:
-        """A handle for what is not plain data."""
-        if type(value) is Callback:
-            return b"k", value._ask[1], value.__name__
-        for i, known in enumerate(self.objects):
-            if known is value:
-                return b"h", i, type(value).__name__
-        self.objects.append(value)
-        return b"h", len(self.objects) - 1, type(value).__name__
-
-    def resolve(self, tag: bytes, number: int, kind: str) -> Any:
-        if tag == b"h":
-            return self.objects[number]
-        if tag == b"g":
-            return self.module.__dict__[kind]
-        return self.callbacks.setdefault(number, Callback(self, number, kind))
-
-    def read(self, data: bytes) -> Any:
-        return unpack(data, self.resolve)
+    def thing(self, target: Any, op: str, args: list[Any]) -> Any:
+        return self.module.__dict__[target] if type(target) is str else self.objects[target]
 
     def serve(self, source: bytes, wanted: list[str], classes: list[str]) -> None:
         module = self.module
@@ -313,87 +272,27 @@ class Candidate:
         except SystemExit:
             pass  # a program that ends itself after its definitions; os._exit is another matter
         except BaseException as e:
-            self.channel.send(b"E" + pack(("raised", type(e).__name__, _message(e))))
+            self.channel.send(b"E" + pack(("raised", type(e).__name__, told(e)[2])))
             return
         self.keep = tuple(c for c in map(module.__dict__.get, classes) if isinstance(c, type))
-        self.channel.send(b"L" + pack({name: self.describe(name) for name in wanted}))
+        self.channel.send(b"L" + pack({name: self.describe(name) for name in wanted}, self.number, self.keep))
         while True:
             request = self.channel.read()[1:]
             self.channel.send(b"R" + self.answer(request))
 
     def describe(self, name: str) -> Any:
-        """What `name` is in the program: ("missing",), ("function",), ("class",), ("exception", base), ("module",),
-        ..."""
+        """What `name` is in the program: ("missing",), ("module",), ("function",) or ("coroutine",), which are asked
+        for by name, ("given", it), or ("object", its number, its class's) for what looks like plain data and is not."""
         if name not in self.module.__dict__:
             return ("missing",)
         value = self.module.__dict__[name]
-        if isinstance(value, type):
-            return ("exception", _builtin_base(value)) if issubclass(value, BaseException) else ("class",)
         if isinstance(value, ModuleType):
             return ("module",)
-        if callable(value):
+        if callable(value) and not isinstance(value, type):
             is_async = getattr(getattr(value, "__code__", None), "co_flags", 0) & 0x80
             return ("coroutine" if is_async else "function",)
         try:
-            return ("value", unpack(pack(value)))
+            pack(value, self.number, self.keep)
         except WireError:
-            return ("object", self.number(value)[1], type(value).__name__)
-
-    def answer(self, request: bytes) -> bytes:
-        try:
-            seq, target, op, args, kwargs = self.read(request)
-        except WireError as e:
-            return pack((0, "bad", str(e)))
-        try:
-            before = [pack(a, self.number, self.keep) if type(a) in _MUTABLE else None for a in args]
-            value = self.act(target, op, args, kwargs)
-            changed = [
-                a if b is not None and pack(a, self.number, self.keep) != b else None
-                for a, b in zip(args, before, strict=True)
-            ]
-            return pack((seq, "value", value, changed if any(c is not None for c in changed) else None),
-                        self.number, self.keep)  # fmt: skip
-        except WireError as e:
-            return pack((seq, "bad", str(e)[:500]))
-        except BaseException as e:
-            return pack((seq, "raise", type(e).__name__, _builtin_base(type(e)), _message(e)))
-
-    def act(self, target: Any, op: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        thing = self.module.__dict__[target] if type(target) is str else self.objects[target]
-        if op == "call":
-            return thing(*args, **kwargs)
-        if op == "get":
-            return getattr(thing, args[0])
-        if op == "set":
-            return setattr(thing, args[0], args[1])
-        if op == "next":
-            return [next(thing)]
-        if op == "await":
-            import asyncio
-
-            async def wait() -> Any:
-                return await thing
-
-            return asyncio.run(wait())
-        import operator
-
-        plain = {"bool": bool, "str": str, "repr": repr, "len": len, "iter": iter, "hash": hash, "abs": abs}
-        return (plain.get(op) or getattr(operator, op))(thing, *args)  # type: ignore
-
-
-_MUTABLE = (list, dict, set, bytearray)
-
-
-def _builtin_base(kind: type) -> str:
-    """The nearest builtin exception of `kind`, by name."""
-    for base in kind.__mro__:
-        if base.__module__ == "builtins" and issubclass(base, BaseException):
-            return base.__name__
-    return "Exception"
-
-
-def _message(e: BaseException) -> str:
-    try:
-        return str(e)[:2000]
-    except BaseException:  # its __str__ is the program's own code
-        return ""
+            return ("object", self.index(value), self.index(type(value)))
+        return ("given", value)

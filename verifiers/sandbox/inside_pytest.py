@@ -211,7 +211,7 @@ def collect(module: ModuleType, recorder: Recorder) -> None:
             elif name.startswith("Test") and inspect.isclass(thing) and not issubclass(thing, unittest.TestCase):
                 _class(name, thing, fixtures, recorder)
         _hook(module, "teardown_module", module)
-    except Exception as e:
+    except BaseException as e:
         recorder.fail("the module's set-up or tear-down", e)
 
 
@@ -224,7 +224,7 @@ def _class(name: str, thing: type, fixtures: dict[str, Any], recorder: Recorder)
         for test in tests:
             _rows(f"{name}.{test}", thing, test, fixtures, recorder)
         _hook(thing, "teardown_class", thing)
-    except Exception as e:
+    except BaseException as e:
         recorder.fail(name, e)
 
 
@@ -252,7 +252,7 @@ def _rows(label: str, owner: Any, name: str, fixtures: dict[str, Any], recorder:
             _one(subject, name, "method" if in_class else "function", row, {**fixtures, **own})
         except Skipped:
             continue
-        except Exception as e:
+        except BaseException as e:
             recorder.fail(one, e)
         else:
             recorder.ok(one)

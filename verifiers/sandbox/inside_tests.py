@@ -11,18 +11,24 @@ from __future__ import annotations
 import builtins
 import sys
 
-from cabochon.verifiers.sandbox.inside_remote import Remote
-from cabochon.verifiers.sandbox.wire import WireError, pack, unpack
+from cabochon.verifiers.sandbox.inside_remote import COMPARING, FORWARD, OPERATORS, Link, Remote, RemoteClass
+from cabochon.verifiers.sandbox.wire import ITSELF, WireError, Writer, pack, unpack
 
 TYPE_CHECKING = False  # see wire
 if TYPE_CHECKING:
-    from types import ModuleType
+    from collections.abc import Callable
+    from types import FunctionType, ModuleType
     from typing import Any, NoReturn
 
     from cabochon.verifiers.sandbox.inside import Channel
 else:
-    ModuleType = type(sys)
+    ModuleType, FunctionType = type(sys), type(pack)
 
+MODULE = "test_solution"
+"""The name of the module the tests run in."""
+_PLAIN_METHODS = {n for t in (str, bytes, list, tuple, dict, set, frozenset, int, float) for n in dir(t)} - set(
+    dir(object)
+)
 _SHOWN = 300
 """characters of a value in the evidence"""
 
@@ -32,133 +38,190 @@ class ProgramStopped(BaseException):
     the tests make of it."""
 
 
-class ProgramError(Exception):
-    """An exception of a class of the program's own."""
-
-
-class Host:
+class Host(Link):
     """The link to the program's process."""
 
-    def __init__(self, channel: Channel, nonce: str, mutates: bool, open_names: list[str]) -> None:
-        self.channel = channel
+    def __init__(self, channel: Channel, nonce: str, mutates: bool) -> None:
+        super().__init__(channel, b"kh", b"CKA", carries_out=True, carries_in=mutates)
+        self.root, self.forward = Guarded, GUARDED
         self.nonce = nonce
-        self.mutates = mutates
-        self.open_names = open_names
-        self.seq = 0
-        self.functions: list[Any] = []
-        self.remotes: dict[tuple[int, str], Remote] = {}
-        """Each of the program's objects once, so that `is` means here what it means there."""
-        self.own: dict[int, tuple[str, Any]] = {}
-        """The program's functions and classes by the id of what stands for them: handed back, they are names."""
-        self.kinds: dict[str, type] = {}
-        self.errors: dict[str, type] = {}
+        self.names: dict[int, str] = {}
+        """The program's functions and classes, for people."""
+        self.own: dict[int, Any] = {}
+        """By the id of what this side made of a coroutine function, the program's: handed back, it is that again."""
+        self.bytes = 0
+        """of answers"""
+        self.asked = False
         self.last_error = ""
         self.last_call = ""
 
-    def number(self, value: Any) -> tuple[bytes, int, str]:
-        if isinstance(value, Remote):
-            return b"h", object.__getattribute__(value, "_cabochon_id"), type(value).__name__
-        if id(value) in self.own:
-            return b"g", 0, self.own[id(value)][0]
-        if callable(value):
-            self.functions.append(value)
-            return b"k", len(self.functions) - 1, getattr(value, "__name__", "function")
-        raise WireError(f"a {type(value).__name__} is not plain data")
+    def number(self, v: Any) -> tuple[bytes, int, str]:
+        return super().number(self.own.get(id(v), v))
 
-    def resolve(self, tag: bytes, number: int, kind: str) -> Any:
-        if tag == b"k":
-            return self.functions[number]
-        if tag != b"h":
-            raise WireError("a name where an object is expected")
-        if (number, kind) not in self.remotes:
-            self.remotes[number, kind] = Remote(self, number, kind)
-        return self.remotes[number, kind]
-
-    def ask(self, target: Any, op: str, *args: Any, **kwargs: Any) -> Any:
-        """The program's answer as plain data; its exception raised here. Raises ProgramStopped on a broken answer.
-
-        A function of the tests that the program calls meanwhile may ask again, so the question's number is local.
-        """
-        self.seq += 1
-        seq = self.seq
+    def ask(self, target: Any, op: str, /, *args: Any, **kwargs: Any) -> Any:
         self.last_error = ""
         if op == "call":
-            self.last_call = _call_text(target, args, kwargs)
-        self.channel.send(b"C" + pack((seq, target, op, list(args), kwargs), self.number))
-        while True:
-            message = self.channel.read()
-            try:
-                answer = unpack(message[1:], self.resolve)
-                if message[:1] == b"K":
-                    number, inner_args, inner_kwargs = answer
-                    function = self.functions[number]
-                else:
-                    raised = self.accept(seq, answer, args)
-            except (WireError, IndexError, ValueError, TypeError, KeyError) as e:
-                self.stop(f"the program's answer is malformed: {e}")
-            if message[:1] != b"K":
-                if raised is not None:
-                    raise raised
-                return answer[2]
-            self.channel.send(b"A" + self.call_back(function, inner_args, inner_kwargs))
+            self.last_call = _call_text(self.names.get(target, "object"), args, kwargs)
+        try:
+            return super().ask(target, op, *args, **kwargs)
+        except Exception as e:
+            self.last_error = type(e).__name__
+            raise
 
-    def stop(self, why: str) -> NoReturn:
-        """Sends the verdict on a program that broke the dialogue; the host listens no further."""
-        self.channel.send(b"V" + pack((self.nonce, "malformed", why[:300], 0, 0, [])))
+    def question(self, writer: Writer, message: Any) -> bytes:
+        try:
+            return super().question(writer, message)
+        except WireError as e:
+            own = not self.asked or str(e) == ITSELF  # else something of the program's may be in it
+            self.verdict("unusable" if own else "malformed", f"the tests pass what cannot cross: {e}")
+        finally:
+            self.asked = self.asked or message[2] not in ("class", "itself")
+
+    def settled(self, seq: int, data: bytes, asked: list[Any], given: Any) -> tuple[str, Any]:
+        self.bytes += len(data)
+        return super().settled(seq, data, asked, given)
+
+    def stand_in(self, cls: type, number: int) -> Any:
+        """Of a coroutine, one of this process: asyncio takes no others."""
+        made = super().stand_in(cls, number)
+        if cls.__name__ != "coroutine":
+            return made
+        waiting = _waiting(made)
+        self.own[id(waiting)] = made
+        return waiting
+
+    def verdict(self, how: str, why: str) -> NoReturn:
+        """Sends a verdict that no test can change any more: the host listens no further."""
+        self.channel.send(b"V" + pack((self.nonce, how, why[:300], 0, 0, [])))
         raise ProgramStopped(why)
 
-    def call_back(self, function: Any, args: Any, kwargs: Any) -> bytes:
-        try:
-            return pack(("value", function(*args, **kwargs)), self.number)
-        except Exception as e:
-            return pack(("raise", type(e).__name__, str(e)[:500]))
+    def broken(self, why: str) -> NoReturn:
+        self.verdict("malformed", f"the program's side sent something else than an answer: {why}")
 
-    def accept(self, seq: int, answer: Any, args: tuple[Any, ...]) -> Exception | None:
-        """Checks an answer's form and carries changed arguments back; the exception it tells of. Raises WireError."""
-        if type(answer) is not tuple or len(answer) < 3 or answer[0] not in (seq, 0):
-            raise WireError("an answer to another question")
-        if answer[1] == "value" and len(answer) == 4:
-            value, changed = answer[2], answer[3]
-            if type(changed) is list and (value is None or self.mutates):
-                for mine, new in zip(args, changed, strict=True):
-                    _update(mine, new)
-            return None
-        if answer[1] == "raise" and len(answer) == 5:
-            return self.error(str(answer[2]), str(answer[3]), str(answer[4]))
-        raise WireError(str(answer[2]))
+    def thing(self, target: Any, op: str, args: list[Any]) -> Any:
+        """An object of the tests which the program asks something of. It may use what it was given, and read and set
+        attributes of objects of the tests' own classes. From elsewhere there are ways to the tests themselves."""
+        thing = self.objects[target]
+        if op != "class" and target not in self.passed:
+            raise AttributeError("the tests gave no such object")
+        if op in ("get", "set", "del") and not _may_touch(thing, op, args[0]):
+            raise AttributeError(f"the tests' {type(thing).__name__} object has no .{args[0]} here")
+        return thing
 
-    def error(self, name: str, base: str, message: str) -> Exception:
-        """The program's exception as one of this process. What would end a process instead is an ordinary error
-        here."""
-        self.last_error = name
-        known = self.errors.get(name)
-        if known is not None:
-            return known(message)
-        for candidate in (name, base):
-            kind = getattr(builtins, candidate, None)
-            if isinstance(kind, type) and issubclass(kind, Exception):
-                try:
-                    error = kind(message)
-                except TypeError:  # UnicodeDecodeError and its like want more
-                    continue
-                return error
-        return ProgramError(f"{name}: {message}")
+    def act(self, target: Any, op: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        answer = super().act(target, op, args, kwargs)
+        if op == "class":
+            name, module, bases, *rest = answer
+            answer = (name, module, tuple(b for b in bases if _is_own(b) or issubclass(b, BaseException)), *rest)
+        return answer
 
 
-def _update(mine: Any, new: Any) -> None:
-    """Carries a change the program made to an argument back into the caller's object."""
-    if new is None or type(mine) is not type(new):
-        return
-    if type(mine) is list or type(mine) is bytearray:
-        mine[:] = new
-    elif type(mine) is dict or type(mine) is set:
-        mine.clear()
-        mine.update(new)
+async def _waiting(made: Any) -> Any:
+    return await made
 
 
-def _call_text(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+_LIBRARY = ("_io", "unittest.mock", "random", "re", "datetime", "queue", "_queue", "threading", "_thread", "logging")
+"""Modules whose objects lead nowhere."""
+
+
+def _is_own(kind: type) -> bool:
+    return kind.__module__ == MODULE and not any(base.__module__ == "unittest.case" for base in kind.__mro__)
+
+
+def _may_touch(thing: Any, op: str, name: Any) -> bool:
+    kind = thing if isinstance(thing, type) else type(thing)
+    if type(name) is not str or name.startswith("_"):
+        return op == "get" and name in ("__name__", "__qualname__", "__doc__")
+    if op != "get":  # what a class defines is not replaced: a test may call it afterwards
+        return _is_own(kind) and not callable(getattr(kind, name, None))
+    if kind.__module__ == "builtins":
+        return isinstance(thing, BaseException) or name in ("send", "throw", "close", "asend", "aclose")
+    if kind.__module__ == "unittest.mock":
+        return name not in dir(kind)  # not what tells it what to say, nor what the tests ask it
+    return _is_own(kind) or kind.__module__ in _LIBRARY or isinstance(thing, BaseException)
+
+
+class Guarded(Remote):
+    """An object of the program. It is asked about plain data only where the tests are of its class ("open"): else
+    `abs(f(x) - 3) < 1e-6` would hand it 3 and let it decide. Closed, it equals nothing but itself."""
+
+    _cabochon_open = False
+    _cabochon_met = False
+    """It has met plain data in an operator."""
+    _cabochon_plain = False
+    """It is plain data with something on top, which is compared with plain data here."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _PLAIN_METHODS and not self._cabochon_open:
+            raise AttributeError(f"{_name(self)} is not plain data and has no .{name} here")
+        return self._cabochon_ask("get", name)
+
+    def __eq__(self, other: Any) -> Any:
+        if type(type(other)) is not RemoteClass:
+            return bool(self._cabochon_plain and self._cabochon_ask("plain") == other)
+        if self._cabochon_open and other._cabochon_open:
+            return super().__eq__(other)
+        return bool(self._cabochon_number == other._cabochon_number)
+
+    def __hash__(self) -> int:
+        asked = super().__hash__()  # which it may not have
+        return asked if self._cabochon_open else id(self)
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self._cabochon_open else f"<{_name(self)}>"
+
+
+def _name(thing: Guarded) -> str:
+    return f"the program's {type(thing).__name__} object"
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """An operator of Guarded. An object that has met plain data in one may not turn into plain data in the next, nor
+    compare itself with any: `abs(f(x) - 3) < 1e-6` would let the program answer for the number it should have given."""
+
+    def method(self: Any, *args: Any) -> Any:
+        plain = any(type(type(a)) is not RemoteClass for a in args)
+        if (not args or name == "__round__") and not self._cabochon_met:  # nothing of what is expected is in it
+            return self._cabochon_ask(name, *args)
+        if plain and name in COMPARING and self._cabochon_plain:
+            return getattr(self._cabochon_ask("plain"), name)(*args)
+        if not self._cabochon_open:
+            raise TypeError(f"{_name(self)} is not plain data and has no {name} here")
+        met = self._cabochon_met or plain or any(a._cabochon_met for a in args)
+        if met and name in COMPARING:
+            raise TypeError(f"{_name(self)} may not judge plain data by {name}")
+        result = self._cabochon_ask(name, *args)
+        for one in (result if type(result) is tuple else (result,)) if met and result is not NotImplemented else ():
+            if type(type(one)) is not RemoteClass:
+                raise TypeError(f"{_name(self)} may not turn plain data into plain by {name}")
+            object.__setattr__(one, "_cabochon_met", True)
+        return result
+
+    return method
+
+
+def _contains(self: Any, item: Any) -> bool:
+    if self._cabochon_open:
+        return self._cabochon_ask("__contains__", item) is True
+    return any(x is item or x == item for x in self)
+
+
+def _exit(self: Any, kind: Any, error: Any, trace: Any) -> bool:
+    """No program may put a failed assertion of the tests away."""
+    return bool(self._cabochon_ask("__exit__", kind, error, None)) and not isinstance(error, AssertionError)
+
+
+async def _aexit(self: Any, kind: Any, error: Any, trace: Any) -> bool:
+    return bool(await self._cabochon_ask("__aexit__", kind, error, None)) and not isinstance(error, AssertionError)
+
+
+GUARDED = FORWARD | {n: _operator(n) for n in (*COMPARING, *OPERATORS)}
+GUARDED |= {"__contains__": _contains, "__exit__": _exit, "__aexit__": _aexit}
+
+
+def _call_text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     words = [show(a, 200) for a in args] + [f"{k}={show(v, 100)}" for k, v in kwargs.items()]
-    return f"{target if type(target) is str else 'object'}({', '.join(words)})"[:_SHOWN]
+    return f"{name}({', '.join(words)})"[:_SHOWN]
 
 
 def show(value: Any, limit: int = _SHOWN) -> str:
@@ -174,58 +237,29 @@ def show(value: Any, limit: int = _SHOWN) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def stand_in(host: Host, name: str, about: Any) -> Any:
-    """What the tests see under a name of the program. Raises LookupError where the program has no such name."""
-    made = _stand_in(host, name, about)
-    if about[0] in ("function", "coroutine", "class", "exception"):
-        host.own[id(made)] = (name, made)
-    return made
-
-
-def _stand_in(host: Host, name: str, about: Any) -> Any:
-    kind = about[0]
-    if kind == "function":
-
-        def function(*args: Any, **kwargs: Any) -> Any:
-            return host.ask(name, "call", *args, **kwargs)
-
-        function.__name__ = function.__qualname__ = name
-        return function
-    if kind == "coroutine":
-
-        async def coroutine(*args: Any, **kwargs: Any) -> Any:
-            return await host.ask(name, "call", *args, **kwargs)
-
-        coroutine.__name__ = coroutine.__qualname__ = name
-        return coroutine
-    if kind == "class":
-        made = _RemoteClass(name, (), {})
-        made._host_ = host  # type: ignore[attr-defined]
-        if name in host.open_names:
-            host.kinds[name] = made
+def _given(host: Host, name: str, about: Any, open_names: list[str]) -> Any:
+    """What the tests see under a name of the program."""
+    made: Any
+    if about[0] in ("function", "coroutine"):
+        made = host.ask(name, "itself")
+    elif about[0] == "object":
+        made = host.resolve(b"h", about[1], str(about[2]))
+    else:
+        made = about[1]
+    if type(made) is RemoteClass and name in open_names:
+        made._cabochon_open = True
+    if type(made) is RemoteClass or type(type(made)) is RemoteClass:
+        host.names[made._cabochon_number] = name
+    if about[0] != "coroutine":
         return made
-    if kind == "exception":
-        base = getattr(builtins, about[1], Exception)
-        made = type(name, (base if issubclass(base, Exception) else Exception,), {})  # type: ignore
-        host.errors[name] = made
-        return made
-    if kind == "value":
-        return about[1]
-    if kind == "object":
-        return Remote(host, about[1], about[2])
-    raise LookupError(name)
 
+    async def coroutine(*args: Any, **kwargs: Any) -> Any:
+        return await made(*args, **kwargs)
 
-class _RemoteClass(type):
-    """A class of the program: calling it makes an object there; its attributes are asked for there."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls._host_.ask(cls.__name__, "call", *args, **kwargs)
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__") or name == "_host_":
-            raise AttributeError(name)
-        return cls._host_.ask(cls.__name__, "get", name)
+    coroutine.__name__ = coroutine.__qualname__ = name
+    host.own[id(coroutine)] = made
+    host.objects.append(coroutine)  # so that its id stays its own
+    return coroutine
 
 
 class Recorder:
@@ -245,7 +279,7 @@ class Recorder:
     def fail(self, label: str, error: BaseException) -> None:
         self.total += 1
         self.failed += 1
-        got = getattr(error, "cabochon_values", None)
+        got = vars(error).get("cabochon_values")
         about = {"call": self.host.last_call, "error": f"{type(error).__name__}: {error}"[:1000]}
         if got is not None:
             about |= {"got": got[0], "expected": got[1]}
@@ -267,47 +301,54 @@ def judge(order: dict[str, Any], channel: Channel) -> None:
     `G` before it reads anything of the program, and `P` where it then holds no value of it to speak of: what this
     process dies of between the two, and later where there was no `P`, came from the program.
     """
-    host = Host(channel, order["nonce"], order["mutates"], order["classes"])
+    host = Host(channel, order["nonce"], order["mutates"])
     channel.send(b"G")
-    loaded = channel.read()[1:]
+    try:
+        _judge(order, host)
+    except ProgramStopped:
+        return
+
+
+def _judge(order: dict[str, Any], host: Host) -> None:
+    loaded = host.channel.read()[1:]
     recorder = Recorder(host)
-    module = ModuleType("test_solution")
+    module, solution = ModuleType(MODULE), ModuleType(order["module"])
     space = module.__dict__
     space["__builtins__"] = builtins
-    solution = ModuleType(order["module"])
     missing: list[str] = []
     try:
         names = unpack(loaded, host.resolve)
         for name in order["wanted"]:
-            if names.get(name, ("missing",))[0] in ("missing", "module"):
+            about = names.get(name, ("missing",))
+            if about[0] in ("missing", "module"):
                 missing.append(name)
-                continue
-            solution.__dict__[name] = stand_in(host, name, names[name])
+            else:
+                solution.__dict__[name] = _given(host, name, about, order["classes"])
     except Exception as e:  # whatever it sent instead of a description
-        host.stop(f"the program's description of itself is malformed: {type(e).__name__}: {e}")
-    small = len(loaded) <= 256 * (1 + len(order["wanted"]))
-    if small and all(type(about) is tuple and about[:1] != ("value",) for about in names.values()):
-        channel.send(b"P")
+        host.broken(f"its description of itself: {type(e).__name__}: {e}")
+    given = [v for n, v in vars(solution).items() if n in order["wanted"]]
+    small = len(loaded) + host.bytes <= 4096 * (1 + len(order["wanted"]))
+    if small and all(isinstance(v, type | FunctionType) or type(type(v)) is RemoteClass for v in given):
+        host.channel.send(b"P")
+    else:
+        host.asked = True
     if order["bare_names"]:
         space.update((name, solution.__dict__[name]) for name in order["wanted"] if name not in missing)
-    if not order["bare_names"]:
+    else:
         sys.modules[order["module"]] = solution
-        sys.modules["test_solution"] = module
+        sys.modules[MODULE] = module
     space["_cabochon_"] = recorder
-    try:
-        if order["collect"]:
-            from cabochon.verifiers.sandbox.inside_pytest import install
+    if order["collect"]:
+        from cabochon.verifiers.sandbox.inside_pytest import install
 
-            install()
-        for label, source, whole in order["units"]:
-            _unit(label, source, space, recorder, whole=whole)
-        if order["collect"]:
-            from cabochon.verifiers.sandbox.inside_pytest import collect
+        install()
+    for label, source, whole in order["units"]:
+        _unit(label, source, space, recorder, whole=whole)
+    if order["collect"]:
+        from cabochon.verifiers.sandbox.inside_pytest import collect
 
-            collect(module, recorder)
-    except ProgramStopped:
-        return
-    channel.send(b"V" + pack((order["nonce"], "done", "", recorder.passed, recorder.total, missing)))
+        collect(module, recorder)
+    host.channel.send(b"V" + pack((host.nonce, "done", "", recorder.passed, recorder.total, missing)))
 
 
 def _unit(label: str, source: str, space: dict[str, Any], recorder: Recorder, *, whole: bool) -> None:

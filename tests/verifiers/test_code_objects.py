@@ -1,0 +1,215 @@
+"""Classes, objects and exceptions that live in the program, as its tests see them: each as in one process."""
+
+# ruff: noqa: E501 (programs are data, one a line)
+
+import os
+
+import pytest
+
+from cabochon.errors import UserError
+from cabochon.types import Task
+from cabochon.verifiers.code import CodeVerifier
+from cabochon.verifiers.sandbox.base import Limits
+from cabochon.verifiers.sandbox.testing import sandbox
+
+LIMITS = Limits(wall_seconds=20.0, cpu_seconds=8.0, memory_bytes=400 << 20)
+S = "class Shape:\n    def area(self): return 0\nclass Circle(Shape):\n    def __init__(self, r): self.r = r\n    def area(self): return 3 * self.r ** 2\nclass Ring(Circle): pass\ndef make(r): return Ring(r)\n"
+E_ = "from enum import Enum\nclass Color(Enum):\n    RED = 1\n    GREEN = 2\n    CRIMSON = 1\ndef pick(n): return Color(n)\n"
+V = """
+class V:
+    def __init__(self, x): self.x = x
+    def __add__(self, o): return V(self.x + (o.x if isinstance(o, V) else o)) if isinstance(o, (V, int)) else NotImplemented
+    def __radd__(self, o): return V(o + self.x)
+    def __sub__(self, o): return V(self.x - o.x)
+    def __rsub__(self, o): return V(o - self.x)
+    def __mul__(self, n): return V(self.x * n)
+    __rmul__ = __mul__
+    def __iadd__(self, o): self.x += o.x; return self
+    def __truediv__(self, n): return V(self.x / n)
+    def __floordiv__(self, n): return V(self.x // n)
+    def __mod__(self, n): return V(self.x % n)
+    def __divmod__(self, n): return V(self.x // n), V(self.x % n)
+    def __pow__(self, n, m=None): return V(pow(self.x, n, m))
+    def __lshift__(self, n): return V(self.x << n)
+    def __and__(self, o): return V(self.x & o.x)
+    def __or__(self, o): return V(self.x | o.x)
+    def __xor__(self, o): return V(self.x ^ o.x)
+    def __neg__(self): return V(-self.x)
+    def __pos__(self): return V(self.x)
+    def __invert__(self): return V(~self.x)
+    def __abs__(self): return abs(self.x)
+    def __int__(self): return int(self.x)
+    def __float__(self): return float(self.x)
+    def __complex__(self): return complex(self.x)
+    def __index__(self): return self.x
+    def __round__(self, n=None): return round(self.x, n) if n is not None else round(self.x)
+    def __floor__(self): return self.x
+    def __eq__(self, o): return isinstance(o, V) and self.x == o.x
+    def __lt__(self, o): return self.x < o.x
+    def __le__(self, o): return self.x <= o.x
+    def __hash__(self): return hash(self.x)
+    def __bool__(self): return self.x != 0
+    def __format__(self, spec): return 'V' + format(self.x, spec)
+    def __repr__(self): return f'V({self.x})'
+    def __bytes__(self): return b'v'
+"""
+B = """
+class Bag:
+    def __init__(self, items=()): self.items = list(items)
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return Bag(self.items[i]) if isinstance(i, slice) else self.items[i]
+    def __setitem__(self, i, v): self.items[i] = v
+    def __delitem__(self, i): del self.items[i]
+    def __contains__(self, x): return x in self.items
+    def __iter__(self): return iter(self.items)
+    def __reversed__(self): return reversed(self.items)
+    def __call__(self, n, *, k=1): return n * k * len(self.items)
+"""
+X = """
+class AppError(Exception):
+    kind = 'app'
+    def __init__(self, message, code=1):
+        super().__init__(message)
+        self.code = code
+    def as_dict(self): return {'code': self.code}
+class NotFound(AppError, LookupError): pass
+class Loud(AppError):
+    def __str__(self): return super().__str__().upper()
+class Plain(ValueError): pass
+def find(n):
+    if n == 1: raise NotFound('one', code=404)
+    if n == 2: raise Loud('two', 2)
+    if n == 3:
+        try: {}['k']
+        except KeyError as e: raise AppError('three') from e
+    if n == 4: raise Plain('a', 4)
+    if n == 5: raise KeyError('k')
+    if n == 6:
+        e = ValueError('v'); e.hint = 'h'; raise e
+    if n == 7: raise FileNotFoundError(2, 'No such file', 'x.txt')
+    if n == 8: import json; json.loads('{')
+    if n == 9: import sys; sys.exit(3)
+    if n == 10: raise KeyboardInterrupt
+    if n == 11: raise StopIteration(5)
+    if n == 12: return 1 / 0
+    return [NotFound('kept', 7), ValueError('v')]
+"""
+
+
+def t(body):
+    return "try:\n    " + body[0] + "\n    raise RuntimeError('nothing raised')\nexcept " + body[1] + ":\n    " + "\n    ".join(body[2:]) + "\nassert True"
+
+
+def made(kind):
+    try:
+        return sandbox(kind, LIMITS, warm=2)
+    except UserError as e:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(f"no {kind} here: {e}")
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    box = made("bubblewrap")
+    yield CodeVerifier(box, limits=LIMITS)
+    box.close()
+
+
+def judged(verifier, source, tests, **payload):
+    tests = tests if "def test_" in tests else [tests]
+    task = Task(id="t", prompt="", verifier="code", payload={"tests": tests, **payload})
+    return verifier.verify(task, f"```python\n{source}\n```")
+
+
+def check(verifier, tests, right, wrong):
+    """As in one process, the right program is paid and the wrong one is not."""
+    verdict = judged(verifier, right, tests)
+    assert verdict.status == "ok", verdict
+    verdict = judged(verifier, wrong, tests)
+    assert (verdict.status, verdict.score) == ("wrong", 0.0), verdict
+
+
+CLASSES = {
+    "isinstance": ("c = Circle(2)\nassert isinstance(c, Circle) and isinstance(c, Shape) and not isinstance(c, Ring)\nassert isinstance(make(1), Shape)", S, S.replace("(Shape)", "")),
+    "issubclass": ("assert issubclass(Circle, Shape) and not issubclass(Shape, Circle) and issubclass(Ring, Shape)", S, S.replace("(Shape)", "")),
+    "bases": ("assert Circle.__bases__ == (Shape,) and Ring.__mro__[:3] == (Ring, Circle, Shape) and Circle.__name__ == 'Circle'\nassert Shape().area() == 0", S, S.replace("(Shape)", "")),
+    "type of": ("assert type(Circle(1)) is Circle and type(make(1)) is not Circle and type(make(1)).__name__ == 'Ring'", S, S.replace("Ring(r)", "Circle(r)")),
+    "open attributes": ("c = Circle(2)\nc.r = 3\nc.label = 'x'\nassert c.r == 3 and c.area() == 27 and c.label == 'x' and hasattr(c, 'r') and not hasattr(c, 'q')\ndel c.label\nassert not hasattr(c, 'label')", S, S.replace("3 * self.r", "self.r")),
+    "class attributes": ("Circle(1)\nbefore = Cfg.n\nCfg.n = 5\nassert before == 1 and Cfg().get() == 5", S + "class Cfg:\n    n = 1\n    def get(self): return self.n", S + "class Cfg:\n    n = 1\n    def get(self): return 1"),
+    "abstract": ("import pytest\nfrom solution import Base, Sub\ndef test_a():\n    with pytest.raises(TypeError): Base()\n    assert isinstance(Sub(), Base)\n", "from abc import ABC, abstractmethod\nclass Base(ABC):\n    @abstractmethod\n    def f(self): ...\nclass Sub(Base):\n    def f(self): return 1", "class Base: pass\nclass Sub(Base): pass"),
+    "protocol": ("assert isinstance(Duck(), Quacks) and not isinstance(Dog(), Quacks)\nassert Duck().quack() == 1", "from typing import Protocol, runtime_checkable\n@runtime_checkable\nclass Quacks(Protocol):\n    def quack(self): ...\nclass Duck:\n    def quack(self): return 1\nclass Dog: pass", "class Quacks: pass\nclass Duck:\n    def quack(self): return 1\nclass Dog: pass"),
+    "static and class methods": ("assert T.parse('3').v == 3 and T.two() == 2 and T.parse('4').double() == 8", "class T:\n    def __init__(self, v): self.v = v\n    @classmethod\n    def parse(cls, s): return cls(int(s))\n    @staticmethod\n    def two(): return 2\n    def double(self): return 2 * self.v", "class T:\n    def __init__(self, v): self.v = v\n    @classmethod\n    def parse(cls, s): return cls(s)\n    @staticmethod\n    def two(): return 2\n    def double(self): return 2 * self.v"),
+}  # fmt: skip
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes(verifier, name):
+    check(verifier, *CLASSES[name])
+
+
+ENUMS = {
+    "iterate": ("assert [c.name for c in Color] == ['RED', 'GREEN'] and len(Color) == 2\nassert [c.name for c in reversed(Color)] == ['GREEN', 'RED']", E_, E_.replace("    GREEN = 2\n", "")),
+    "look up": ("assert Color['RED'] is Color.RED and Color(2) is Color.GREEN and Color.CRIMSON is Color.RED and Color.RED in Color\nassert Color['GREEN'].value == 2", E_, E_.replace("CRIMSON = 1", "CRIMSON = 3")),
+    "errors": ("try:\n    Color(9)\n    assert False\nexcept ValueError:\n    pass\ntry:\n    Color['BLUE']\n    assert False\nexcept KeyError:\n    pass\nassert Color.RED.value == 1", E_, E_.replace("CRIMSON = 1", "BLUE = 9")),
+    "equal and the same": ("assert pick(1) is Color.RED and pick(1) == Color.RED and pick(2) != Color.RED and isinstance(pick(1), Color)\nassert {Color.RED: 1, Color.GREEN: 2}[pick(2)] == 2 and repr(Color.RED) == '<Color.RED: 1>' and str(Color.RED) == 'Color.RED' and f'{Color.RED}' == 'Color.RED'", E_, E_.replace("Color(n)", "Color(1)")),
+    "members": ("assert list(Color.__members__) == ['RED', 'GREEN', 'CRIMSON'] and Color.RED.name == 'RED'", E_, E_.replace("CRIMSON", "PINK")),
+    "IntEnum": ("assert P.HIGH > P.LOW and P.HIGH == 3 and P.HIGH != 4 and P.HIGH > 2 and int(P.LOW) == 1 and P.HIGH.name == 'HIGH'\nassert sorted([P.HIGH, P.LOW]) == [P.LOW, P.HIGH] and max(P).name == 'HIGH'", "from enum import IntEnum\nclass P(IntEnum):\n    LOW = 1\n    HIGH = 3", "from enum import IntEnum\nclass P(IntEnum):\n    LOW = 1\n    HIGH = 2"),
+    "str and Enum": ("assert L.A == 'a' and L.A.value == 'a' and f() == 'a' and L('a') is L.A", "from enum import Enum\nclass L(str, Enum):\n    A = 'a'\ndef f(): return L.A", "from enum import Enum\nclass L(str, Enum):\n    A = 'b'\ndef f(): return L.A"),
+    "str and Enum unseen": ("assert f() == 'a'", "from enum import Enum\nclass L(str, Enum):\n    A = 'a'\ndef f(): return L.A", "def f(): return 'L.A'"),
+    "Flag": ("rw = F.R | F.W\nassert F.R in rw and F.X not in rw and (rw & F.W) == F.W and (rw ^ F.R) == F.W and bool(F.R & F.W) is False and (~rw) == F.X", "from enum import Flag, auto\nclass F(Flag):\n    R = auto()\n    W = auto()\n    X = auto()", "from enum import Flag, auto\nclass F(Flag):\n    R = auto()\n    W = auto()\n    X = R"),
+}  # fmt: skip
+
+@pytest.mark.parametrize("name", ENUMS)
+def test_enumerations(verifier, name):
+    check(verifier, *ENUMS[name])
+
+
+OPERATORS = {
+    "arithmetic": ("a, b = V(6), V(4)\nassert (a + b).x == 10 and (a - b).x == 2 and (a * 2).x == 12 and (a / 4).x == 1.5 and (a // 4).x == 1 and (a % 4).x == 2 and (a ** 2).x == 36 and pow(a, 2, 5).x == 1 and (a << 1).x == 12\nassert (a & b).x == 4 and (a | b).x == 6 and (a ^ b).x == 2 and (-a).x == -6 and (+a).x == 6 and (~a).x == -7 and abs(V(-3)) == 3\nq, r = divmod(a, 4)\nassert (q.x, r.x) == (1, 2)", V, V.replace("self.x - o.x", "o.x - self.x")),
+    "reflected": ("assert (10 - V(4)).x == 6 and (1 + V(2)).x == 3 and (3 * V(2)).x == 6 and sum([V(1), V(2)]).x == 3", V, V.replace("o - self.x", "self.x - o")),
+    "in place": ("a = b = V(1)\na += V(2)\nassert a is b and b.x == 3\na *= 2\nassert a.x == 6 and b.x == 3", V, V.replace("self.x += o.x; return self", "return V(self.x + o.x)")),
+    "not implemented": ("try:\n    V(1) + 'a'\n    assert False\nexcept TypeError:\n    pass\ntry:\n    V(1) >> 2\n    assert False\nexcept TypeError:\n    pass\nassert V(1).x == 1", V, V.replace("else NotImplemented", "else V(0)")),
+    "comparison": ("assert V(1) < V(2) and V(2) > V(1) and V(1) <= V(1) and V(1) >= V(1) and V(1) == V(1) and V(1) != V(2)\nassert [v.x for v in sorted([V(3), V(1)])] == [1, 3] and max(V(1), V(5)).x == 5 and len({V(1), V(1), V(2)}) == 2 and V(1) in [V(1)]", V, V.replace("self.x < o.x", "o.x < self.x")),
+    "conversions": ("import math\na = V(6)\nassert a.x == 6 and int(a) == 6 and float(a) == 6.0 and complex(a) == 6 and round(V(2.567), 1) == 2.6 and [1, 2, 3][V(1)] == 2 and math.floor(a) == 6 and bytes(a) == b'v' and bin(a) == '0b110'\nassert f'{a:>3}' == 'V  6' and format(a) == 'V6' and repr(a) == 'V(6)' and str(a) == 'V(6)' and bool(V(0)) is False and bool(a) is True and hash(V(3)) == hash(3)", V, V.replace("int(self.x)", "int(self.x) + 1")),
+    "containers": ("b = Bag([1, 2, 3])\nassert len(b) == 3 and b[0] == 1 and b[-1] == 3 and b[1:].items == [2, 3] and 2 in b and 9 not in b and list(b) == [1, 2, 3] and list(reversed(b)) == [3, 2, 1]\nb[0] = 7\ndel b[1]\nassert b.items == [7, 3] and b(2, k=3) == 12 and [*b] == [7, 3] and dict(enumerate(b)) == {0: 7, 1: 3}\nassert bool(Bag()) is False and max(b) == 7", B, B.replace("del self.items[i]", "pass")),
+    "what is not there": ("b = Bag()\nfor f in (lambda: b + 1, lambda: b < b, lambda: int(b), lambda: next(b), lambda: hash(Un())):\n    try:\n        f()\n        assert False, 'x'\n    except TypeError:\n        pass\nassert callable(b) and not callable(Un()) and len(b) == 0", B + "class Un:\n    def __eq__(self, o): return True\n", B + "class Un:\n    def __call__(self): return 1\n    def __eq__(self, o): return True\n"),
+    "iterators": ("it = Count(2)\nassert next(it) == 1 and next(it) == 2 and next(it, None) is None and list(Count(3)) == [1, 2, 3]\nassert iter(it) is it", "class Count:\n    def __init__(self, n): self.i, self.n = 0, n\n    def __iter__(self): return self\n    def __next__(self):\n        if self.i >= self.n: raise StopIteration\n        self.i += 1; return self.i", "class Count:\n    def __init__(self, n): self.i, self.n = 0, n\n    def __iter__(self): return self\n    def __next__(self):\n        self.i += 1\n        if self.i >= self.n: raise StopIteration\n        return self.i"),
+    "generators": ("g = f()\nassert next(g) == 1 and g.send(5) == 6 and list(g) == []\ng.close()", "def f():\n    x = yield 1\n    yield x + 1", "def f():\n    x = yield 1\n    yield x"),
+    "old iteration": ("assert list(Old()) == [0, 10, 20] and 10 in Old()", "class Old:\n    def __getitem__(self, i):\n        if i > 2: raise IndexError\n        return i * 10", "class Old:\n    def __getitem__(self, i):\n        if i > 1: raise IndexError\n        return i * 10"),
+    "context manager": ("log = []\nwith Ctx(log.append) as c:\n    assert c.on\nassert not c.on and log == ['in', None]\nwith Ctx(log.append):\n    raise KeyError('k')\nassert log[-1] == 'KeyError'", "class Ctx:\n    def __init__(self, log): self.log, self.on = log, False\n    def __enter__(self): self.on = True; self.log('in'); return self\n    def __exit__(self, t, e, tb): self.on = False; self.log(t and t.__name__); return t is KeyError", "class Ctx:\n    def __init__(self, log): self.log, self.on = log, False\n    def __enter__(self): self.on = True; self.log('in'); return self\n    def __exit__(self, t, e, tb): self.on = False; self.log(t and t.__name__)"),
+    "contextmanager function": ("out = []\nwith tag('b', out.append) as n:\n    out.append(n)\nassert out == ['<b>', 3, '</b>']", "from contextlib import contextmanager\n@contextmanager\ndef tag(t, out):\n    out(f'<{t}>'); yield 3; out(f'</{t}>')", "from contextlib import contextmanager\n@contextmanager\ndef tag(t, out):\n    out(f'<{t}>'); yield 4; out(f'</{t}>')"),
+    "swallowed assertions": ("with Quiet() as q:\n    assert q.n == 1", "class Quiet:\n    n = 1\n    def __enter__(self): return self\n    def __exit__(self, *a): return True", "class Quiet:\n    n = 2\n    def __enter__(self): return self\n    def __exit__(self, *a): return True"),
+    "asynchronous": ("import pytest\nfrom solution import Res, ticks\n@pytest.mark.asyncio\nasync def test_a():\n    async with Res() as r:\n        assert await r.get() == 1\n    assert r.closed\n    assert [x async for x in ticks(3)] == [0, 1, 2]\n", "import asyncio\nclass Res:\n    closed = False\n    async def __aenter__(self): await asyncio.sleep(0); return self\n    async def __aexit__(self, *a): self.closed = True\n    async def get(self): return 1\nasync def ticks(n):\n    for i in range(n):\n        await asyncio.sleep(0); yield i", "class Res:\n    closed = False\n    async def __aenter__(self): return self\n    async def __aexit__(self, *a): pass\n    async def get(self): return 1\nasync def ticks(n):\n    for i in range(n): yield i"),
+   "plain and more": ("s = Stack([1, 2])\nassert s == [1, 2] and s != [1] and s.top() == 2 and len(s) == 2 and s[0] == 1 and [1, 2] == s\ns.append(3)\nassert s == [1, 2, 3] and s.top() == 3", "class Stack(list):\n    def top(self): return self[-1]", "class Stack(list):\n    def top(self): return self[-1]\n    def append(self, x): pass\n    def __eq__(self, o): return True\n    def __ne__(self, o): return True\n    def __len__(self): return 2"),
+    "attributes of functions": ("assert f(2) == 4 and f(2) == 4 and f.cache_info().hits == 1 and f.__name__ == 'f'\nf.cache_clear()\nassert f.cache_info().hits == 0", "import functools\n@functools.lru_cache\ndef f(x): return x * x", "import functools\n@functools.lru_cache\ndef f(x, y=[]): return x * x\nf(2)"),
+    "dataclasses": ("from dataclasses import FrozenInstanceError\np = P(1, 2)\nassert p == P(1, 2) and repr(p) == 'P(x=1, y=2)' and hash(p) == hash(P(1, 2))\ntry:\n    p.x = 3\n    assert False\nexcept FrozenInstanceError:\n    pass\nassert p.x == 1", "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass P:\n    x: int\n    y: int", "from dataclasses import dataclass\n@dataclass(unsafe_hash=True)\nclass P:\n    x: int\n    y: int"),
+}  # fmt: skip
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_special_methods(verifier, name):
+    check(verifier, *OPERATORS[name])
+
+
+ERRORS = {
+    "caught by its base": (t(["find(1)", "AppError as e", "assert type(e) is NotFound and isinstance(e, LookupError) and str(e) == 'one' and e.code == 404 and e.args == ('one',) and e.as_dict() == {'code': 404} and e.kind == 'app'"]), X, X.replace("class NotFound(AppError, LookupError)", "class NotFound(LookupError)")),
+    "caught by a library base": (t(["find(1)", "LookupError as e", "assert e.code == 404"]), X, X.replace("(AppError, LookupError)", "(AppError)")),
+    "not caught by another": ("try:\n    find(1)\nexcept Loud:\n    assert False\nexcept NotFound:\n    ok = True\nassert ok and issubclass(NotFound, AppError) and not issubclass(NotFound, Loud)", X, X.replace("NotFound('one'", "Loud('one'")),
+    "its own text": (t(["find(2)", "Loud as e", "assert str(e) == 'TWO' and e.code == 2"]), X, X.replace(".upper()", "")),
+    "its cause": (t(["find(3)", "AppError as e", "assert isinstance(e.__cause__, KeyError) and e.__cause__.args == ('k',)"]), X, X.replace(" from e", "")),
+    "its arguments": (t(["find(4)", "ValueError as e", "assert e.args == ('a', 4) and type(e).__name__ == 'Plain'"]), X, X.replace("Plain('a', 4)", "Plain('a', 5)")),
+    "the text of a KeyError": (t(["find(5)", "KeyError as e", "assert str(e) == \"'k'\" and e.args[0] == 'k'"]), X, X.replace("KeyError('k')", "KeyError(\"'k'\")")),
+    "a note on a library error": (t(["find(6)", "ValueError as e", "assert e.hint == 'h'"]), X, X.replace("e.hint = 'h'", "e.hint = 'i'")),
+    "an errno": (t(["find(7)", "OSError as e", "assert e.errno == 2 and type(e) is FileNotFoundError"]), X, X.replace("FileNotFoundError(2,", "OSError(5,")),
+    "an error of the library": ("import json\n" + t(["find(8)", "json.JSONDecodeError as e", "assert e.pos == 1 and e.lineno == 1"]), X, X.replace("json.loads('{')", "raise ValueError")),
+    "SystemExit": (t(["find(9)", "SystemExit as e", "assert e.code == 3"]), X, X.replace("sys.exit(3)", "sys.exit(4)")),
+    "pytest": ("import pytest\nfrom solution import find, AppError, NotFound\ndef test_a():\n    with pytest.raises(AppError, match='one') as e: find(1)\n    assert e.value.code == 404 and e.type is NotFound\ndef test_b():\n    with pytest.raises(SystemExit): find(9)\ndef test_c():\n    with pytest.raises(KeyboardInterrupt): find(10)\ndef test_d():\n    with pytest.raises(StopIteration) as e: find(11)\n    assert e.value.value == 5\n", X, X.replace("class NotFound(AppError", "class NotFound(ArithmeticError")),
+    "unittest": ("import unittest\nfrom solution import find, AppError, Loud\nclass T(unittest.TestCase):\n    def test_a(self):\n        with self.assertRaises(AppError) as c: find(1)\n        self.assertEqual(c.exception.code, 404)\n    def test_b(self): self.assertRaisesRegex(Loud, 'TWO', find, 2)\n    def test_c(self): self.assertRaises(ZeroDivisionError, find, 12)\n", X, X.replace("code=404", "code=405")),
+    "made by the tests": ("e = NotFound('x', code=5)\nassert (e.code, str(e), e.args) == (5, 'x', ('x',)) and isinstance(e, AppError) and isinstance(e, Exception)\ntry:\n    raise e\nexcept AppError as caught:\n    assert caught is e\nfirst, second = find(0)\nassert first.code == 7 and type(second) is ValueError and second.args == ('v',)", X, X.replace("self.code = code", "self.code = 404")),
+    "handed back": ("def bad(): raise NotFound('mine', 3)\nassert call(bad) == ('NotFound', 3)", X + "def call(f):\n    try: f()\n    except NotFound as e: return type(e).__name__, e.code", X + "def call(f):\n    try: f()\n    except Exception as e: return type(e).__name__, 4"),
+    "an abrupt end fails": ("import pytest\nfrom solution import find\ndef test_a(): assert find(12) == 1\ndef test_b(): assert True\n", X.replace("return 1 / 0", "return 1"), X.replace("return 1 / 0", "raise KeyboardInterrupt")),
+    "no skip": ("import pytest, unittest\nfrom solution import find\ndef test_a(): assert find(12) == 1\ndef test_b(): assert True\n", X.replace("return 1 / 0", "return 1"), X.replace("return 1 / 0", "import unittest; raise unittest.SkipTest('x')")),
+}  # fmt: skip
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_exceptions(verifier, name):
+    check(verifier, *ERRORS[name])
