@@ -8,7 +8,7 @@ out of its group: never 0, which would teach the policy to make judges fail.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 import numpy as np
@@ -39,12 +39,13 @@ class RewardConfig(Frozen):
     """How components become a reward. What a task has no such component for is passed over."""
 
     combine: Literal["route", "gated", "weighted", "normalized"] = "route"
-    """`route`: the verifier where the task has one, else the environment, else the first model that scored. `gated`:
-    the same, but a judge (or environment) re-orders right answers: v (1 + quality (q - 1/2)). `weighted`: the weighted
-    sum. `normalized`: the weighted sum of components normalised within their group (GDPO: choose scale=batch for the
-    advantage)"""
+    """`route`: the verifier where the task has one, else the environment, else the first model. `gated`: the same, but
+    the environment, or else the first model, re-orders right answers: v (1 + quality (q - 1/2)). `weighted`: the
+    weighted sum. `normalized`: the weighted sum of components normalised within their group (GDPO: choose scale=batch
+    for the advantage)"""
     quality: float = Field(0.1, ge=0, lt=2)
-    """`gated` only; below 2 no wrong answer can beat a right one"""
+    """`gated` only; below 2 no answer that the verifier scores 0 can beat one it scores more. q is in [0, 1]: of a
+    scalar model the sigmoid of its score, as Bradley-Terry has it; an environment that pays anything else is refused"""
     weights: Mapping[str, float] = Field(default_factory=dict)
     """component (verifier, environment, or a model's name) -> its weight in `weighted` and `normalized`; 1 where not
     named"""
@@ -70,7 +71,19 @@ class Component:
     value_N: np.ndarray
     """f64, NaN where it said nothing"""
     asked_N: np.ndarray
-    """bool: where it was asked and meant to answer. A missing answer there costs the completion its reward"""
+    """bool: where it was asked and meant to answer. A missing answer there costs the completion its reward, where the
+    reward depends on it"""
+    logit: bool = False
+    """log-odds, as scalar models give, instead of a number in [0, 1]"""
+
+    @property
+    def failed_N(self) -> np.ndarray:
+        return self.asked_N & np.isnan(self.value_N)
+
+    @property
+    def said_N(self) -> np.ndarray:
+        """f64, NaN where it was not asked as well"""
+        return np.where(self.asked_N, self.value_N, np.nan)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,10 +108,11 @@ def earned(rollouts: Sequence[Rollout]) -> Component:
     return Component(value_N=value, asked_N=~np.isnan(value))
 
 
-def scored(scores: Sequence[Score | None]) -> Component:
+def scored(scores: Sequence[Score | None], *, logit: bool = False) -> Component:
     """A model's scores; None for a completion that it was not asked about."""
     value = [np.nan if s is None or s.value is None else s.value for s in scores]
-    return Component(value_N=np.array(value, float), asked_N=np.array([s is not None for s in scores], bool))
+    asked = [s is not None for s in scores]
+    return Component(value_N=np.array(value, float), asked_N=np.array(asked, bool), logit=logit)
 
 
 def compose(
@@ -114,12 +128,12 @@ def compose(
 
     `parts` holds every component, `quality` (what the combination gave), and each shaping term. Metrics such as the
     solve rate, and dynamic sampling, look at the verifier's part. Raises UserError for a weight of a component that
-    is not there, or a length reward without its number.
+    is not there, a quality outside [0, 1], or a length reward without its number.
     """
     sources = {"verifier": verifier, **models}
     if unknown := sorted(set(cfg.weights) - set(sources)):
         raise UserError(f"reward.weights.{unknown[0]}: no such component; expected some of {', '.join(sources)}")
-    parts = {name: np.where(c.asked_N, c.value_N, np.nan) for name, c in sources.items()}
+    parts = {name: c.said_N for name, c in sources.items()}
     group_N = np.array([r.group for r in rollouts])
     reward_N = _combined(sources, group_N, cfg)
     parts["quality"] = reward_N.copy()
@@ -137,32 +151,45 @@ def compose(
 
 
 def _combined(sources: Mapping[str, Component], group_N: np.ndarray, cfg: RewardConfig) -> np.ndarray:
-    values = {name: np.where(c.asked_N, c.value_N, 0.0) for name, c in sources.items()}
-    failed_N = np.any([c.asked_N & np.isnan(c.value_N) for c in sources.values()], axis=0)
-    unasked_N = ~np.any([c.asked_N for c in sources.values()], axis=0)
+    """NaN where what it depends on failed, or nobody said anything; what cannot change it may fail."""
     match cfg.combine:
-        case "route" | "gated":
-            order = list(sources.values())
-            reward_N = np.select([c.asked_N for c in order], [c.value_N for c in order], np.nan)
-            has_verifier, models = sources["verifier"].asked_N, order[1:]
-            if cfg.combine == "gated" and models:
-                judged = np.any([c.asked_N for c in models], axis=0)
-                quality_N = np.select([c.asked_N for c in models], [c.value_N for c in models], 0.5)
-                factor = 1 + cfg.quality * (quality_N - 0.5)
-                reward_N = np.where(has_verifier & judged, reward_N * factor, reward_N)
-            elif cfg.combine == "route":  # a model nobody listens to cannot cost a verified completion its reward
-                failed_N = np.isnan(reward_N)
-        case "weighted":
-            reward_N = sum(
-                (cfg.weights.get(name, 1.0) * value for name, value in values.items()), np.zeros(len(group_N))
-            )
-        case "normalized":
+        case "route":
+            return _first(sources)
+        case "gated":
+            reward_N = _first(sources)
+            judges = {name: c for name, c in sources.items() if name != "verifier"}
+            judged_N = np.any([c.asked_N for c in judges.values()], axis=0) if judges else False
+            gated_N = sources["verifier"].asked_N & (reward_N > 0) & judged_N & (cfg.quality > 0)
+            quality_N = _first({name: _in_unit(name, c, gated_N) for name, c in judges.items()})
+            return np.where(gated_N, reward_N * (1 + cfg.quality * (quality_N - 0.5)), reward_N)
+        case "weighted" | "normalized":
             reward_N = np.zeros(len(group_N))
             for name, c in sources.items():
-                reward_N += cfg.weights.get(name, 1.0) * normalized(np.where(c.asked_N, c.value_N, np.nan), group_N)
+                if weight := cfg.weights.get(name, 1.0):
+                    part_N = c.value_N if cfg.combine == "weighted" else normalized(c.said_N, group_N)
+                    reward_N += weight * np.where(c.failed_N, np.nan, np.where(c.asked_N, part_N, 0.0))
+            return np.where(np.all([np.isnan(c.said_N) for c in sources.values()], axis=0), np.nan, reward_N)
         case _:
             assert_never(cfg.combine)
-    return np.where(failed_N | unasked_N, np.nan, reward_N)
+
+
+def _first(sources: Mapping[str, Component]) -> np.ndarray:
+    """[N] what the first that was asked said. Where it failed, NaN: a group is not judged on two scales."""
+    some = list(sources.values())
+    return np.select([c.asked_N for c in some], [c.value_N for c in some], np.nan) if some else np.array(np.nan)
+
+
+def _in_unit(name: str, c: Component, gated_N: np.ndarray) -> Component:
+    """A quality in [0, 1], in which what `gated` promises holds."""
+    if c.logit:
+        return replace(c, value_N=0.5 * (1 + np.tanh(c.value_N / 2)))  # the sigmoid
+    used = c.value_N[gated_N & c.asked_N]
+    if (bad := used[(used < 0) | (used > 1)]).size:
+        raise UserError(
+            f"reward.combine=gated takes qualities in [0, 1], and {name} gave {bad[0]:g}: scale it, or set "
+            "reward.combine to weighted or normalized"
+        )
+    return c
 
 
 def normalized(x_N: np.ndarray, group_N: np.ndarray, tolerance: float = 1e-6) -> np.ndarray:

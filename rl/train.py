@@ -31,6 +31,7 @@ from cabochon.model.lora import add_lora, merge_lora
 from cabochon.policy import Policy, learner_config, open_policy
 from cabochon.protocols import Reward, StreamingEngine, Weights
 from cabochon.reward.open import JudgeRun, open_reward
+from cabochon.reward.scorer import ModelReward
 from cabochon.rl import journal, reports
 from cabochon.rl.advantages import informative
 from cabochon.rl.alarms import check as check_alarms
@@ -161,7 +162,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             feed.observe([r for g in (*got.groups, *got.dropped, *got.stale) for r in g.rollouts])
             with watch("score"):
                 said = {name: scorer.score(rollouts) for name, scorer in scorers.items()}
-                models = {name: scored(scores) for name, scores in said.items()}
+                models = {n: scored(s, logit=isinstance(scorers[n], ModelReward)) for n, s in said.items()}
                 given = {"environment": earned(rollouts)} if cfg.environment else {}
                 rewards = compose(
                     rollouts, verified(rollouts), given | models, now.reward, format_=formats(cfg, rollouts),

@@ -37,9 +37,9 @@ def rollouts(n=4, tokens=3, verdicts=None, group=None, payload=None):
     return [one(i) for i in range(n)]
 
 
-def component(values, asked=None):
+def component(values, asked=None, logit=False):
     asked = [True] * len(values) if asked is None else asked
-    return Component(value_N=np.array(values, float), asked_N=np.array(asked, bool))
+    return Component(value_N=np.array(values, float), asked_N=np.array(asked, bool), logit=logit)
 
 
 def reward(v=V, q=Q, asked=None, judged=None, **cfg):
@@ -63,6 +63,51 @@ def test_a_judge_cannot_overturn_the_verifier():
     got = reward(list(v), list(q), combine="gated", quality=1.99, clip=(-3, 3))
     assert got[v == 1].min() > got[v == 0].max()
     assert (np.diff(got[v == 1][np.argsort(q[v == 1])]) > 0).all()
+
+
+def test_neither_a_scalar_model_nor_an_environment_can_overturn_the_verifier():
+    logits, right = [-40.0, -1.0, 0.0, 1.0, 40.0, 9.0], [1.0, 1, 1, 1, 1, 0]
+    scalar = component(logits, logit=True)
+    cfg = RewardConfig(combine="gated", quality=1.9, clip=(-3, 3))
+    got = compose(rollouts(6), component(right), {"scalar": scalar}, cfg)
+    expected = [1 + 1.9 * (1 / (1 + np.exp(-q)) - 0.5) for q in logits[:5]]
+    np.testing.assert_allclose(got.reward_N, [*expected, 0])
+    assert got.reward_N[:5].min() > got.reward_N[5]
+    np.testing.assert_array_equal(got.parts["scalar"], logits)  # what is shown is what it said
+
+    def paid(*values, asked=None):
+        given = {"environment": component(values, asked), "judge": component([0.5] * 4)}
+        return compose(rollouts(), component(V), given, cfg).reward_N
+
+    np.testing.assert_allclose(paid(0, 1, 0, 1), [0.05, 1.95, 0, 0])
+    with pytest.raises(UserError, match=r"gated takes qualities in \[0, 1\], and environment gave -3: scale it"):
+        paid(-3, 1, 0, 1)
+    np.testing.assert_allclose(paid(0, 1, 9, 9), [0.05, 1.95, 0, 0])  # of a wrong answer it does not matter
+    np.testing.assert_allclose(paid(9, 1, 0, 1, asked=[False, True, True, True]), [1, 1.95, 0, 0])
+
+
+def test_only_what_the_reward_depends_on_can_cost_it():
+    def given(judge, second=(0.5,) * 4, v=V, **cfg):
+        models = {"judge": component(judge), "second": component(second)}
+        return compose(rollouts(), component(v), models, RewardConfig(**cfg)).reward_N
+
+    silent = [nan] * 4
+    np.testing.assert_allclose(given(Q, silent, combine="gated", quality=0.2), [1.08, 0.92, 0, 0])
+    np.testing.assert_array_equal(given(silent, combine="gated"), [nan, nan, 0, 0])
+    np.testing.assert_array_equal(given(silent, combine="gated", quality=0), V)
+    np.testing.assert_array_equal(given(Q, v=[nan, 1, 0, 0], combine="gated", quality=0), [nan, 1, 0, 0])
+    off = {"judge": 0.0, "second": 0.0}
+    np.testing.assert_array_equal(given(silent, combine="weighted", weights=off), V)
+    np.testing.assert_allclose(
+        given(silent, combine="normalized", weights={"judge": 0.0}), np.array([1, 1, -1, -1]) * 0.75**0.5
+    )
+    np.testing.assert_array_equal(given(silent, combine="weighted", weights={"second": 0.0}), silent)
+    np.testing.assert_array_equal(
+        given([nan, 1, 1, 1], silent, [nan, 0, 0, 0], combine="weighted", weights={"verifier": 0.0, "second": 0.0}),
+        [nan, 1, 1, 1],
+    )
+    nothing = given(silent, silent, silent, combine="weighted", weights={"verifier": 0.0, **off})
+    np.testing.assert_array_equal(nothing, silent)  # what nobody could judge is not worth 0
 
 
 def test_tasks_are_routed_by_what_they_have():
