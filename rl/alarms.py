@@ -43,11 +43,13 @@ class AlarmLimits(Frozen):
     truncated: float = Field(0.5, gt=0, le=1)
     """share of completions cut off at the length limit"""
     flat_groups: float = Field(0.9, gt=0, le=1)
-    """share of groups that are all right or all wrong"""
+    """share of groups that are all right or all wrong, whose rewards are all alike, or that were dropped for that"""
     no_answer: float = Field(0.9, gt=0, le=1)
     """share of verdicts without an answer to judge"""
     infra_errors: float = Field(0.5, gt=0, le=1)
-    """share of completions that nobody could judge"""
+    """share of completions that nobody could judge, or that have no reward because a reward model failed"""
+    reward_clipped: float = Field(0.5, gt=0, le=1)
+    """share of rewards that `reward.clip` changes"""
     logprob_kl: float = Field(1e-2, gt=0)
     """k3 of sampler against learner, nats per token"""
     logprob_large: float = Field(1e-3, gt=0)
@@ -114,9 +116,25 @@ def _zero(key: str, text: str, *unless_zero: str) -> Said:
 
 def _flat(row: Row, state: State, limits: AlarmLimits) -> str | None:
     solved, failed = _read(row, "groups_solved") or 0.0, _read(row, "groups_failed") or 0.0
-    if max(solved, failed) >= 1 or solved + failed < limits.flat_groups:
+    if max(solved, failed) >= 1 or solved + failed < limits.flat_groups or _dropped(row, state, limits):
         return None
     return f"{solved + failed:.0%} of the groups are all right or all wrong and teach nothing"
+
+
+def _dropped(row: Row, state: State, limits: AlarmLimits) -> str | None:
+    """Of dynamic sampling; where nothing is left the run stops by itself."""
+    dropped, groups = _read(row, "groups_dropped"), _read(row, "groups")
+    if dropped is None or not groups or dropped / groups < limits.flat_groups:
+        return None
+    return f"{dropped:.0f} of {groups:.0f} groups were drawn in vain, for they have nothing to teach"
+
+
+def _alike(row: Row, state: State, limits: AlarmLimits) -> str | None:
+    """Where right and wrong do not explain it: they have rules of their own."""
+    alike, flat = _read(row, "groups_alike"), sum(_read(row, f"groups_{x}") or 0.0 for x in ("solved", "failed"))
+    if alike is None or alike < limits.flat_groups or flat >= limits.flat_groups:
+        return None
+    return f"in {alike:.0%} of the groups all rewards are the same, so that they teach nothing"
 
 
 def _no_answer(row: Row, state: State, limits: AlarmLimits) -> str | None:
@@ -126,10 +144,14 @@ def _no_answer(row: Row, state: State, limits: AlarmLimits) -> str | None:
 
 def _unjudged(row: Row, state: State, limits: AlarmLimits) -> str | None:
     errors, all_ = _read(row, "infra_errors"), _read(row, "completions")
-    if errors is None or not all_ or errors / all_ < limits.infra_errors:
+    if errors is not None and all_ and errors / all_ >= limits.infra_errors:
+        reason = f", most often: {row['infra_reason']}" if row.get("infra_reason") else ""
+        return f"{errors / all_:.0%} of the completions could not be judged{reason}"
+    lost, kept = row.get("unrewarded_by"), _read(row, "kept")
+    if not lost or not kept or sum(lost.values()) / kept < limits.infra_errors:
         return None
-    reason = f", most often: {row['infra_reason']}" if row.get("infra_reason") else ""
-    return f"{errors / all_:.0%} of the completions could not be judged{reason}"
+    source = max(lost, key=lambda name: lost[name])
+    return f"{sum(lost.values()) / kept:.0%} of the completions have no reward, most often because {source!r} gave none"
 
 
 def _violation(row: Row, state: State, limits: AlarmLimits) -> str | None:
@@ -154,6 +176,14 @@ RULES = (
     _Rule(name="flat_groups", after=3, said=_flat,
           remedy="Tasks solved sometimes (a mixture, or update.algorithm.kind=dapo, which samples anew), or "
                  "larger groups"),
+    _Rule(name="dropped", after=3, said=_dropped,
+          remedy="Tasks solved sometimes: an easier or harder mixture (tasks.shares), or larger groups"),
+    _Rule(name="alike", after=3, said=_alike,
+          remedy="What is rewarded must tell completions of one prompt apart: look at rollouts/ for what each source "
+                 "gave, and whether reward.clip or a weight takes the difference away"),
+    _Rule(name="reward_clip", after=2, said=_reads("reward_clipped", ge, lambda x: x.reward_clipped,
+                                                   "reward.clip changes {:.0%} of the rewards"),
+          remedy="Set reward.clip to the range of what the environment or the reward models give, or scale it there"),
     _Rule(name="truncated", after=1, said=_reads("truncated", ge, lambda x: x.truncated,
                                                  "{:.0%} of the completions were cut off at the length limit"),
           remedy="Raise sampling.max_tokens, or check that the model learnt its end-of-text token (chat template)"),
@@ -162,15 +192,16 @@ RULES = (
     _Rule(name="no_answer", after=2, said=_no_answer,
           remedy="Check the chat template and what the prompt asks for against what the verifier reads"),
     _Rule(name="unjudged", after=1, said=_unjudged,
-          remedy="Mend what the verifier stumbles over, or the machine (`cabochon doctor`); these are not trained on"),
+          remedy="Mend what it stumbles over (rollouts/ has what each source said), or the machine (`cabochon "
+                 "doctor`); these are not trained on"),
     _Rule(name="nothing_trained", after=1, said=_zero("trained_tokens", "no token was trained on"),
-          remedy="Every completion was left out: rewards equal in each group, or none at all (see infra_errors)"),
+          remedy="Every completion was left out: rewards equal in each group, or none at all (see unrewarded)"),
     _Rule(name="learning_rate", after=2, said=_zero("learning_rate", "the learning rate is 0"),
           remedy="Set optim.learning_rate, or a schedule that does not end before the run: optim.total_steps"),
     _Rule(name="gradient", after=1, said=_zero("grad_norm", "the gradient is 0", "trained_tokens"),
           remedy="Every advantage is 0 or every token refused: see groups_* and w_refused"),
     _Rule(name="weights", after=2, said=_zero("weights_change", "the published weights are those of the step before",
-                                              "learning_rate", "trained_tokens"),
+                                              "learning_rate", "trained_tokens", "grad_norm"),
           remedy="Updates are lost on their way to the sampler, or are too small for its number format"),
     _Rule(name="logprobs", after=2, said=_reads("w_kl", gt, lambda x: x.logprob_kl,
                                                "sampler and learner differ by {:.3f} nats per token (k3)"),

@@ -6,36 +6,43 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from cabochon.errors import MachineError, UserError
-from cabochon.rl.rewards import SHAPING, Rewards
+from cabochon.rl.rewards import SHAPING, Rewards, verified
 from cabochon.types import Rollout
+
+Kind = Literal["solved", "failed", "mixed", "equal"]
+"""of a group: all right, all wrong, or neither, with scores that differ or that do not"""
 
 
 def rollout_row(
     rollouts: Sequence[Rollout], rewards: Rewards, step: int, dropped: Sequence[Rollout] = ()
 ) -> dict[str, Any]:
-    """Means over a step's completions. `score` is the verifier's alone, before any shaping; both it and the reward also
-    by domain, where there are several. `agreement`: of reward models with the verifier. `lag`: updates between drawing
-    a token and training on it. `dropped`: of groups with nothing to teach, which `completions` and `infra_errors` count
-    as well: a grader that fails makes groups such; `infra_reason` is what most of the latter failed of."""
-    statuses = [r.verdict.status for r in rollouts if r.verdict is not None]
-    completions = [r.completion for r in rollouts]
-    tokens = np.array([int(c.mask.sum()) for c in completions])
-    versions = np.concatenate([c.policy_version[c.mask] for c in completions])
-    failed = unjudged([*rollouts, *dropped])
+    """Numbers of a step's completions. Of all that were drawn, those of `dropped` groups with them: `score`, which is
+    the verifier's alone, before any shaping, `tokens`, `truncated` and what verdicts say; `infra_reason` is what most
+    that could not be judged failed of. Of the `kept`, which are learnt from: `reward` and what it was made of, what
+    `unrewarded` ones failed of by source, `agreement` of reward models with the verifier, and `lag`, updates between
+    drawing a token and training on it. Score and reward also by domain, where there are several."""
+    drawn = [*rollouts, *dropped]
+    statuses = [r.verdict.status for r in drawn if r.verdict is not None]
+    tokens = np.array([int(r.completion.mask.sum()) for r in drawn])
+    versions = np.concatenate([r.completion.policy_version[r.completion.mask] for r in rollouts])
+    failed, score_N, rewarded_N = unjudged(drawn), verified(drawn).value_N, ~np.isnan(rewards.reward_N)
     row: dict[str, Any] = {
         "reward": mean(rewards.reward_N),
-        "score": mean(rewards.parts["verifier"]),
-        "completions": len(rollouts) + len(dropped),
+        "score": mean(score_N),
+        "completions": len(drawn),
+        "kept": len(rollouts),
         "tokens": float(tokens.mean()),
         "longest": int(tokens.max()),
-        "truncated": float(np.mean([c.finish == "length" for c in completions])),
+        "truncated": float(np.mean([r.completion.finish == "length" for r in drawn])),
         "empty": float(np.mean(tokens == 0)),
         "infra_errors": len(failed),
+        "unrewarded": int((~rewarded_N).sum()),
+        "reward_clipped": float(rewards.clipped_N[rewarded_N].mean()) if rewarded_N.any() else 0.0,
         "status": {name: statuses.count(name) / len(statuses) for name in sorted(set(statuses))} if statuses else {},
         "parts": {name: mean(x) for name, x in rewards.parts.items()},
         "lag": {"mean": float((step - 1 - versions).mean()), "max": int((step - 1 - versions).max())}
@@ -44,14 +51,16 @@ def rollout_row(
     }
     if failed:
         row["infra_reason"] = Counter(failed).most_common(1)[0][0]
+    if rewards.lost:
+        row["unrewarded_by"] = dict(rewards.lost)
     if agreed := agreement(rollouts, rewards):
         row["agreement"] = agreed
-    domains = [r.task.domain for r in rollouts]
-    if len(set(domains)) > 1:
-        at = {d: np.array([x == d for x in domains]) for d in sorted(set(domains))}
+    domain_N = np.array([r.task.domain for r in drawn])
+    if len(domains := sorted(set(domain_N.tolist()))) > 1:
         row["domains"] = {
-            d: {"score": mean(rewards.parts["verifier"][m]), "reward": mean(rewards.reward_N[m])} for d, m in at.items()
-        }
+            d: {"score": mean(score_N[domain_N == d]),
+                "reward": mean(rewards.reward_N[domain_N[: len(rollouts)] == d])} for d in domains
+        }  # fmt: skip
     return row
 
 
@@ -98,23 +107,33 @@ def agreement(rollouts: Sequence[Rollout], rewards: Rewards) -> dict[str, float]
     return dict(sorted(out.items()))
 
 
-def group_row(rollouts: Sequence[Rollout], score_N: np.ndarray) -> dict[str, float]:
-    """How much groups have to teach: shares that are all right, all wrong, or mixed."""
+def group_row(rollouts: Sequence[Rollout], rewards: Rewards, dropped: Sequence[Rollout] = ()) -> dict[str, float]:
+    """How much groups have to teach. Of all that were drawn, shares by what the verifier says: all right, all wrong,
+    mixed, or all the same in between. `groups_alike`: of those that are learnt from, the share whose rewards are all
+    the same, whoever gave them."""
+    drawn = [*rollouts, *dropped]
+    kinds, group_N = group_kinds(drawn, verified(drawn).value_N), np.array([r.group for r in rollouts])
+    row = {f"groups_{kind}": kinds.count(kind) / max(len(kinds), 1) for kind in get_args(Kind)}
+    known = [rewards.reward_N[(group_N == g) & ~np.isnan(rewards.reward_N)] for g in np.unique(group_N)]
+    alike = [np.ptp(x) <= 1e-6 for x in known if len(x) >= 2]
+    return {"groups": len({r.group for r in drawn}), **row} | ({"groups_alike": float(np.mean(alike))} if alike else {})
+
+
+def group_kinds(rollouts: Sequence[Rollout], score_N: np.ndarray) -> list[Kind]:
+    """Of each group of which something is known."""
     group_N = np.array([r.group for r in rollouts])
-    kinds = []
+    kinds: list[Kind] = []
     for group in np.unique(group_N):
         known = score_N[(group_N == group) & ~np.isnan(score_N)]
-        if len(known):
-            kinds.append(
-                "solved"
-                if known.min() >= 1
-                else "failed"
-                if known.max() <= 0
-                else "mixed"
-                if np.ptp(known) > 1e-6
-                else "equal"
-            )
-    return {f"groups_{kind}": kinds.count(kind) / max(len(kinds), 1) for kind in ("solved", "failed", "mixed")}
+        if not len(known):
+            continue
+        if known.min() >= 1:
+            kinds.append("solved")
+        elif known.max() <= 0:
+            kinds.append("failed")
+        else:
+            kinds.append("mixed" if np.ptp(known) > 1e-6 else "equal")
+    return kinds
 
 
 def mean(x: np.ndarray) -> float | None:

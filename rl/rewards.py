@@ -92,6 +92,10 @@ class Rewards:
 
     reward_N: np.ndarray
     parts: dict[str, np.ndarray]
+    clipped_N: np.ndarray
+    """bool: where `clip` changed it"""
+    lost: dict[str, int]
+    """by source that failed: completions which have no reward for that"""
 
 
 def verified(rollouts: Sequence[Rollout]) -> Component:
@@ -147,7 +151,9 @@ def compose(
     if overlong is not None:
         parts["overlong"] = overlong_penalty(tokens_N, overlong)
         reward_N = reward_N + parts["overlong"]
-    return Rewards(reward_N=reward_N if cfg.combine == "normalized" else np.clip(reward_N, *cfg.clip), parts=parts)
+    kept_N = reward_N if cfg.combine == "normalized" else np.clip(reward_N, *cfg.clip)
+    clipped_N = np.abs(kept_N - reward_N) > 1e-6  # not where there is no reward
+    return Rewards(reward_N=kept_N, parts=parts, clipped_N=clipped_N, lost=_lost(sources, reward_N, cfg))
 
 
 def _combined(sources: Mapping[str, Component], group_N: np.ndarray, cfg: RewardConfig) -> np.ndarray:
@@ -190,6 +196,16 @@ def _in_unit(name: str, c: Component, gated_N: np.ndarray) -> Component:
             "reward.combine to weighted or normalized"
         )
     return c
+
+
+def _lost(sources: Mapping[str, Component], reward_N: np.ndarray, cfg: RewardConfig) -> dict[str, int]:
+    """A completion that several sources failed on is the first one's, of those with a weight if it can be."""
+    open_N, lost = np.isnan(reward_N), {}
+    for name in sorted(sources, key=lambda name: cfg.weights.get(name, 1.0) == 0):
+        if count := int((open_N & sources[name].failed_N).sum()):
+            lost[name] = count
+        open_N = open_N & ~sources[name].failed_N
+    return lost
 
 
 def normalized(x_N: np.ndarray, group_N: np.ndarray, tolerance: float = 1e-6) -> np.ndarray:

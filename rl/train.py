@@ -183,7 +183,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 before_update, published = published, published_by(learners.policy, states)
             row: dict[str, Any] = {
                 **reports.rollout_row(rollouts, rewards, step, dropped),
-                **reports.group_row(rollouts, rewards.parts["verifier"]),
+                **reports.group_row(rollouts, rewards, dropped),
                 **learnt.row,
                 **feed.row(),
                 "groups_dropped": len(got.dropped),

@@ -10,7 +10,9 @@ from cabochon.rl.alarms import RULES, AlarmLimits, check
 HEALTHY = {
     "reward": 0.4, "completions": 64, "tokens": 30.0, "truncated": 0.05, "empty": 0.0, "infra_errors": 1,
     "status": {"ok": 0.4, "wrong": 0.5, "no_answer": 0.1}, "groups_solved": 0.2, "groups_failed": 0.2,
-    "groups_mixed": 0.6, "trained_tokens": 1500, "learning_rate": 1e-5, "grad_norm": 0.3, "weights_change": 1e-4,
+    "groups_mixed": 0.6, "groups": 16, "groups_dropped": 8, "groups_alike": 0.1, "kept": 32, "unrewarded": 2,
+    "unrewarded_by": {"verifier": 1, "judge": 1}, "reward_clipped": 0.05,
+    "trained_tokens": 1500, "learning_rate": 1e-5, "grad_norm": 0.3, "weights_change": 1e-4,
     "w_kl": 1e-4, "w_large": 0.0, "w_refused": 0.001, "clip_fraction": 0.02, "entropy": 0.6, "kl_reference": 0.001,
     "lag": {"mean": 0.5, "max": 1}, "groups_stale": 0, "budget_fill": 1.1,
     "moe": {"dead_experts": 0, "max_violation": 0.8, "effective_experts": 3.0},
@@ -53,13 +55,19 @@ CASES = [
     ("all_wrong", {"groups_failed": 1.0, "groups_solved": 0.0}, 2),
     ("all_right", {"groups_failed": 0.0, "groups_solved": 1.0}, 2),
     ("flat_groups", {"groups_failed": 0.5, "groups_solved": 0.45}, 3),
+    ("dropped", {"groups": 80, "groups_dropped": 79, "groups_failed": 0.95, "groups_solved": 0.04}, 3),
+    ("alike", {"groups_failed": 0.0, "groups_solved": 0.0, "groups_alike": 1.0}, 3),
+    ("alike", {"groups_failed": 0.5, "groups_solved": 0.2, "groups_alike": 0.95}, 3),
+    ("reward_clip", {"reward_clipped": 0.6}, 2),
     ("truncated", {"truncated": 1.0}, 1),
     ("empty", {"empty": 0.9}, 1),
     ("no_answer", {"status": {"no_answer": 0.9, "malformed": 0.05}}, 2),
     ("unjudged", {"infra_errors": 64}, 1),
+    ("unjudged", {"unrewarded_by": {"verifier": 4, "judge": 20}}, 1),
     ("nothing_trained", {"trained_tokens": 0, "grad_norm": 0.0, "weights_change": 0.0}, 1),
     ("learning_rate", {"learning_rate": 0.0, "weights_change": 0.0}, 2),
     ("gradient", {"grad_norm": 0.0}, 1),
+    ("gradient", {"grad_norm": 0.0, "weights_change": 0.0}, 1),
     ("weights", {"weights_change": 0.0}, 2),
     ("logprobs", {"w_kl": 0.05}, 2),
     ("logprob_outliers", {"w_large": 0.01}, 2),
@@ -73,7 +81,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "after"), CASES, ids=[c[0] for c in CASES])
+@pytest.mark.parametrize(("name", "changes", "after"), CASES, ids=lambda x: x if isinstance(x, str) else "")
 def test_each_fault_is_named_once_and_alone(name, changes, after):
     names, said = run([broken(**changes)] * 6)
     assert names == [[]] * (after - 1) + [[name]] + [[]] * (6 - after)
@@ -114,7 +122,9 @@ def test_warm_up_s_first_step_is_no_alarm():
     [
         ("truncated", 0.01, {}),
         ("flat_groups", 0.3, {}),
+        ("flat_groups", 0.45, {}),
         ("no_answer", 0.05, {}),
+        ("reward_clipped", 0.02, {}),
         ("infra_errors", 0.01, {}),
         ("logprob_kl", 1e-5, {}),
         ("logprob_large", 1e-9, {"w_large": 1e-8}),
