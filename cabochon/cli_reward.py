@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cabochon.reward.asking import Asker
     from cabochon.reward.open import JudgeRun
     from cabochon.reward.rows import Labelled
+    from cabochon.rl.evaluate import JudgeTexts
     from cabochon.tokenizer import Tokenizer
 
 JudgeParts = Annotated[
@@ -259,6 +260,16 @@ def open_asker(address: str, run: JudgeRun) -> Asker:
     if not name:
         raise UserError(f"{address}: which model of the endpoint? write {url}#NAME")
     return endpoint_asker(OpenAIEngine(Endpoint(url=url, model=name)), address, run)
+
+
+def judge_of_reasoning(address: str, recipe: str) -> JudgeTexts:
+    """What says whether the reasoning of a response is sound. Raises UserError where the recipe compares pairs."""
+    from cabochon.reward.judge import Judge
+
+    run = judge_run([recipe])
+    if run.pairwise:
+        raise UserError(f"--judge-recipe {recipe}: compares two; give one that grades each, such as judge-cot")
+    return Judge(open_asker(address, run), run.judge).score_texts
 
 
 def read_labelled(path: Path) -> list[Labelled]:

@@ -91,20 +91,24 @@ def eval_command(
     slots: Annotated[int, typer.Option(min=1, help="sequences decoded together")] = 32,
     seed: Annotated[int, typer.Option(help="the same seed asks the same")] = 0,
     sandbox: Annotated[Literal["bubblewrap", "docker"], typer.Option(help="for `code` tasks")] = "bubblewrap",
+    judge: Annotated[str, typer.Option(help="a model or endpoint that judges reasoning: adds CoT-Pass@K")] = "",
+    judge_recipe: Annotated[str, typer.Option(help="how it judges")] = "judge-cot",
     out: Annotated[Path | None, typer.Option(help="write everything here as JSON")] = None,
 ) -> None:
     """Accuracy on tasks: mean with its interval, pass@k, maj@k, by domain; several models are compared in pairs.
 
     Example: cabochon eval runs/sft/final runs/rl/final --tasks test.jsonl --samples 8
     """
+    from cabochon.cli_reward import judge_of_reasoning
     from cabochon.rl import evaluate
 
+    opinion = judge_of_reasoning(judge, judge_recipe) if judge else None
     asked = evaluate.Asked(
         tasks=tuple(str(path) for path in tasks), chat=chat, most=most, samples=samples, max_tokens=max_tokens,
         temperature=temperature, top_p=top_p, thinking=tuple(thinking or ()), slots=slots, seed=seed,
-        sandbox=sandbox,
+        sandbox=sandbox, judge=judge,
     )  # fmt: skip
-    report = evaluate.compare(models, asked, told=lambda line: print(line, file=sys.stderr))
+    report = evaluate.compare(models, asked, told=lambda line: print(line, file=sys.stderr), judge=opinion)
     print(evaluate.as_table(report))
     if out is not None:
         evaluate.write(report, out)

@@ -11,6 +11,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 from cabochon.errors import UserError
 
@@ -59,19 +60,14 @@ def majority_at_k(
     if not 1 <= k <= n:
         raise UserError(f"maj@{k} needs {k} or more samples per problem, there are {n}")
     right = {a: ok and a is not None for a, ok in zip(answers, correct, strict=True)}
-
-    def won(subset: Sequence[int]) -> float:
-        votes: dict[Hashable | None, int] = {}
-        for i in subset:
-            votes[answers[i]] = votes.get(answers[i], 0) + 1
-        top = max(votes.values())
-        winners = [a for a, count in votes.items() if count == top]
-        return sum(right[a] for a in winners) / len(winners)
-
+    is_of_nC = np.array([[answer == each for each in right] for answer in answers], np.int32)
     if math.comb(n, k) <= draws:
-        return float(np.mean([won(s) for s in itertools.combinations(range(n), k)]))
-    rng = np.random.default_rng(seed)
-    return float(np.mean([won(rng.choice(n, k, replace=False).tolist()) for _ in range(draws)]))
+        subsets_Sk = np.array(list(itertools.combinations(range(n), k)))
+    else:
+        subsets_Sk = np.random.default_rng(seed).random((draws, n)).argsort(-1)[:, :k]
+    votes_SC = is_of_nC[subsets_Sk].sum(1)
+    wins_SC = votes_SC == votes_SC.max(-1, keepdims=True)
+    return float(np.mean(wins_SC @ np.array(list(right.values()), float) / wins_SC.sum(-1)))
 
 
 def cot_verdicts(votes: Sequence[bool]) -> dict[str, bool]:
@@ -83,25 +79,29 @@ def cot_verdicts(votes: Sequence[bool]) -> dict[str, bool]:
 def over_problems(values: Sequence[float] | np.ndarray) -> Estimate:
     """Mean of one value per problem (such as the mean score of its samples: avg@n), errors clustered by problem.
 
-    The interval is the normal one; it does not leave [0, 1] where the values do not.
+    Of values in [0, 1] the interval is Wilson's at the effective sample size (Dean and Pagano, 2015), with Student's t:
+    the normal one covers 80 to 90 % where problems are few or nearly all alike, and has no width where all are. Of
+    others it is Student's.
     """
     x = np.asarray(values, float)
     if not x.size:
         raise UserError("no problem to average over")
     mean = float(x.mean())
-    error = float(x.std(ddof=1) / math.sqrt(x.size)) if x.size > 1 else math.inf
-    low, high = mean - 1.96 * error, mean + 1.96 * error
-    if x.min() >= 0 and x.max() <= 1:
-        low, high = max(low, 0.0), min(high, 1.0)
-    return Estimate(mean, error, low, high)
+    bounded = bool(x.min() >= 0 and x.max() <= 1)
+    if x.size == 1:
+        return Estimate(mean, math.inf, *((0.0, 1.0) if bounded else (-math.inf, math.inf)))
+    error, t = float(x.std(ddof=1) / math.sqrt(x.size)), _student(x.size)
+    if not bounded:
+        return Estimate(mean, error, mean - t * error, mean + t * error)
+    variance = mean * (1 - mean)
+    n = variance / error**2 if error else x.size
+    middle, half = mean + t * t / (2 * n), t * math.sqrt(variance / n + t * t / (4 * n * n))
+    return Estimate(mean, error, (middle - half) / (1 + t * t / n), (middle + half) / (1 + t * t / n))
 
 
-def bootstrap(values: Sequence[float] | np.ndarray, *, draws: int = 5000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean, by resampling whole problems. Deterministic for a seed."""
-    x = np.asarray(values, float)
-    means = x[np.random.default_rng(seed).integers(0, x.size, (draws, x.size))].mean(-1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+def _student(n: int) -> float:
+    """Student's t for a two-sided 95 % interval of a mean of n values."""
+    return float(stdtrit(n - 1, 0.975))
 
 
 def paired_test(
@@ -109,20 +109,30 @@ def paired_test(
 ) -> Paired:
     """Whether `after` differs from `before` on the same problems: a sign-flip permutation test of the mean difference.
 
-    Exact where all 2^P sign patterns are at most `draws`. Raises UserError where the problems are not the same number.
+    Exact where all 2^P sign patterns are at most `draws`; there the interval is the differences which the test does not
+    refuse (order statistics of the means of all subsets: Hartigan, 1969), unbounded below 6 problems, of which no
+    outcome has a p value under 0.05. Otherwise it is Student's. Raises UserError where the problems are not the same
+    number.
     """
     if len(before) != len(after) or not len(before):
         raise UserError(f"a paired test needs the same problems: there are {len(before)} and {len(after)}")
-    d = np.asarray(after, float) - np.asarray(before, float)
-    n = d.size
-    if 2**n <= draws:
-        signs = np.array(list(itertools.product((1, -1), repeat=n)))
-        extra = 0
+    b, a = np.asarray(before, float), np.asarray(after, float)
+    d, n = a - b, len(a)
+    mean = float(d.mean())
+    exact = 2**n <= draws
+    if exact:
+        kept = np.array(list(itertools.product((1, 0), repeat=n)))  # the last keeps none
+        signs, extra = 2 * kept - 1, 0
+        means = np.sort((kept[:-1] @ d) / kept[:-1].sum(-1))
+        cut = int(0.025 * 2**n)
+        low, high = (float(means[cut - 1]), float(means[-cut])) if cut else (-math.inf, math.inf)
     else:
         signs = np.random.default_rng(seed).choice((1, -1), (draws, n))
         extra = 1  # the observed pattern itself
+        half = _student(n) * float(d.std(ddof=1)) / math.sqrt(n)
+        low, high = mean - half, mean + half
     # a difference within rounding of the observed one is as extreme
     extreme = int((np.abs(signs @ d) >= abs(d.sum()) * (1 - 1e-12)).sum()) + extra
-    error = float(d.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf
-    mean = float(d.mean())
-    return Paired(mean, mean - 1.96 * error, mean + 1.96 * error, extreme / (len(signs) + extra))
+    if min(a.min(), b.min()) >= 0 and max(a.max(), b.max()) <= 1:
+        low, high = max(low, -1.0), min(high, 1.0)
+    return Paired(mean, low, high, extreme / (len(signs) + extra))

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from cabochon.files import write_whole
 from cabochon.metrics import plain
 from cabochon.model.address import open_model
 from cabochon.protocols import PolicyEngine, Weights
-from cabochon.rl.estimators import majority_at_k, over_problems, paired_test, pass_at_k
+from cabochon.rl.estimators import cot_verdicts, majority_at_k, over_problems, paired_test, pass_at_k
 from cabochon.rollouts.local import LocalEngine, requests_for
 from cabochon.rollouts.prompts import encode_prompt
 from cabochon.rollouts.slots import SlotConfig
-from cabochon.types import Completion, Sampling, Task, Thinking, Verdict
+from cabochon.types import Completion, Sampling, Score, Task, Thinking, Verdict
 from cabochon.verifiers.build import SandboxName, probes_for, verifier_for
 from cabochon.verifiers.pool import VerifierPool
 from cabochon.verifiers.tasks import read_tasks
+
+COUNTED = ("any", "majority", "all")
+"""how a judge's several votes on the reasoning of one answer are counted"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,6 +45,9 @@ class Answered:
     texts: list[str]
     answers: list[str | None]
     """what the verifier took for the answer, None where there was none"""
+    sound_n: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """[n] by how the judge's votes are counted (any, majority, all): 1 where answer and reasoning are right, else 0,
+    NaN where that is not known; empty where no judge was asked"""
 
 
 def answer(
@@ -77,8 +83,28 @@ def answer(
 
 
 def _score(completion: Completion, verdict: Verdict) -> float:
-    """NaN where the machine failed, in drawing or in judging."""
-    return np.nan if completion.finish == "abort" or verdict.score is None else verdict.score
+    """What the environment paid where the verifier abstains; NaN where the machine failed, in drawing or in judging."""
+    if completion.finish == "abort" or verdict.status == "infra_error":
+        return np.nan
+    paid = completion.reward if verdict.score is None else verdict.score
+    return np.nan if paid is None else paid
+
+
+JudgeTexts = Callable[[Sequence[Task], Sequence[str]], Sequence[Score]]
+"""A judge of reasoning: a score for each response to its task, with the votes it is of in its evidence."""
+
+
+def reasoned(answered: Sequence[Answered], judge: JudgeTexts) -> list[Answered]:
+    """With the judge's opinion of the reasoning behind every right answer (a wrong one needs none)."""
+    right = [(i, j) for i, a in enumerate(answered) for j in np.flatnonzero(a.score_n == 1)]
+    scores = judge([answered[i].task for i, _ in right], [answered[i].texts[j] for i, j in right])
+    sound = [{how: np.where(np.isnan(a.score_n), np.nan, 0.0) for how in COUNTED} for a in answered]
+    for (i, j), score in zip(right, scores, strict=True):
+        votes = [vote > 0.5 for vote in score.evidence.get("votes", ()) if vote is not None]
+        unread = score.value is None or not votes
+        for how, yes in cot_verdicts(votes).items():
+            sound[i][how][j] = np.nan if unread else float(yes)
+    return [replace(a, sound_n=each) for a, each in zip(answered, sound, strict=True)]
 
 
 def distinct(paths: Sequence[str], where: str) -> list[Task]:
@@ -137,10 +163,15 @@ class Asked:
     slots: int = 32
     seed: int = 0
     sandbox: SandboxName = "bubblewrap"
+    judge: str = ""
+    """who judged the reasoning; empty where nobody did"""
 
 
-def compare(models: Sequence[str], asked: Asked, told: Callable[[str], None]) -> dict[str, Any]:
+def compare(
+    models: Sequence[str], asked: Asked, told: Callable[[str], None], judge: JudgeTexts | None = None
+) -> dict[str, Any]:
     """Every model (and thinking budget) on the same tasks with the same seeds; the others are set against the first.
+    With a `judge` of reasoning also CoT-Pass@K.
 
     Raises UserError for tasks or models that cannot be had, and where pass@k of a greedy decoder would be asked for.
     """
@@ -158,6 +189,7 @@ def compare(models: Sequence[str], asked: Asked, told: Callable[[str], None]) ->
             for budget in asked.thinking or (None,):
                 begin = time.perf_counter()
                 answered = answer(engine, verifiers, tasks, _sampling(asked, budget), asked.seed, chat=asked.chat)
+                answered = answered if judge is None else reasoned(answered, judge)
                 entry: dict[str, Any] = {"model": model, "thinking": budget, "seconds": time.perf_counter() - begin}
                 entry |= {"domains": {d: summary(a) for d, a in by_domain(answered).items()}}
                 entry |= {"problems": [_problem(a) for a in answered]}
@@ -198,7 +230,23 @@ def summary(answered: Sequence[Answered]) -> dict[str, Any]:
         out[f"pass@{k}"] = float(np.mean([pass_at_k(n, int((a.score_n == 1).sum()), k) for a in whole]))
         if k > 1:
             out[f"maj@{k}"] = float(np.mean([majority_at_k(_classes(a), (a.score_n == 1).tolist(), k) for a in whole]))
-    return out
+    return out | _cot(whole, n)
+
+
+def _cot(whole: Sequence[Answered], n: int) -> dict[str, Any]:
+    """CoT-Pass@K (2506.14245), where reasoning was judged: pass@k of the answers whose reasoning is right too, by the
+    majority of votes; `reasoning` has it by any and all votes, what share of right answers is soundly reasoned, and on
+    how many tasks the judge could not be read (they are left out)."""
+    read = [a for a in whole if a.sound_n and not np.isnan(a.sound_n["majority"]).any()]
+    if not read:
+        return {"reasoning": {"unread": len(whole)}} if any(a.sound_n for a in whole) else {}
+    ks = [1 << i for i in range(n.bit_length()) if 1 << i <= n]
+    found = {how: {k: float(np.mean([pass_at_k(n, int(a.sound_n[how].sum()), k) for a in read])) for k in ks}
+             for how in COUNTED}  # fmt: skip
+    about = {"any": found["any"], "all": found["all"], "unread": len(whole) - len(read)}
+    if right := sum(int((a.score_n == 1).sum()) for a in read):
+        about["sound"] = sum(float(a.sound_n["majority"].sum()) for a in read) / right
+    return {f"CoT-Pass@{k}": value for k, value in found["majority"].items()} | {"reasoning": about}
 
 
 def _classes(a: Answered) -> list[Hashable | None]:
@@ -223,8 +271,9 @@ def against(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 def _problem(a: Answered) -> dict[str, Any]:
     mean = None if np.isnan(a.score_n).all() else float(np.nanmean(a.score_n))
-    return {"task": a.task.id, "domain": a.task.domain, "mean": mean, "scores": a.score_n, "answers": a.answers,
+    said = {"task": a.task.id, "domain": a.task.domain, "mean": mean, "scores": a.score_n, "answers": a.answers,
             "texts": a.texts, "tokens": a.tokens_n}  # fmt: skip
+    return said | ({"sound": a.sound_n["majority"]} if a.sound_n else {})
 
 
 def _name(entry: dict[str, Any]) -> str:
@@ -240,8 +289,9 @@ def as_table(report: dict[str, Any]) -> str:
         some = entries[0]["domains"][domain]
         ks = [key for key in some if "@" in key]
         lines.append(f"{domain} ({some['tasks']} tasks)")
-        lines.append(f"  {'':{width}}  {'mean':>6}  {'95 % interval':>15}  " + "  ".join(f"{k:>7}" for k in ks)
-                     + f"  {'tokens':>6}  {'cut off':>7}  against the first")  # fmt: skip
+        named = "  ".join(f"{k:>{max(7, len(k))}}" for k in ks)
+        lines.append(f"  {'':{width}}  {'mean':>6}  {'95 % interval':>15}  {named}"
+                     f"  {'tokens':>6}  {'cut off':>7}  against the first")  # fmt: skip
         for e in entries:
             d = e["domains"][domain]
             if "mean" not in d:
@@ -256,8 +306,11 @@ def as_table(report: dict[str, Any]) -> str:
             )
             interval = f"{m['low']:.1%} - {m['high']:.1%}"
             lines.append(f"  {_name(e):{width}}  {m['mean']:6.1%}  {interval:>15}  "
-                         + "  ".join(f"{d.get(k, float('nan')):7.1%}" for k in ks)
+                         + "  ".join(f"{d.get(k, float('nan')):{max(7, len(k))}.1%}" for k in ks)
                          + f"  {d['tokens']:6.1f}  {d['truncated']:7.1%}  {difference}")  # fmt: skip
+        unread = {_name(e): x for e in entries if (x := e["domains"][domain].get("reasoning", {}).get("unread"))}
+        lines += [f"  {name}: the judge could not be read on {x} of the tasks with a right answer; CoT-Pass@K leaves "
+                  "them out, and is too low" for name, x in unread.items()]  # fmt: skip
     return "\n".join(lines)
 
 

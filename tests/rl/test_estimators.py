@@ -7,7 +7,6 @@ import pytest
 
 from cabochon.errors import UserError
 from cabochon.rl.estimators import (
-    bootstrap,
     cot_verdicts,
     majority_at_k,
     over_problems,
@@ -71,24 +70,50 @@ def test_errors_are_clustered_by_problem():
     got = over_problems(per_problem)
     assert got.mean == 0.5
     assert got.error == pytest.approx(np.std(per_problem, ddof=1) / 2)
-    assert (got.low, got.high) == pytest.approx((0.5 - 1.96 * got.error, 0.5 + 1.96 * got.error))
-    assert over_problems([1.0, 1.0, 0.9]).high == 1.0
-    assert over_problems([0.3]).error == np.inf
+    # Wilson's with t(3) = 3.1824 at n = 0.25 / error^2 = 6: 0.5 +- t / (1 + t^2 / n) sqrt(0.25 / n + t^2 / 4 n^2)
+    assert (got.low, got.high) == pytest.approx((0.10378, 0.89622), abs=1e-5)
     with pytest.raises(UserError, match="no problem"):
         over_problems([])
 
 
-def test_intervals_cover_as_often_as_they_say():
-    rng, inside, boot = np.random.default_rng(0), 0, 0
-    for i in range(300):
-        rate = rng.beta(2, 2, 60)
-        x = (rng.binomial(4, rate) / 4).tolist()
-        normal = over_problems(x)
-        low, high = bootstrap(x, draws=500, seed=i)
-        inside += normal.low <= 0.5 <= normal.high
-        boot += low <= 0.5 <= high
-    assert 0.90 <= inside / 300 <= 0.985
-    assert 0.89 <= boot / 300 <= 0.985
+def test_intervals_of_a_few_problems():
+    assert over_problems([0.3])[1:] == (np.inf, 0.0, 1.0), "one problem says nothing of others"
+    alike = over_problems([1.0] * 5)
+    assert (alike.error, alike.high) == (0.0, pytest.approx(1.0))
+    assert 0.3 < alike.low < 0.5, "five right of five: Wilson's with t(4)"
+    assert over_problems([0.5, 0.5]).low < 0.5 < over_problems([0.5, 0.5]).high
+    assert over_problems([3.0, 5.0])[2:] == pytest.approx((4 - 12.7062, 4 + 12.7062), abs=1e-3), "Student's t(1)"
+
+
+@pytest.mark.parametrize("problems", [3, 7, 21, 60])
+@pytest.mark.parametrize("beta", [(0.5, 4), (2, 2), (20, 1), (0.1, 0.1)], ids=str)
+def test_intervals_cover_as_often_as_they_say(beta, problems):
+    """Also where few of few problems are solved, where the normal one covers 80 to 89 %."""
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(600):
+        found = over_problems(rng.binomial(4, rng.beta(*beta, problems)) / 4)
+        inside += found.low <= beta[0] / sum(beta) <= found.high
+    assert inside / 600 >= 0.93
+
+
+@pytest.mark.parametrize("problems", [3, 5, 8, 12, 21])
+def test_paired_intervals_cover_and_agree_with_the_p_value(problems):
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(400):
+        before, after = (rng.binomial(4, rng.beta(2, 2, problems)) / 4 for _ in range(2))
+        found = paired_test(before, after, draws=4096)
+        inside += found.low <= 0 <= found.high
+        if problems <= 12:
+            assert (found.p <= 0.05) <= (found.low >= 0 or found.high <= 0)
+            assert (found.low > 0 or found.high < 0) <= (found.p <= 0.05 + 2**-11)
+    assert inside / 400 >= 0.92
+
+
+def test_no_five_problems_prove_a_difference():
+    """Their least p value is 1/16: an interval that left out zero would contradict it."""
+    assert paired_test([1, 1, 1, 1, 1], [0.02, 0, 0.03, 0, 0.01])[1:] == (-1.0, 1.0, pytest.approx(2 / 32))
+    six = paired_test([0.0] * 6, [0.5, 0.25, 0.75, 0.5, 1.0, 0.5])
+    assert (six.low, six.high, six.p) == (0.25, 1.0, pytest.approx(2 / 64))
 
 
 def test_paired_test_by_hand_and_by_draws():

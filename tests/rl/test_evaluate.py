@@ -8,7 +8,7 @@ from cabochon.errors import UserError
 from cabochon.rl import evaluate
 from cabochon.rl.evaluate import Answered, Asked
 from cabochon.testing import FakeEngine
-from cabochon.types import Sampling, Task
+from cabochon.types import Sampling, Score, Task, Verdict
 from cabochon.verifiers.build import probes_for, verifier_for
 from cabochon.verifiers.pool import VerifierPool
 
@@ -50,6 +50,78 @@ def test_an_episode_that_the_machine_broke_is_no_wrong_answer():
     with VerifierPool(verifier=verifier_for(tasks), probes=probes_for(tasks)) as verifiers:
         found = evaluate.answer(Engine(lambda *_: "3"), verifiers, tasks, Sampling(max_tokens=8, n=2), seed=0)
     np.testing.assert_array_equal([a.score_n for a in found], [[np.nan, 0], [0, 0]])
+
+
+class Abstains:
+    """A verifier that leaves the score to the environment, or breaks."""
+
+    def verify(self, task, text):
+        if text == "broken":
+            raise RuntimeError("the grader is gone")
+        return Verdict(score=None, status="ok")
+
+
+@pytest.mark.parametrize(("text", "paid", "score"), [("3", 0.75, 0.75), ("3", None, np.nan), ("broken", 1.0, np.nan)])
+def test_what_only_the_environment_pays_is_its_score(text, paid, score):
+    class Engine(FakeEngine):
+        def generate(self, requests):
+            return [replace(c, reward=paid) for c in super().generate(requests)]
+
+    tasks = [Task(id="t", prompt="1+1=", verifier="x")]
+    with VerifierPool.unproven(verifier=Abstains(), retries=0) as verifiers:
+        found = evaluate.answer(Engine(lambda *_: text), verifiers, tasks, Sampling(max_tokens=8, n=1), seed=0)
+    np.testing.assert_array_equal(found[0].score_n, [score])
+
+
+def judge(*votes_of_each):
+    """Gives these votes, one answer after the other, and remembers what it was shown."""
+    shown = []
+
+    def score(tasks, texts):
+        shown.extend(zip([t.id for t in tasks], texts, strict=True))
+        return [
+            Score(value=None, status="unparsed", model_id="j") if votes is None
+            else Score(value=0.5, model_id="j", evidence={"votes": votes})
+            for votes in votes_of_each
+        ]  # fmt: skip
+
+    return score, shown
+
+
+def test_cot_pass_at_k_counts_answers_whose_reasoning_is_right_too():
+    """n = 5, c = 2, d = 1: pass@1, 2 = 0.4, 0.7 and CoT-Pass@1, 2 = 0.2, 0.4 (algorithms.md section 17)."""
+    some = [replace(answered("x", [1, 0, 1, 0, 0]), texts=list("abcde"))]
+    score, shown = judge([0.9, 0.8, 0.1], [0.9, 0.2, None])
+    found = evaluate.summary(evaluate.reasoned(some, score))
+    assert shown == [("x", "a"), ("x", "c")], "a wrong answer needs no judging"
+    assert [found[f"pass@{k}"] for k in (1, 2)] == pytest.approx([0.4, 0.7])
+    assert [found[f"CoT-Pass@{k}"] for k in (1, 2)] == pytest.approx([0.2, 0.4])
+    assert found["reasoning"]["any"][1] == pytest.approx(0.4)
+    assert found["reasoning"]["all"][1] == pytest.approx(0.0)
+    assert (found["reasoning"]["sound"], found["reasoning"]["unread"]) == (0.5, 0)
+
+
+def test_a_task_on_which_the_judge_cannot_be_read_is_left_out_and_counted():
+    some = [answered("x", [1, 0]), answered("y", [1, 1])]
+    found = evaluate.summary(evaluate.reasoned(some, judge([0.9], None, [0.9])[0]))
+    assert (found["CoT-Pass@1"], found["pass@1"]) == (0.5, 0.75)
+    assert found["reasoning"]["unread"] == 1
+    nothing = evaluate.summary(evaluate.reasoned(some[1:], judge(None, None)[0]))
+    assert nothing["reasoning"] == {"unread": 1}
+    assert "CoT-Pass@1" not in nothing
+    assert not [key for key in evaluate.summary(some) if "CoT" in key], "nobody was asked"
+
+
+def test_the_table_shows_both():
+    entry = {"model": "m", "thinking": None, "seconds": 1.0, "problems": []}
+    some = evaluate.reasoned([answered("x", [1, 0])], judge([0.9])[0])
+    text = evaluate.as_table({"evaluations": [entry | {"domains": {"all": evaluate.summary(some)}}]})
+    head, row = text.splitlines()[1:3]
+    assert head.split()[4:9] == ["pass@1", "pass@2", "maj@2", "CoT-Pass@1", "CoT-Pass@2"]
+    assert row.split()[5:10] == ["50.0%", "100.0%", "50.0%", "50.0%", "100.0%"]
+    some = evaluate.reasoned([answered("x", [1, 0]), answered("y", [1, 1])], judge([0.9], None, [0.9])[0])
+    text = evaluate.as_table({"evaluations": [entry | {"domains": {"all": evaluate.summary(some)}}]})
+    assert "m: the judge could not be read on 1 of the tasks" in text.splitlines()[-1]
 
 
 def test_an_id_in_two_files_is_refused(tmp_path):
