@@ -45,18 +45,23 @@ def inspect(source: Address, as_json: Json = False) -> None:
 def export(source: Address, destination: Destination, dtype: Dtype = "float32", overwrite: Overwrite = False) -> None:
     """Write a model as a Hugging Face directory that transformers loads, tokenizer and chat template included.
 
+    A reward model stays one: a sequence classifier of one label.
+
     Example: cabochon export smollm2-135m-instruct exported --dtype bfloat16
     """
     from cabochon.model.address import open_model, resolve
     from cabochon.model.convert import read_config, save
     from cabochon.model.hf_export import refuse_unexportable
+    from cabochon.model.value import KEY
 
     start = time.monotonic()
     refuse_occupied(destination, overwrite)
     refuse_unexportable(read_config(resolve(source).path))
     config, params, tokenizer = open_model(source)
-    save(destination, config, params, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite)
-    print(f"{destination}: {describe(config)}, {dtype}, in {time.monotonic() - start:.1f} s", file=sys.stderr)
+    scores = KEY in params
+    save(destination, config, params, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite, classifier=scores)
+    what = describe(config) + (", a reward model" if scores else "")
+    print(f"{destination}: {what}, {dtype}, in {time.monotonic() - start:.1f} s", file=sys.stderr)
 
 
 def upcycle(

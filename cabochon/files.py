@@ -22,14 +22,16 @@ def encodable(text: str) -> str:
 def replaced_directory(directory: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary directory beside `directory` that takes its name at the end, or vanishes on an error.
 
-    Raises UserError if something is there already and `overwrite` is off. A kill leaves at most the temporary one,
-    whose name begins with a dot.
+    Where `directory` is a symbolic link, what it points to is replaced. Raises UserError if something is there already
+    and `overwrite` is off; on an error it stays. A kill leaves at most the unfinished one as `.NAME.*.partial`, and in
+    the instant between two renames what was there, whole, as `.NAME.*.old`.
     """
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())) and not overwrite:
         raise UserError(f"{directory}: exists and is not empty; choose another place or allow overwriting")
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+        place = directory.resolve() if directory.is_symlink() else directory
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
     except OSError as error:
         raise UserError(f"{directory}: cannot be made there: {error.strerror or error}") from None
     try:
@@ -37,20 +39,36 @@ def replaced_directory(directory: Path, *, overwrite: bool) -> Iterator[Path]:
         temporary.chmod(0o755)
         for inner in (*temporary.rglob("*"), temporary):
             sync(inner)
-        if directory.exists():
-            old = temporary.with_suffix(".old")
-            directory.rename(old)
-            temporary.rename(directory)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            temporary.rename(directory)
-        sync(directory.parent)
+        old = temporary.with_suffix(".old")
+        _put(temporary, place, old)
     except OSError as error:
-        raise UserError(
-            f"{directory}: could not be written: {error.strerror or error}; nothing was left there"
-        ) from None
+        left = "what was there before is there still" if place.exists() else "nothing was left there"
+        raise UserError(f"{directory}: could not be written: {error.strerror or error}; {left}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        if old.exists():
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{directory}: is written, but what was there before could not be removed: {old}: {error.strerror or error}"
+        ) from None
+
+
+def _put(new: Path, place: Path, old: Path) -> None:
+    """`new` takes the name of `place`, and what was there the name `old`; on an error all is as before."""
+    there = place.exists()
+    if there:
+        place.rename(old)
+    try:
+        new.rename(place)
+        sync(place.parent)
+    except BaseException:
+        if not new.exists():
+            place.rename(new)
+        if there:
+            old.rename(place)
+        raise
 
 
 @contextmanager

@@ -148,6 +148,11 @@ class Tokenizer:
         """One more than the largest id. A model's embedding may be larger, never smaller."""
         return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
 
+    def first_beyond(self, size: int) -> tuple[str, int] | None:
+        """The token and its id at the lowest id that an embedding of `size` rows lacks; None where it has all."""
+        vocab = self.core.get_vocab(with_added_tokens=True)
+        return min(((token, i) for token, i in vocab.items() if i >= size), key=lambda item: item[1], default=None)
+
     def fingerprint(self) -> str:
         """64 hex digits over everything that decides ids and prompts: equal for a tokenizer saved and loaded again."""
         return self._fingerprint
@@ -168,7 +173,7 @@ class Tokenizer:
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        self.core.save(str(path / "tokenizer.json"))
+        (path / "tokenizer.json").write_text(self.core.to_str(pretty=True), encoding="utf-8")  # core.save hides OSError
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config, **self.special}
         _write_json(path / "tokenizer_config.json", config)
         _write_json(path / "special_tokens_map.json", dict(self.special))

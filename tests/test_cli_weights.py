@@ -172,3 +172,18 @@ def test_a_policy_from_scratch_depends_on_its_seed_alone_and_fits_the_byte_token
     small = PolicyConfig(scratch=policy.scratch.model_copy(update={"vocab_size": 200}))
     with pytest.raises(ValueError, match=r"model\.scratch\.vocab_size=200: the byte tokenizer needs 263 or more"):
         open_policy(small)
+
+
+def test_a_reward_model_stays_one(run, tmp_path):
+    policy = open_policy(load(TrainConfig, ["tiny-dense"]).model, seed=3)
+    w = np.random.default_rng(0).standard_normal(policy.config.dim).astype(np.float32)
+    params = {**policy.params, "value": {"w": w, "b": np.zeros((), np.float32)}}
+    save(tmp_path / "rm", policy.config, params, tokenizer=policy.tokenizer, classifier=True)
+    code, _, err = run("export", tmp_path / "rm", tmp_path / "out")
+    assert (code, ", a reward model, float32" in err) == (0, True)
+    there, here = ((tmp_path / name / "config.json").read_text() for name in ("rm", "out"))
+    assert there == here
+    assert "ForSequenceClassification" in here
+    jax.tree.map(np.testing.assert_array_equal, open_model(str(tmp_path / "out"))[1]["value"], params["value"])
+    code, _, err = run("upcycle", tmp_path / "rm", tmp_path / "moe")
+    assert (code, err.startswith("cabochon: upcycle: a reward model, which would lose its head; ")) == (2, True)

@@ -1,6 +1,7 @@
 """Files and directories that appear whole or not at all."""
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +92,55 @@ def test_a_file_appears_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     assert names(path.parent) == ["a.json"]
     with pytest.raises(MachineError, match=r"b\.json: cannot be written: (File exists|Not a directory)$"):
         write_whole(path / "b.json", "")
+
+
+def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "old").write_text("old")
+    (tmp_path / "link").symlink_to("disk")
+    with replaced_directory(tmp_path / "link", overwrite=True) as temporary:
+        (temporary / "new").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "link") == ["new"]
+    assert names(tmp_path) == ["disk", "link"]
+
+
+@pytest.mark.parametrize("failing", ["rename", "sync"])
+def test_a_failure_while_the_names_change_puts_the_old_one_back(tmp_path, monkeypatch, failing):
+    place = tmp_path / "x"
+    place.mkdir()
+    (place / "old").write_text("old")
+    rename = Path.rename
+
+    def break_once(self, target):
+        if self.suffix == ".partial" and failing == "rename":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    def sync(path):
+        if path == tmp_path and failing == "sync":
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "rename", break_once)
+    monkeypatch.setattr("cabochon.files.sync", sync)
+    said = r"x: could not be written: Input/output error; what was there before is there still$"
+    with pytest.raises(UserError, match=said), replaced_directory(place, overwrite=True) as temporary:
+        (temporary / "new").write_text("new")
+    assert names(place) == ["old"]
+    assert names(tmp_path) == ["x"]
+
+
+def test_an_old_one_that_will_not_go_is_named(tmp_path, monkeypatch):
+    place = tmp_path / "x"
+    place.mkdir()
+    (place / "old").write_text("old")
+
+    def rmtree(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("shutil.rmtree", rmtree)
+    said = r"x: is written, but what was there before could not be removed: .*/\.x\.\w+\.old: Permission denied$"
+    with pytest.raises(UserError, match=said), replaced_directory(place, overwrite=True) as temporary:
+        (temporary / "new").write_text("new")
+    assert names(place) == ["new"]

@@ -280,3 +280,9 @@ def test_neither_torch_nor_jax_is_imported() -> None:
         "print([m for m in ('torch', 'transformers', 'trl', 'jax', 'flax') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"
+
+
+def test_a_full_disk_is_the_error_python_has_for_it(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        ByteTokenizer().save(tmp_path)

@@ -78,9 +78,18 @@ def resolve(name: str, *, hub_deadline: float = HUB_DEADLINE) -> Source:
 def open_model(
     name: str, *, config: ModelConfig | None = None, shardings: Any = None
 ) -> tuple[ModelConfig, convert.Params, Tokenizer]:
-    """Config, f32 parameters and tokenizer of a model address; see `convert.load` for `config` and `shardings`."""
+    """Config, f32 parameters and tokenizer of a model address; see `convert.load` for `config` and `shardings`.
+
+    Raises UserError for a tokenizer with ids that the model has no embedding of (JAX would take the last row for them).
+    """
     tokenizer = model_tokenizer(name)  # first: it is quick, and it may be what is wrong
-    config, params = convert.load(resolve(name).path, config=config, shardings=shardings)
+    path = resolve(name).path
+    config = config or convert.read_config(path)
+    if beyond := tokenizer.first_beyond(config.vocab_size):
+        token, i = beyond
+        raise UserError(f"{path}: its tokenizer has {token!r} at id {i}, its model only {config.vocab_size} tokens; "
+                        "give the model the tokenizer it was trained with")  # fmt: skip
+    config, params = convert.load(path, config=config, shardings=shardings)
     return config, params, tokenizer
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from cabochon.errors import UserError
 from cabochon.model.config import ModelConfig, MoeConfig
 from cabochon.model.hf_names import Path, get_leaf, leaf_shapes, set_leaf, slots
+from cabochon.model.value import KEY
 
 FAMILY: dict[str, Literal["mixtral", "qwen3_moe"]] = {"llama": "mixtral", "qwen2": "mixtral", "qwen3": "qwen3_moe"}
 """What a dense family is written as afterwards. Mixtral has no place for Qwen2's biases nor for dense layers, so such
@@ -90,6 +91,8 @@ def upcycle(
     where SimBal's loss is zero (needs num_experts <= dim). Leaves that stay are shared with `params`.
     """
     sparse = upcycled_config(config, num_experts=num_experts, top_k=top_k, layers=layers)
+    if KEY in params:
+        raise UserError("upcycle: a reward model, which would lose its head; upcycle the policy and train a new one")
     if router == "orthogonal" and num_experts > config.dim:
         raise UserError(f"upcycle: router=orthogonal: {num_experts} experts cannot be orthogonal in {config.dim} "
                         "dimensions; use router=normal")  # fmt: skip

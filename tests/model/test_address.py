@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from cabochon.config import PolicyConfig
 from cabochon.errors import UserError
 from cabochon.model import address, convert
 from cabochon.model.config import ModelConfig
 from cabochon.model.hf_names import leaf_shapes, set_leaf
+from cabochon.policy import open_policy
 from cabochon.tokenizer import ByteTokenizer
 
 
@@ -123,3 +125,20 @@ def test_a_hub_repository_in_the_cache_is_used_offline(model_dir, monkeypatch, t
     source = address.resolve("hf:me/tiny")
     assert source.path == repo / "snapshots" / ("0" * 40)
     assert convert.read_config(source.path) == config
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(model_dir, tmp_path):
+    path, config, params = model_dir
+    larger = config.model_copy(update={"vocab_size": config.vocab_size + 8})  # an embedding padded to a round number
+    padded = params | {"embed": jax.tree.map(lambda w: np.pad(w, ((0, 8), (0, 0))), params["embed"])}
+    convert.save(tmp_path / "padded", larger, padded, tokenizer=ByteTokenizer())
+    assert address.open_model(str(tmp_path / "padded"))[0] == larger
+    tokenizer = ByteTokenizer()
+    tokenizer.core.add_tokens(["<more>", "<and more>"])
+    tokenizer.save(path)
+    size = config.vocab_size
+    said = f"^{path}: its tokenizer has '<more>' at id {size}, its model only {size} tokens; "
+    with pytest.raises(UserError, match=said):
+        address.open_model(str(path))
+    with pytest.raises(UserError, match=said):
+        open_policy(PolicyConfig(address=str(path)))
