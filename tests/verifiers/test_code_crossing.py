@@ -168,6 +168,12 @@ def test_what_is_handed_over_leads_nowhere_else(verifier):
     assert judged(verifier, SEARCH.replace("return 0", "return 123456789"), HANDED).status == "ok"
 
 
+def test_a_failed_assertion_in_a_callback_does_not_say_what_was_expected(verifier):
+    tests = "def cb(x): assert x == 12345\ntry:\n    f(cb)\nexcept AssertionError:\n    assert False"
+    assert judged(verifier, "def f(cb): cb(12345)", tests).status == "ok"
+    assert judged(verifier, "def f(cb):\n    try: cb(0)\n    except AssertionError as e:\n        import re\n        s = ' '.join(map(str, (e, e.args, vars(e), repr(e))))\n        cb(int(re.search(r'\\d{5}', s)[0]))", tests).status == "wrong"
+
+
 @pytest.mark.parametrize(
     ("tests", "new"),
     [

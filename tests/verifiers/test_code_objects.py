@@ -180,6 +180,9 @@ OPERATORS = {
     "contextmanager function": ("out = []\nwith tag('b', out.append) as n:\n    out.append(n)\nassert out == ['<b>', 3, '</b>']", "from contextlib import contextmanager\n@contextmanager\ndef tag(t, out):\n    out(f'<{t}>'); yield 3; out(f'</{t}>')", "from contextlib import contextmanager\n@contextmanager\ndef tag(t, out):\n    out(f'<{t}>'); yield 4; out(f'</{t}>')"),
     "swallowed assertions": ("with Quiet() as q:\n    assert q.n == 1", "class Quiet:\n    n = 1\n    def __enter__(self): return self\n    def __exit__(self, *a): return True", "class Quiet:\n    n = 2\n    def __enter__(self): return self\n    def __exit__(self, *a): return True"),
     "asynchronous": ("import pytest\nfrom solution import Res, ticks\n@pytest.mark.asyncio\nasync def test_a():\n    async with Res() as r:\n        assert await r.get() == 1\n    assert r.closed\n    assert [x async for x in ticks(3)] == [0, 1, 2]\n", "import asyncio\nclass Res:\n    closed = False\n    async def __aenter__(self): await asyncio.sleep(0); return self\n    async def __aexit__(self, *a): self.closed = True\n    async def get(self): return 1\nasync def ticks(n):\n    for i in range(n):\n        await asyncio.sleep(0); yield i", "class Res:\n    closed = False\n    async def __aenter__(self): return self\n    async def __aexit__(self, *a): pass\n    async def get(self): return 1\nasync def ticks(n):\n    for i in range(n): yield i"),
+    "coroutines of methods": ("import asyncio, inspect, types\nc = Client()\nassert asyncio.run(c.get(1)) == 2 and inspect.iscoroutine(c.get(1))\nasync def both(): return await asyncio.gather(c.get(1), c.get(2))\nassert asyncio.run(both()) == [2, 3]\nasync def late(): return await asyncio.wait_for(c.get(5), 1)\nassert asyncio.run(late()) == 6", "import asyncio\nclass Client:\n    async def get(self, x): await asyncio.sleep(0); return x + 1", "class Client:\n    async def get(self, x): return x"),
+    "what is a generator": ("import types, inspect\nassert isinstance(f(2), types.GeneratorType) and inspect.isgenerator(f(2)) and list(f(2)) == [0, 1]", "def f(n): yield from range(n)", "def f(n): return iter(range(n))"),
+    "threads of the tests": ("from concurrent.futures import ThreadPoolExecutor\nc = Count()\nwith ThreadPoolExecutor(8) as pool: got = list(pool.map(lambda i: c.add([i]), range(40)))\nassert sorted(got) == list(range(40)) and c.n == 40", "class Count:\n    n = 0\n    def add(self, xs): self.n += 1; return xs[0]", "class Count:\n    n = 1\n    def add(self, xs): self.n += 1; return xs[0]"),
    "plain and more": ("s = Stack([1, 2])\nassert s == [1, 2] and s != [1] and s.top() == 2 and len(s) == 2 and s[0] == 1 and [1, 2] == s\ns.append(3)\nassert s == [1, 2, 3] and s.top() == 3", "class Stack(list):\n    def top(self): return self[-1]", "class Stack(list):\n    def top(self): return self[-1]\n    def append(self, x): pass\n    def __eq__(self, o): return True\n    def __ne__(self, o): return True\n    def __len__(self): return 2"),
     "attributes of functions": ("assert f(2) == 4 and f(2) == 4 and f.cache_info().hits == 1 and f.__name__ == 'f'\nf.cache_clear()\nassert f.cache_info().hits == 0", "import functools\n@functools.lru_cache\ndef f(x): return x * x", "import functools\n@functools.lru_cache\ndef f(x, y=[]): return x * x\nf(2)"),
     "dataclasses": ("from dataclasses import FrozenInstanceError\np = P(1, 2)\nassert p == P(1, 2) and repr(p) == 'P(x=1, y=2)' and hash(p) == hash(P(1, 2))\ntry:\n    p.x = 3\n    assert False\nexcept FrozenInstanceError:\n    pass\nassert p.x == 1", "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass P:\n    x: int\n    y: int", "from dataclasses import dataclass\n@dataclass(unsafe_hash=True)\nclass P:\n    x: int\n    y: int"),
@@ -213,3 +216,21 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_exceptions(verifier, name):
     check(verifier, *ERRORS[name])
+
+
+ATTRIBUTES = {
+    "their documentation": ("assert f.__doc__\nassert Box.__doc__ and Box().__doc__", "def f():\n    \"doc\"\nclass Box:\n    \"doc\"", "def f(): pass\nclass Box: pass"),
+    "their annotations": ("assert f.__annotations__ == {'x': int, 'return': str}\nassert f.__name__ == 'f' and f.__defaults__ == (1,)", "def f(x: int = 1) -> str: return ''", "def f(x=1): return ''"),
+    "their dictionary": ("b = Box()\nassert vars(b) == {'x': 1} and b.__dict__ == {'x': 1}\nassert b.__class__ is Box and b.__class__.__name__ == 'Box'", "class Box:\n    def __init__(self): self.x = 1", "class Box:\n    def __init__(self): self.y = 1"),
+    "slots": ("assert Box.__slots__ == ('x',)\ntry:\n    Box().y = 1\n    assert False\nexcept AttributeError: pass", "class Box:\n    __slots__ = ('x',)", "class Box: pass"),
+    "being a dataclass": ("import dataclasses\nassert dataclasses.is_dataclass(Box) and Box(1).x == 1", "from dataclasses import dataclass\n@dataclass\nclass Box:\n    x: int", "class Box:\n    def __init__(self, x): self.x = x"),
+    "a whole number beside others": ("from math import inf\nassert P.A < 1.5 and P.A <= 1 and not P.A > 1.0 and P.A.name == 'A'", "from enum import IntEnum\nclass P(IntEnum):\n    A = 1", "from enum import IntEnum\nclass P(IntEnum):\n    A = 2"),
+    "what a failure shows": ("assert f(1) == 3", "def f(x): return 3", "class E(ValueError):\n    cabochon_values = 5\ndef f(x):\n    e = ValueError('a'); e.cabochon_values = 7; raise e"),
+    "what a failed assertion shows": ("assert f(1) == 3", "def f(x): return 3", "def f(x):\n    e = AssertionError('a'); e.cabochon_values = ([1], 2); raise e"),
+    "being callable": ("assert callable(f(2)) and not callable(g(2))", "def f(x): return lambda: x\ndef g(x): return object()", "def f(x): return object()\ndef g(x): return object()"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes_are_the_programs_own(verifier, name):
+    check(verifier, *ATTRIBUTES[name])

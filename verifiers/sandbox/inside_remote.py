@@ -8,6 +8,7 @@ methods, so that `isinstance`, `len` and `+` are asked for where they are answer
 from __future__ import annotations
 
 import sys
+from _operator import is_
 from _thread import RLock
 
 from cabochon.verifiers.sandbox.wire import PLAIN_BASES, Reader, WireError, Writer, contents, pack, plain
@@ -28,6 +29,7 @@ OPERATORS = (
 )  # fmt: skip
 _ACCESS = ("__getitem__", "__setitem__", "__delitem__", "__format__", "__len__", "__iter__", "__next__", "__reversed__",
            "__contains__", "__enter__", "__exit__", "__aiter__", "__anext__", "__aenter__", "__aexit__")  # fmt: skip
+_CLASS_NAMES = ("__members__", "__slots__", "__dataclass_fields__", "__match_args__")
 
 
 class Link:
@@ -35,8 +37,9 @@ class Link:
     other end asks, also in between a question and its answer, and what it answers."""
 
     root: type
-    forward: dict[str, Any]
-    """What stands for an object of the other end: the base class, and special methods."""
+    forward: dict[str, Any]  # with `root`, what stands for an object of the other end
+    thing: Callable[..., Any]
+    """This end's object for a target, an operation and its arguments."""
 
     def __init__(self, channel: Channel, tags: bytes, letters: bytes, *, carries_out: bool, carries_in: bool) -> None:
         self.channel = channel
@@ -72,10 +75,9 @@ class Link:
     def resolve(self, tag: bytes, number: int, kind: str) -> Any:
         if tag == self.mine:
             return self.objects[number]
-        if number not in self.remotes:
-            made = self.mirror(number) if not kind else self.stand_in(self.mirror(int(kind)), number)
-            self.remotes[number] = made
-        return self.remotes[number]
+        if kind and number not in self.remotes:
+            self.remotes[number] = self.stand_in(self.mirror(int(kind)), number)
+        return self.remotes[number] if kind else self.mirror(number)
 
     def mirror(self, number: int) -> type:
         """What stands for the other end's class `number`. It is asked for once."""
@@ -91,7 +93,7 @@ class Link:
         mirrors: list[type] = [b for b in bases if type(b) is RemoteClass]
         errors = [b for b in bases if type(b) is type and issubclass(b, BaseException)]
         space = {s: self.forward[s] for s in specials if s in FORWARD}
-        space |= {"__module__": "solution", "_cabochon_link": self, "_cabochon_number": number,
+        space |= {"__module__": "solution", "_cabochon_link": self, "_cabochon_number": number, "__doc__": _Doc(),
                   "_cabochon_plain": is_plain is True}  # fmt: skip
         if name == "generator":
             space["__class__"] = property(lambda _: type(_ for _ in ()))
@@ -108,7 +110,7 @@ class Link:
         else:
             try:
                 made = cls(*args)
-            except TypeError:  # one that wants more than it keeps
+            except Exception:  # one that wants more than it keeps
                 made = made.__new__(cls, *args)
             vars(made).update(fields)
         return _with(made, __cause__=cause) if isinstance(cause, BaseException) else made
@@ -163,9 +165,8 @@ class Link:
             before = [contents(c) for c in reader.shared]
         except WireError as e:
             return pack((0, "bad", str(e)))
-        how, value = "value", None
         try:
-            value = self.act(target, op, args, kwargs)
+            how, value = "value", self.act(target, op, args, kwargs)
         except WireError as e:
             return pack((seq, "bad", str(e)[:500]))
         except BaseException as e:
@@ -188,9 +189,6 @@ class Link:
             return getattr(thing, op)(*args, **kwargs)  # a class's own is not asked for: see RemoteClass
         return _OPS[op](thing, *args, **kwargs)
 
-    def thing(self, target: Any, op: str, args: list[Any]) -> Any:
-        return self.objects[target]
-
     def wait(self, thing: Any) -> Any:
         """Runs an awaitable to its end, in one loop for all that are not inside another."""
         import asyncio
@@ -211,11 +209,8 @@ class Link:
 
 def _described(cls: type) -> tuple[Any, ...]:
     """Name, module, bases, special methods, and whether it is plain data with something on top."""
-    specials = []
-    for name in FORWARD:
-        holder = next((c for c in cls.__mro__ if c is not object and name in vars(c)), None)
-        if holder is not None and vars(holder)[name] is not None:
-            specials.append(name)
+    own = [vars(c) for c in cls.__mro__ if c is not object]
+    specials = [n for n in FORWARD if next((space[n] for space in own if n in space), None) is not None]
     bases = tuple(b for b in cls.__bases__ if b.__module__ != "builtins" or issubclass(b, BaseException))
     return cls.__name__, cls.__module__, bases, specials, cls.__module__ != "builtins" and issubclass(cls, PLAIN_BASES)
 
@@ -273,13 +268,18 @@ def _with(thing: Any, **attributes: Any) -> Any:
 
 def _same(old: Any, new: Any) -> bool:
     if type(old) is list:
-        return len(old) == len(new) and all(map(lambda a, b: a is b, old, new))
+        return len(old) == len(new) and all(map(is_, old, new))
     return bool(old == new)
 
 
 def _is_root(cls: type) -> bool:
     """Whether it stands for no class of the other end."""
     return type(cls) is not RemoteClass or "_cabochon_number" not in vars(cls)
+
+
+class _Doc:
+    def __get__(self, one: Any, cls: Any) -> Any:
+        return (cls._cabochon_class_ask if one is None else one._cabochon_ask)("get", "__doc__")
 
 
 class RemoteClass(type):
@@ -295,7 +295,7 @@ class RemoteClass(type):
         return cls._cabochon_class_ask("call", *args, **kwargs)
 
     def __getattr__(cls, name: str) -> Any:
-        if _is_root(cls) or (name.startswith("__") and name != "__members__"):
+        if _is_root(cls) or (name.startswith("__") and name not in _CLASS_NAMES):
             raise AttributeError(name)
         return cls._cabochon_class_ask("get", name)
 
@@ -338,7 +338,8 @@ class RemoteClass(type):
 class Remote(metaclass=RemoteClass):
     """An object of the other end. Asked about itself, that end answers."""
 
-    _cabochon_text: str | None = None
+    _cabochon_text = None
+    __dict__ = property(lambda self: self._cabochon_ask("get", "__dict__"))
 
     def _cabochon_ask(self, op: str, /, *args: Any, **kwargs: Any) -> Any:
         return type(self)._cabochon_link.ask(self._cabochon_number, op, *args, **kwargs)
@@ -366,7 +367,7 @@ class Remote(metaclass=RemoteClass):
         return self._cabochon_ask("bool") is True
 
     def __str__(self) -> str:
-        return self._cabochon_text if self._cabochon_text is not None else str(self._cabochon_ask("str"))
+        return str(self._cabochon_ask("str") if self._cabochon_text is None else self._cabochon_text)
 
     def __repr__(self) -> str:
         return str(self._cabochon_ask("repr"))

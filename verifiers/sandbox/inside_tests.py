@@ -8,6 +8,7 @@ may be held, handed back and asked, and it equals nothing but itself. How the ho
 
 from __future__ import annotations
 
+import _operator as operator
 import builtins
 import sys
 
@@ -58,6 +59,11 @@ class Host(Link):
     def number(self, v: Any) -> tuple[bytes, int, str]:
         return super().number(self.own.get(id(v), v))
 
+    def resolve(self, tag: bytes, number: int, kind: str) -> Any:
+        if tag == self.mine and number not in self.passed:
+            raise WireError("an object it was not given")
+        return super().resolve(tag, number, kind)
+
     def ask(self, target: Any, op: str, /, *args: Any, **kwargs: Any) -> Any:
         self.last_error = ""
         if op == "call":
@@ -104,6 +110,8 @@ class Host(Link):
         thing = self.objects[target]
         if op != "class" and target not in self.passed:
             raise AttributeError("the tests gave no such object")
+        if isinstance(thing, AssertionError) and op not in ("class", "isinstance"):
+            return AssertionError()  # what was expected is none of its business
         if op in ("get", "set", "del") and not _may_touch(thing, op, args[0]):
             raise AttributeError(f"the tests' {type(thing).__name__} object has no .{args[0]} here")
         return thing
@@ -184,7 +192,7 @@ def _operator(name: str) -> Callable[..., Any]:
         if (not args or name == "__round__") and not self._cabochon_met:  # nothing of what is expected is in it
             return self._cabochon_ask(name, *args)
         if plain and name in COMPARING and self._cabochon_plain:
-            return getattr(self._cabochon_ask("plain"), name)(*args)
+            return getattr(operator, name.strip("_"))(self._cabochon_ask("plain"), *args)
         if not self._cabochon_open:
             raise TypeError(f"{_name(self)} is not plain data and has no {name} here")
         met = self._cabochon_met or plain or any(a._cabochon_met for a in args)
@@ -262,6 +270,13 @@ def _given(host: Host, name: str, about: Any, open_names: list[str]) -> Any:
     return coroutine
 
 
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # it may be the program's, or hold something of it
+        return ""
+
+
 class Recorder:
     """Counts what passed and says so as it goes."""
 
@@ -279,9 +294,9 @@ class Recorder:
     def fail(self, label: str, error: BaseException) -> None:
         self.total += 1
         self.failed += 1
-        got = vars(error).get("cabochon_values")
-        about = {"call": self.host.last_call, "error": f"{type(error).__name__}: {error}"[:1000]}
-        if got is not None:
+        got = getattr(error, "cabochon_values", None) if type(error) is AssertionError else None
+        about = {"call": self.host.last_call, "error": f"{type(error).__name__}: {_text(error)}"[:1000]}
+        if type(got) is tuple and all(type(g) is str for g in got):  # the program's error may have any attribute
             about |= {"got": got[0], "expected": got[1]}
         if self.host.last_error and type(error).__name__ != "AssertionError":
             about["raised"] = self.host.last_error
