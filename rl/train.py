@@ -185,7 +185,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 **reports.rollout_row(rollouts, rewards, step, dropped),
                 **reports.group_row(rollouts, rewards, dropped),
                 **learnt.row,
-                **feed.row(),
+                **feed.row(), **collector.row(),
                 "groups_dropped": len(got.dropped),
                 "groups_stale": len(got.stale),
             }

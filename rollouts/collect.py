@@ -13,17 +13,16 @@ finish: the first to finish are the short ones, and a batch of those is another 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from math import ceil, sqrt
-from time import monotonic
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from cabochon.chat import as_turns
 from cabochon.protocols import Finished, StreamingEngine
+from cabochon.rollouts.verdicts import Judge, Verdicts, failed
 from cabochon.types import Completion, Request, Rollout, Sampling, Task, Verdict
 
 POLL_SECONDS = 1.0
@@ -31,15 +30,6 @@ GLANCE_SECONDS = 0.05
 """how long a look at the engine takes while verdicts are due as well"""
 SHARE_GROUPS, LEAST_SHARE = 32, 0.01
 """groups over which the share that is kept is averaged, and what it is taken for at least"""
-
-
-@runtime_checkable
-class Judge(Protocol):
-    """What a VerifierPool is to us."""
-
-    def verify_one(self, task: Task, text: str) -> Verdict:
-        """Never raises; safe to call from several threads."""
-        ...
 
 
 @runtime_checkable
@@ -132,9 +122,8 @@ class _Asked:
     """A verdict under way."""
 
     ticket: int
-    samples: list[int]
+    samples: list[int] = field(default_factory=list)
     """which said this"""
-    deadline: float
 
 
 @dataclass(kw_only=True, eq=False)
@@ -149,15 +138,15 @@ class _Pending:
     """by text: what several samples say is judged once"""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CollectCounters:
     """Since the collector began."""
 
-    groups: int = 0
+    groups: int
     """finished"""
-    verdicts_repeated: int = 0
+    verdicts_repeated: int
     """after an infra_error"""
-    verdicts_late: int = 0
+    verdicts_late: int
     """given up at the deadline, an infra_error"""
 
 
@@ -177,18 +166,33 @@ class Collector:
     ):
         """A group's draws depend on `seed` and its number alone; a run that resumes gives the next number as
         `first_group`. `threads`: verdicts worked on at a time. An infra_error is tried again `retries` times; it then
-        stays the verdict, as it does `deadline_seconds` after the completion came, and the trainer masks the rollout.
+        stays the verdict, as it does `deadline_seconds` after work on it began, and the trainer masks the rollout.
         """
-        self.counters = CollectCounters()
-        self._source, self._judge, self._seed, self._next = source, judge, seed, first_group
-        self._retries, self._deadline = retries, deadline_seconds
+        self._source, self._seed, self._next = source, seed, first_group
         self._pending: dict[int, _Pending] = {}
         """by ticket"""
-        self._verdicts: dict[Future[tuple[Verdict, int]], _Asked] = {}
+        self._verdicts: Verdicts[_Asked] = Verdicts(
+            judge, threads=threads, retries=retries, deadline_seconds=deadline_seconds
+        )
         self._finished: dict[int, Group] = {}
         self._share = 1.0
         """of the groups judged lately that `keep` accepted"""
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="collect")
+        self._done = 0
+        self._told = self.counters
+
+    @property
+    def counters(self) -> CollectCounters:
+        return CollectCounters(
+            groups=self._done, verdicts_repeated=self._verdicts.repeated, verdicts_late=self._verdicts.late
+        )
+
+    def row(self) -> dict[str, int]:
+        """For metrics.jsonl: of the verdicts since it was last asked for."""
+        before, self._told = self._told, self.counters
+        return {
+            "verdicts_repeated": self._told.verdicts_repeated - before.verdicts_repeated,
+            "verdicts_late": self._told.verdicts_late - before.verdicts_late,
+        }
 
     @property
     def next_group(self) -> int:
@@ -292,32 +296,21 @@ class Collector:
             for f in self._source.poll(GLANCE_SECONDS if self._verdicts else seconds):
                 self._drawn(f)
         elif self._verdicts:
-            wait(self._verdicts, timeout=seconds, return_when="FIRST_COMPLETED")
-        for future, asked in list(self._verdicts.items()):
-            if future.done():
-                verdict, repeated = future.result()
-                self.counters.verdicts_repeated += repeated
-            elif monotonic() > asked.deadline:
-                verdict = _failed(f"no verdict within {self._deadline:g} s")
-                self.counters.verdicts_late += 1
-                future.cancel()
-            else:
-                continue
-            del self._verdicts[future]
+            self._verdicts.wait(seconds)
+        for asked, verdict in self._verdicts.take():
             for sample in asked.samples:
                 self._judged(asked.ticket, sample, verdict)
 
     def abort(self) -> None:
         """Forget what is in flight and what was not taken."""
         self._source.abort(list(self._pending))
-        for future in self._verdicts:
-            future.cancel()
-        self._pending, self._verdicts, self._finished = {}, {}, {}
+        self._verdicts.forget()
+        self._pending, self._finished = {}, {}
 
     def close(self) -> None:
         """Abort; verdicts in hand are not waited for."""
         self.abort()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._verdicts.close()
 
     def __enter__(self) -> Collector:
         return self
@@ -331,24 +324,16 @@ class Collector:
             return
         pending.drawn[f.sample] = f.completion
         if f.completion.finish == "abort":
-            self._judged(f.ticket, f.sample, _failed("the engine gave the completion up"))
+            self._judged(f.ticket, f.sample, failed("the engine gave the completion up"))
             return
         text = f.completion.text
         if (asked := pending.asked.get(text)) is None:
-            asked = _Asked(ticket=f.ticket, samples=[], deadline=monotonic() + self._deadline)
-            pending.asked[text] = asked
-            self._verdicts[self._pool.submit(self._verdict, pending.task, text)] = asked
+            asked = pending.asked[text] = _Asked(ticket=f.ticket)
+            self._verdicts.ask(asked, pending.task, text)
         elif asked.samples and asked.samples[0] in pending.judged:
             self._judged(f.ticket, f.sample, pending.judged[asked.samples[0]])
             return
         asked.samples.append(f.sample)
-
-    def _verdict(self, task: Task, text: str) -> tuple[Verdict, int]:
-        """And how often it was asked for again."""
-        verdict, repeated = self._judge.verify_one(task, text), 0
-        while verdict.status == "infra_error" and repeated < self._retries:
-            verdict, repeated = self._judge.verify_one(task, text), repeated + 1
-        return verdict, repeated
 
     def _judged(self, ticket: int, sample: int, verdict: Verdict) -> None:
         p = self._pending[ticket]
@@ -359,7 +344,7 @@ class Collector:
             Rollout(task=p.task, completion=p.drawn[i], group=p.id, verdict=p.judged[i]) for i in sorted(p.judged)
         )
         self._finished[p.id] = Group(id=p.id, task=p.task, rollouts=rollouts)
-        self.counters.groups += 1
+        self._done += 1
         del self._pending[ticket]
 
 
@@ -380,7 +365,3 @@ def ahead(wanted: int, share: float) -> int:
     at most, one time in forty left aside (two standard deviations of a binomial), since those beyond grow too old."""
     lost = 1 - share
     return int((sqrt(wanted + lost) - sqrt(lost)) ** 2 / share)
-
-
-def _failed(detail: str) -> Verdict:
-    return Verdict(score=None, status="infra_error", detail=detail)

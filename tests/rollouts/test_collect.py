@@ -153,6 +153,41 @@ def test_a_verdict_that_does_not_come_is_an_infrastructure_failure():
         release.set()
 
 
+def test_a_long_queue_costs_no_verdict():
+    """The deadline is of the work, not of the wait for a thread."""
+
+    class Slow:
+        def verify_one(self, task, text):
+            time.sleep(0.05)
+            return Verdict(score=1.0, status="ok")
+
+    with Collector(Completions(fake(), Sampling(n=8)), Slow(), threads=2, deadline_seconds=0.5) as collector:
+        got = collector.collect(tasks(*"abcdef"))
+        assert {r.verdict.status for r in got.rollouts} == {"ok"}
+        assert collector.row() == {"verdicts_repeated": 0, "verdicts_late": 0}
+
+
+def test_verdicts_that_hang_hold_up_no_other():
+    """Not even where every thread is taken by one."""
+    release = threading.Event()
+
+    class Stuck:
+        def verify_one(self, task, text):
+            if text in "ab":
+                release.wait(60)
+            return Verdict(score=1.0, status="ok")
+
+    with Collector(Completions(fake(), Sampling(n=1)), Stuck(), threads=2, deadline_seconds=0.5) as collector:
+        start = time.monotonic()
+        got = collector.collect(tasks("a", "b", "c", "d", "e"))
+        assert time.monotonic() - start < 20
+        assert [r.verdict.status for r in got.rollouts] == ["infra_error"] * 2 + ["ok"] * 3
+        assert collector.row() == {"verdicts_repeated": 0, "verdicts_late": 2}
+        assert [r.verdict.status for r in collector.collect(tasks("f")).rollouts] == ["ok"]
+        assert collector.row() == {"verdicts_repeated": 0, "verdicts_late": 0}, "of each step by itself"
+        release.set()
+
+
 def test_verification_overlaps_generation():
     """The judge has begun on the first group before the engine was asked for the last."""
     asked: list[tuple[str, str]] = []
