@@ -16,8 +16,10 @@ import numpy as np
 from cabochon import parallel
 from cabochon.batch import Batch
 from cabochon.learner import Learner, StepReport, TrainState, check
-from cabochon.model import moe
+from cabochon.model import moe, value
 from cabochon.model import transformer as tf
+from cabochon.model.lora import add_lora, merge_lora
+from cabochon.protocols import Weights
 from cabochon.rl.advantages import Advantages
 from cabochon.rl.batching import Minibatch, layout, minibatches, samples, to_batch
 from cabochon.rl.config import UpdateConfig
@@ -214,3 +216,28 @@ def _row(report: StepReport, state: TrainState) -> dict[str, float]:
 
 def _logp(learner: Learner, params: tf.Params, batch: Batch) -> np.ndarray:
     return np.asarray(learner.score(params, batch).tokens.logp_BT)
+
+
+# -- the policy as others take it --------------------------------------------------------------------------------------
+
+
+def reference_of(learner: Learner, params: tf.Params) -> tf.Params:
+    """The policy before it learnt, as a tree of the learner's own shape: additions and head are there and are zero."""
+    cfg = learner.cfg
+    params = params if cfg.lora_matrices is None else add_lora(cfg.model, params, cfg.lora_matrices)
+    return value.with_head(cfg.model, params) if cfg.value else params
+
+
+def merged(learner: Learner, states: States) -> tf.Params:
+    """The policy alone: no critic's head, low-rank additions merged in."""
+    return merge_lora(value.without_head(states.policy.params), learner.cfg.lora_matrices)
+
+
+def weights_of(learner: Learner, states: States, version: int) -> Weights:
+    """For the engine; copied to the host, since the next update takes the learner's arrays over."""
+    return Weights(version=version, params=jax.tree.map(lambda x: np.array(x), merged(learner, states)))
+
+
+def published_by(learner: Learner, states: States) -> np.ndarray:
+    """[tensors] `fingerprint` of the weights as the engine takes them, in its number format."""
+    return np.asarray(fingerprint(tf.cast(merged(learner, states), learner.cfg.precision.compute)))

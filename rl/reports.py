@@ -69,18 +69,34 @@ def unjudged(rollouts: Sequence[Rollout]) -> list[str]:
     return [r.verdict.detail for r in rollouts if r.verdict is not None and r.verdict.status == "infra_error"]
 
 
-def nothing_to_learn(step: int, dropped: Sequence[Rollout], groups: int) -> UserError | MachineError:
-    """Why no group is left: the tasks, unless it is that most completions could not be judged."""
+def nothing_to_learn(step: int, dropped: Sequence[Rollout], stale: int) -> UserError | MachineError:
+    """Why no group is left: that most completions could not be judged, the tasks, or that all groups (`stale`) were
+    too old."""
     failed = unjudged(dropped)
     if failed and 2 * len(failed) >= len(dropped):
         return MachineError(
             f"step {step}: {len(failed)} of {len(dropped)} completions could not be judged, so nothing can be learnt: "
             f"{failed[0]}; `cabochon doctor` looks at sandboxes"
         )
-    return UserError(
-        f"step {step}: all {groups} groups were alike, all right or all wrong, so nothing can be "
-        "learnt: choose easier or harder tasks, more samples (rollout.group_size), or another algorithm"
-    )
+    if not dropped:
+        return UserError(
+            f"step {step}: all {stale} groups were drawn by weights too old to learn from: raise rollout.max_lag, or "
+            "draw faster (engine.ray.workers, engine.slots)"
+        )
+    kinds, groups = group_kinds(dropped, verified(dropped).value_N), len({r.group for r in dropped})
+    right, wrong = kinds.count("solved"), kinds.count("failed")
+    cut = [r.completion.finish for r in dropped].count("length")
+    if right == groups:
+        how, what = "every completion was right", "choose harder tasks"
+    elif 2 * cut >= len(dropped):
+        how = f"{right} all right and {wrong} all wrong, with {cut} of {len(dropped)} completions cut off"
+        what = "raise sampling.max_tokens"
+    elif wrong == groups:
+        how, what = "every completion was wrong", "choose easier tasks, or more samples (rollout.group_size)"
+    else:
+        how = f"{right} all right, {wrong} all wrong, {groups - right - wrong} with the same reward throughout"
+        what = "choose other tasks, more samples (rollout.group_size), or another algorithm"
+    return UserError(f"step {step}: all {groups} groups were alike, so nothing can be learnt ({how}): {what}")
 
 
 def verify_seconds(rollouts: Sequence[Rollout]) -> float:
@@ -134,6 +150,12 @@ def group_kinds(rollouts: Sequence[Rollout], score_N: np.ndarray) -> list[Kind]:
         else:
             kinds.append("mixed" if np.ptp(known) > 1e-6 else "equal")
     return kinds
+
+
+def all_solved(rollouts: Sequence[Rollout]) -> bool:
+    """Every group, and every completion of it, is right."""
+    kinds = group_kinds(rollouts, verified(rollouts).value_N)
+    return len(kinds) == len({r.group for r in rollouts}) > 0 and set(kinds) == {"solved"}
 
 
 def mean(x: np.ndarray) -> float | None:

@@ -11,38 +11,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from cabochon import metrics, overrides, parallel
 from cabochon.errors import MachineError, UserError
 from cabochon.learner import Learner
-from cabochon.model import convert, value
-from cabochon.model import transformer as tf
+from cabochon.model import convert
 from cabochon.model.address import resolve
 from cabochon.model.config import ModelConfig
 from cabochon.model.hf_export import refuse_unexportable
-from cabochon.model.lora import add_lora, merge_lora
 from cabochon.policy import Policy, learner_config, open_policy
 from cabochon.protocols import Reward, StreamingEngine, Weights
 from cabochon.reward.open import JudgeRun, open_reward
 from cabochon.reward.scorer import ModelReward
 from cabochon.rl import journal, reports
-from cabochon.rl.advantages import informative
+from cabochon.rl.advantages import Advantages
 from cabochon.rl.alarms import check as check_alarms
 from cabochon.rl.evaluate import accuracies, answer, distinct, first_of_each
 from cabochon.rl.feed import Feed
-from cabochon.rl.learning import Learners, States, advantages_of, fingerprint, kl_of, learn, measure
+from cabochon.rl.learning import (
+    Learners,
+    advantages_of,
+    kl_of,
+    learn,
+    measure,
+    merged,
+    published_by,
+    reference_of,
+    weights_of,
+)
 from cabochon.rl.losses import adapted_coef
+from cabochon.rl.progress import Progress, begin
 from cabochon.rl.recipe import RlConfig
-from cabochon.rl.rewards import Component, compose, earned, scored, verified
+from cabochon.rl.rewards import Component, Rewards, scored
 from cabochon.rl.update import Update, plan_update
-from cabochon.rollouts.collect import Collector, Completions, Group, room
+from cabochon.rl.worth import rewarded, worth_learning
+from cabochon.rollouts.collect import Collected, Collector, Completions, Group, room
 from cabochon.rollouts.environment import EpisodeLimits
 from cabochon.rollouts.episodes import EpisodeEngine
 from cabochon.rollouts.local import LocalEngine
@@ -60,23 +70,6 @@ from cabochon.verifiers.tasks import content_hash, read_tasks
 
 SHOWN = ("reward", "score", "entropy", "tokens", "truncated", "w_gap", "held_out")
 """what the console shows of a step"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What a checkpoint holds besides the weights."""
-
-    places: list[int] = field(default_factory=list)
-    """in the schedule of each phase"""
-    rates: dict[str, float] = field(default_factory=dict)
-    """running solve rates of the curriculum"""
-    next_group: int = 0
-    unfinished: list[str] = field(default_factory=list)
-    """ids of tasks that were in flight, or still to be started again: a resume starts them, so that none is lost"""
-    kl_coef: float = 0.0
-    alarms: dict[str, float] = field(default_factory=dict)
-    before: dict[str, float] = field(default_factory=dict)
-    """held-out accuracy before the first step"""
 
 
 def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
@@ -99,17 +92,10 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
         refuse_unexportable(policy.config)
         update = plan_update(cfg.update, sparse=policy.config.moe is not None)
         learners = learners_of(cfg, update, mesh)
-        critic = learners.critic
-        abstract = States(learners.policy.abstract_state(), critic.abstract_state() if critic else None)
 
         # -- fresh states, or those that were saved --------------------------------------------------------------------
         reference = reference_of(learners.policy, policy.params) if update.needs_reference else None
-        if saved := run.restore(abstract._asdict()):
-            states, done, progress = States(**saved.state), saved.step, Progress(**saved.meta)
-        else:
-            fresh = critic.init_state(_copy(policy.params)) if critic else None
-            states, done = States(learners.policy.init_state(_copy(policy.params)), fresh), 0
-            progress = Progress(kl_coef=cfg.update.kl.coef)
+        states, done, progress = begin(run, cfg, learners, policy.params)
         policy = replace(policy, params={})  # the learner has its copy, a reference its own hold: memory to be freed
         verifiers = stack.enter_context(verifiers_of(cfg, [*tasks, *held]))
         policy.tokenizer.save(run.dir / "tokenizer")  # for those who read rollouts/
@@ -130,15 +116,26 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
         watch, kl_coef, alarmed = reports.Stopwatch(), progress.kl_coef, progress.alarms
         published = published_by(learners.policy, states)
 
-        def held_out(now: RlConfig) -> dict[str, float]:
-            some, drawn = first_of_each(held, cfg.eval.tasks), now.sampling.drawn(cfg.eval.samples)
-            return accuracies(answer(engine, verifiers, some, drawn, cfg.seed, chat=cfg.tasks.chat))
+        def held_out(now: RlConfig) -> dict[str, Any]:
+            if not held:
+                return {}
+            drawn = now.sampling.drawn(cfg.eval.samples)
+            with watch("eval"):
+                found = accuracies(answer(engine, verifiers, asked, drawn, cfg.seed, chat=cfg.tasks.chat))
+            return {"held_out": found["all"], "held_out_domains": found}
 
-        before = progress.before
+        def save(step: int) -> None:
+            now = Progress(
+                places=feed.places, rates=feed.rates, next_group=collector.next_group,
+                unfinished=[*collector.unfinished, *feed.again], kl_coef=kl_coef, alarms=alarmed, before=before,
+            )  # fmt: skip
+            run.save(step, states._asdict(), asdict(now))
+
+        asked, before, last = first_of_each(held, cfg.eval.tasks), progress.before, cfg.steps
         if held and done == 0:
-            before = held_out(cfg)
-            some = len(first_of_each(held, cfg.eval.tasks))
-            run.event("held out", told(before), step=0, data={"held_out": before, "tasks": some})
+            before = held_out(cfg)["held_out_domains"]
+            run.event("held out", told(before), step=0, data={"held_out": before, "tasks": len(asked)})
+            watch.take()
 
         # -- the loop --------------------------------------------------------------------------------------------------
         for step in run.steps(done, cfg.steps):
@@ -152,22 +149,25 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 )  # fmt: skip
                 collector.start([next(feed) for _ in range(want)])
                 got = collector.take(
-                    cfg.rollout.prompts, keep=worth_learning if update.dynamic_sampling else _anything, more=feed,
-                    refills=cfg.rollout.refills * cfg.rollout.prompts, max_lag=cfg.rollout.max_lag,
+                    cfg.rollout.prompts, more=feed, max_lag=cfg.rollout.max_lag,
+                    keep=partial(kept, now, update),
+                    refills=cfg.rollout.refills * cfg.rollout.prompts,
                 )  # fmt: skip
-            dropped = [r for g in got.dropped for r in g.rollouts]
             if not got.rollouts:
-                raise reports.nothing_to_learn(step, dropped, len(got.dropped))
+                empty, why = unlearnt(run, now, got, step, update)
+                if step > 1:  # before, nothing was learnt, and who mends the recipe runs the same command again
+                    run.log(step, empty | ({} if why else held_out(now)), clock=watch.take())
+                    save(step)
+                if why:
+                    raise why
+                last = step
+                break
             rollouts = got.rollouts
             feed.observe([r for g in (*got.groups, *got.dropped, *got.stale) for r in g.rollouts])
             with watch("score"):
                 said = {name: scorer.score(rollouts) for name, scorer in scorers.items()}
                 models = {n: scored(s, logit=isinstance(scorers[n], ModelReward)) for n, s in said.items()}
-                given = {"environment": earned(rollouts)} if cfg.environment else {}
-                rewards = compose(
-                    rollouts, verified(rollouts), given | models, now.reward, format_=formats(cfg, rollouts),
-                    overlong=update.overlong,
-                )  # fmt: skip
+                rewards = rewarded(now, rollouts, models, format_=formats(now, rollouts), overlong=update.overlong)
                 known = measure(learners, states, reference, rollouts, cfg.update, update)
                 penalties, kl = kl_of(cfg.update, known, rollouts, kl_coef)
                 advantages = advantages_of(rollouts, rewards.reward_N, known, update, penalties)
@@ -181,14 +181,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             with watch("sync"):
                 engine.load(weights_of(learners.policy, states, step))
                 before_update, published = published, published_by(learners.policy, states)
-            row: dict[str, Any] = {
-                **reports.rollout_row(rollouts, rewards, step, dropped),
-                **reports.group_row(rollouts, rewards, dropped),
-                **learnt.row,
-                **feed.row(), **collector.row(),
-                "groups_dropped": len(got.dropped),
-                "groups_stale": len(got.stale),
-            }
+            row = {**row_of(got, rollouts, rewards, step), **learnt.row, **feed.row(), **collector.row()}
             if cfg.phases:
                 row["phase"] = cfg.phases[feed.phase - 1].name if feed.phase else "first"
             if not warming:
@@ -199,10 +192,8 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             if kl is not None:
                 row["kl_reward"], row["kl_coef"] = kl, kl_coef
                 kl_coef = adapted_coef(kl_coef, kl, cfg.update.kl, len(rollouts))
-            if held and (step == cfg.steps or (cfg.eval.every and step % cfg.eval.every == 0)):
-                with watch("eval"):
-                    accuracy = held_out(now)
-                row |= {"held_out": accuracy["all"], "held_out_domains": accuracy}
+            if step == cfg.steps or (cfg.eval.every and step % cfg.eval.every == 0):
+                row |= held_out(now)
             rows = journal.rollout_rows(rollouts, rewards, advantages, said, learnt.tokens)
             journal.write_rollouts(run.dir / "rollouts", step, rows)
             if cfg.samples_every and (step == 1 or step % cfg.samples_every == 0):
@@ -214,11 +205,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             for alarm in alarms:
                 run.event("alarm", str(alarm), step=step, data={"alarm": alarm.name})
             if step == cfg.steps or run.save_due(step):
-                progress = Progress(
-                    places=feed.places, rates=feed.rates, next_group=collector.next_group,
-                    unfinished=[*collector.unfinished, *feed.again], kl_coef=kl_coef, alarms=alarmed, before=before,
-                )  # fmt: skip
-                run.save(step, states._asdict(), asdict(progress))
+                save(step)
             if alarms and cfg.fail_on_alarm:
                 raise MachineError(f"{run.dir}: stopped by fail_on_alarm: {alarms[0]}")
 
@@ -227,7 +214,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             run.final, policy.config, merged(learners.policy, states), tokenizer=policy.tokenizer, overwrite=True
         )
         used = [model.address for model in cfg.models.values()]
-        run.finish(steps=cfg.steps, results=results(run, before), parents=used)
+        run.finish(steps=last, results=results(run, before), parents=used)
         return run.final
 
 
@@ -266,13 +253,6 @@ def learners_of(cfg: RlConfig, update: Update, mesh: Mesh | None) -> Learners:
         own = replace(shape, optim=optim, value=True, entropy=False, lora=None)
         critic = Learner(own, update.critic_loss, mesh)
     return Learners(policy=Learner(shape, update.loss, mesh), critic=critic)
-
-
-def reference_of(learner: Learner, params: tf.Params) -> tf.Params:
-    """The policy before it learnt, as a tree of the learner's own shape: additions and head are there and are zero."""
-    cfg = learner.cfg
-    params = params if cfg.lora_matrices is None else add_lora(cfg.model, params, cfg.lora_matrices)
-    return value.with_head(cfg.model, params) if cfg.value else params
 
 
 def slot_config(cfg: RlConfig) -> SlotConfig:
@@ -349,37 +329,39 @@ def formats(cfg: RlConfig, rollouts: Sequence[Rollout]) -> Component | None:
     return Component(value_N=np.array([v.score for v in verdicts], float), asked_N=np.ones(len(verdicts), bool))
 
 
-def merged(learner: Learner, states: States) -> tf.Params:
-    """The policy alone: no critic's head, low-rank additions merged in."""
-    return merge_lora(value.without_head(states.policy.params), learner.cfg.lora_matrices)
-
-
-def weights_of(learner: Learner, states: States, version: int) -> Weights:
-    """For the engine; copied to the host, since the next update takes the learner's arrays over."""
-    return Weights(version=version, params=jax.tree.map(lambda x: np.array(x), merged(learner, states)))
-
-
-def published_by(learner: Learner, states: States) -> np.ndarray:
-    """[tensors] `fingerprint` of the weights as the engine takes them, in its number format."""
-    return np.asarray(fingerprint(tf.cast(merged(learner, states), learner.cfg.precision.compute)))
-
-
-def _copy(params: tf.Params) -> tf.Params:
-    return jax.tree.map(lambda x: jax.numpy.array(x, copy=True), params)
-
-
 # -- parts of a step ---------------------------------------------------------------------------------------------------
 
 
-def worth_learning(group: Group) -> bool:
-    """Dynamic sampling: not all right and not all wrong."""
-    return informative(
-        [np.nan if r.verdict is None or r.verdict.score is None else r.verdict.score for r in group.rollouts]
-    )
+def kept(cfg: RlConfig, update: Update, group: Group) -> bool:
+    return not update.dynamic_sampling or worth_learning(cfg, group.rollouts)
 
 
-def _anything(group: Group) -> bool:
-    return True
+def row_of(got: Collected, rollouts: Sequence[Rollout], rewards: Rewards, step: int) -> dict[str, Any]:
+    """Of metrics.jsonl: what a step drew, and of it (`rollouts`) what it looks at."""
+    dropped = [r for g in got.dropped for r in g.rollouts] if got.rollouts else []
+    return {
+        **reports.rollout_row(rollouts, rewards, step, dropped),
+        **reports.group_row(rollouts, rewards, dropped),
+        "groups_dropped": len(got.dropped),
+        "groups_stale": len(got.stale),
+    }
+
+
+def unlearnt(
+    run: Run, cfg: RlConfig, got: Collected, step: int, update: Update
+) -> tuple[dict[str, Any], UserError | MachineError | None]:
+    """The row of a step that has no group to learn from, and what is wrong: nothing where a run that has learnt has
+    nothing left to learn. What was drawn is written as in any other step, reward models alone are not asked."""
+    rollouts = [r for g in got.dropped or got.stale for r in g.rollouts]
+    rewards = rewarded(cfg, rollouts, {}, format_=formats(cfg, rollouts), overlong=update.overlong)
+    flat = [np.zeros(len(r.completion.tokens), np.float32) for r in rollouts]
+    none = Advantages(tokens=flat, keep_N=np.zeros(len(rollouts), bool))
+    journal.write_rollouts(run.dir / "rollouts", step, journal.rollout_rows(rollouts, rewards, none, {}, {}))
+    row = row_of(got, rollouts, rewards, step) | {"kept": 0}
+    if step > 1 and cfg.phase(cfg.steps) == cfg.phase(step) and got.dropped and reports.all_solved(rollouts):
+        run.event("solved", f"every group is solved at step {step}: nothing left to learn", step=step)
+        return row, None
+    return row, reports.nothing_to_learn(step, rollouts if got.dropped else [], len(got.stale))
 
 
 def told(accuracy: dict[str, float]) -> str:

@@ -111,6 +111,28 @@ def test_that_nothing_is_left_is_put_down_to_the_grader_where_it_failed():
     assert "all 1 groups were alike" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("scores", "finish", "says"),
+    [
+        ((1, 1), "stop", "all 2 groups were alike, so nothing can be learnt (every completion was right): choose hard"),
+        ((0, 0), "stop", "(every completion was wrong): choose easier tasks, or more samples (rollout.group_size)"),
+        ((0, 0), "length", "(0 all right and 2 all wrong, with 4 of 4 completions cut off): raise sampling.max_tokens"),
+        ((1, 0), "stop", "(1 all right, 1 all wrong, 0 with the same reward throughout): choose other tasks"),
+        ((0.5, None), "stop", "(0 all right, 0 all wrong, 2 with the same reward throughout): choose other tasks"),
+    ],
+)
+def test_that_nothing_is_left_says_what_the_groups_were(scores, finish, says):
+    some = [rollout(g, score, finish=finish) for g, score in enumerate(scores) for _ in range(2)]
+    some = [replace(r, verdict=replace(r.verdict, status="ok")) for r in some]
+    assert says in str(reports.nothing_to_learn(3, some, 0))
+    assert reports.all_solved(some) is (scores == (1, 1))
+
+
+def test_that_every_group_was_too_old_is_not_put_down_to_the_tasks():
+    error = reports.nothing_to_learn(7, [], 5)
+    assert str(error).startswith("step 7: all 5 groups were drawn by weights too old to learn from: raise rollout.max_")
+
+
 def test_a_verdict_that_samples_share_took_its_time_once():
     one = rollout(0, 1.0)
     one = replace(one, verdict=replace(one.verdict, seconds=2.0))

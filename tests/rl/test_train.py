@@ -239,6 +239,83 @@ def test_runs_that_learn_nothing_are_stopped_in_their_first_steps(place, changes
     assert len(metrics(place / "run")) <= 3
 
 
+GRADED = '''
+from pathlib import Path
+
+def graded(prompts, completions, **columns):
+    """As the file beside says, else half and half."""
+    level = Path(__file__).with_name("level")
+    given = float(level.read_text()) if level.exists() else None
+    return [len(set(text)) % 2 if given is None else given for text in completions]
+'''
+
+
+@pytest.fixture
+def graded(place, monkeypatch):
+    """`graded(level)`: a DAPO recipe all whose completions have this score from step 3 on."""
+    (place / "graded.py").write_text(GRADED)
+    rows = [
+        {"id": f"g{i}", "prompt": f"graded {i}:", "verifier": f"{place}/graded.py:graded", "domain": "g"}
+        for i in range(9)
+    ]
+    sums = {"id": "sum", "prompt": "1+1=", "verifier": "math", "payload": {"answer": "2"}, "domain": "sums"}
+    (place / "graded.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, sums]))
+    write = journal.write_rollouts
+
+    def recipe(level):
+        def written(folder, step, rows):
+            write(folder, step, rows)
+            if step == 2:
+                (place / "level").write_text(str(level))
+
+        monkeypatch.setattr(journal, "write_rollouts", written)
+        return config(
+            place, steps=5, update={"algorithm": {"kind": "dapo"}},
+            tasks={"train": [str(place / "graded.jsonl")], "held_out": [str(place / "held.jsonl")],
+                   "shares": {"sums": 0}},
+            rollout={"prompts": 2, "group_size": 4, "refills": 1},
+        )  # fmt: skip
+
+    return recipe
+
+
+def test_a_run_that_has_nothing_left_to_learn_ends_well(place, graded):
+    cfg = graded(1.0)
+    final = main(cfg)
+    assert open_policy(cfg.model.model_copy(update={"scratch": None, "address": str(final)})).config.moe is not None
+    events = [json.loads(line) for line in (place / "run" / "events.jsonl").read_text().splitlines()]
+    said = [e["message"] for e in events if e["event"] == "solved"]
+    assert said == ["every group is solved at step 3: nothing left to learn"]
+    rows = metrics(place / "run")
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    assert (rows[-1]["score"], rows[-1]["groups_solved"], rows[-1]["kept"], rows[-1]["groups_dropped"]) == (1, 1, 0, 4)
+    manifest = json.loads((place / "run" / "manifest.json").read_text())
+    assert (manifest["steps"], manifest["results"]["held_out"]) == (3, rows[-1]["held_out"])
+    assert main(cfg) == final, "it is finished"
+
+
+def test_a_run_whose_groups_are_all_wrong_stops_with_a_checkpoint_and_goes_on(place, graded):
+    cfg = graded(0.0)
+    with pytest.raises(UserError, match=r"step 3: all 4 groups .*0 all right and 4 all wrong.*sampling.max_tokens"):
+        main(cfg)
+    lines = [json.loads(x) for x in (place / "run/rollouts/step_000003.jsonl").read_text().splitlines()]
+    assert [x["reward"] for x in lines] == [0.0] * 16, "what was drawn can be looked at"
+    assert not (place / "run" / "final").exists()
+    (place / "level").unlink()
+    main(cfg)
+    assert [r["step"] for r in metrics(place / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_a_recipe_that_learnt_nothing_yet_can_be_mended_in_its_place(place, graded):
+    (place / "level").write_text("1.0")
+    cfg = graded(1.0)
+    with pytest.raises(UserError, match=r"step 1: all 4 groups .*every completion was right.*: choose harder tasks"):
+        main(cfg)
+    assert (place / "run/rollouts/step_000001.jsonl").exists()
+    (place / "level").unlink()
+    main(cfg.model_copy(update={"seed": 1, "steps": 1}))
+
+
 @pytest.mark.parametrize(
     ("more", "key"),
     [
