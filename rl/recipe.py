@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from cabochon.config import Frozen, RayConfig, StageConfig
 from cabochon.rl.alarms import AlarmLimits
-from cabochon.rl.config import UpdateConfig
+from cabochon.rl.config import Dapo, DrGrpo, UpdateConfig
 from cabochon.rl.feed import CurriculumConfig
-from cabochon.rl.rewards import SHAPING, LengthReward, RewardConfig
-from cabochon.types import Sampling, Thinking
+from cabochon.rl.rewards import SHAPING, LengthReward, RewardConfig, asked_tokens
+from cabochon.types import Sampling, Task, Thinking
 
 
 class ThinkingConfig(Frozen):
@@ -211,6 +211,20 @@ class RlConfig(StageConfig):
         reward = self.reward if p.length is None else self.reward.model_copy(update={"length": p.length})
         return self.model_copy(update={"tasks": tasks, "sampling": sampling, "reward": reward})
 
+    @property
+    def longest(self) -> int:
+        """Tokens a completion can have at most, in the phase that allows it the most."""
+        most = max(self.in_phase(i).sampling.max_tokens for i in range(len(self.phases) + 1))
+        return min(self.environment.turns * most, self.engine.length) if self.environment else most
+
+    def check_tasks(self, train: Sequence[Task]) -> None:
+        """Raises UserError naming a task that lacks what the reward of a phase it is drawn in needs."""
+        for phase in (self.in_phase(i) for i in range(len(self.phases) + 1)):
+            if phase.reward.length is not None:
+                for task in train:
+                    if phase.tasks.shares.get(task.domain, 1.0):
+                        asked_tokens(task)
+
     @model_validator(mode="after")
     def _check(self) -> RlConfig:
         starts = [p.start for p in self.phases]
@@ -232,8 +246,30 @@ class RlConfig(StageConfig):
             raise ValueError("engine.kind=local samples and learns in turn: set rollout.max_lag to 0, or kind to ray")
         if taken := sorted({*SHAPING, "environment"} & set(self.models)):
             raise ValueError(f"models.{taken[0]}: that name is not a model's; choose another")
+        if self.reward.combine == "gated" and not (self.models or (self.environment and self.environment.address)):
+            raise ValueError(
+                "reward.combine=gated orders right answers by a model or an environment, and there is none: name one "
+                "in models, or set reward.combine to route"
+            )
+        self._check_lengths()
         self._check_shapes()
         return self
+
+    def _check_lengths(self) -> None:
+        algorithm, bound = self.update.algorithm, f"no completion is longer than {self.longest} tokens"
+        if self.environment is None:
+            bound += " (sampling.max_tokens, phases)"
+        else:
+            bound += " (sampling.max_tokens x environment.turns, engine.length)"
+        if isinstance(algorithm, Dapo) and algorithm.overlong and algorithm.overlong.max_tokens > self.longest:
+            raise ValueError(
+                f"update.algorithm.overlong.max_tokens={algorithm.overlong.max_tokens} punishes nobody in full: {bound}"
+            )
+        if isinstance(algorithm, DrGrpo) and algorithm.max_tokens < self.longest:
+            raise ValueError(
+                f"update.algorithm.max_tokens={algorithm.max_tokens} is to be the longest completion: it divides, and "
+                f"less makes updates larger; set it to {self.longest}, since {bound}"
+            )
 
     def _check_shapes(self) -> None:
         size, algorithm = self.rollout.group_size, self.update.algorithm

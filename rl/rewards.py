@@ -18,7 +18,7 @@ from cabochon.config import Frozen
 from cabochon.errors import UserError
 from cabochon.rl.advantages import overlong_penalty
 from cabochon.rl.config import Overlong
-from cabochon.types import Rollout, Score
+from cabochon.types import Rollout, Score, Task
 
 SHAPING = ("verifier", "quality", "length", "format", "overlong")
 """parts of a reward that are not a model's score"""
@@ -61,6 +61,8 @@ class RewardConfig(Frozen):
             raise ValueError(f"clip={list(self.clip)}: expected [low, high] with low < high")
         if self.weights and self.combine in ("route", "gated"):
             raise ValueError(f"weights are not used by combine={self.combine}: set it to weighted or normalized")
+        if self.quality != type(self).model_fields["quality"].default and self.combine != "gated":
+            raise ValueError(f"quality={self.quality} is not used by combine={self.combine}: set it to gated")
         return self
 
 
@@ -143,7 +145,8 @@ def compose(
     parts["quality"] = reward_N.copy()
     tokens_N = np.array([r.completion.mask.sum() for r in rollouts])
     if cfg.length is not None:
-        shaped = length_reward(reward_N, tokens_N, _asked_tokens(rollouts), cfg.length)
+        asked_N = np.array([asked_tokens(r.task) for r in rollouts])
+        shaped = length_reward(reward_N, tokens_N, asked_N, cfg.length)
         parts["length"], reward_N = shaped - reward_N, shaped
     if cfg.format_penalty and format_ is not None:
         off = np.where(format_.asked_N, -cfg.format_penalty * (1 - format_.value_N), 0.0)
@@ -229,8 +232,15 @@ def length_reward(reward_N: np.ndarray, tokens_N: np.ndarray, asked_N: np.ndarra
     return reward_N * np.clip(cfg.slope * (asked_N - tokens_N) + cfg.offset, 0.0, 1.0)
 
 
-def _asked_tokens(rollouts: Sequence[Rollout]) -> np.ndarray:
-    for r in rollouts:
-        if "tokens" not in r.task.payload:
-            raise UserError(f"task {r.task.id}: reward.length needs payload.tokens, the length its prompt asks for")
-    return np.array([r.task.payload["tokens"] for r in rollouts], float)
+def asked_tokens(task: Task) -> float:
+    """That `LengthReward` compares with. Raises UserError naming the task."""
+    if "tokens" not in task.payload:
+        raise UserError(f"task {task.id}: reward.length needs payload.tokens, the length its prompt asks for")
+    given = task.payload["tokens"]
+    try:
+        tokens = float(given)
+    except (TypeError, ValueError):
+        tokens = np.nan
+    if not 0 <= tokens < np.inf:
+        raise UserError(f"task {task.id}: payload.tokens={given!r}; reward.length needs a number of tokens")
+    return tokens

@@ -224,6 +224,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
 def tasks_of(cfg: RlConfig) -> tuple[list[Task], list[Task]]:
     """(training, held-out). Raises UserError where a held-out prompt is trained on, or an id is used twice."""
     train = distinct(cfg.tasks.train, "tasks.train")
+    cfg.check_tasks(train)
     held = [task for path in cfg.tasks.held_out for task in read_tasks(path)]
     trained = {content_hash(t.prompt): t.id for t in train}
     for task in held:

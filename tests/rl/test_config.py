@@ -3,9 +3,11 @@
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from cabochon.errors import UserError
 from cabochon.rl.config import Algorithm, C3po, Clip, Gspo, KlConfig, MismatchConfig, Overlong, Ppo, UpdateConfig
 from cabochon.rl.recipe import RlConfig
 from cabochon.rl.train import slot_config
+from cabochon.types import Task
 
 
 def test_kind_chooses_the_algorithm():
@@ -35,6 +37,59 @@ def test_kind_chooses_the_algorithm():
 def test_contradictions_are_refused(make, said):
     with pytest.raises(ValidationError, match=said):
         make()
+
+
+def recipe(**changes):
+    return RlConfig.model_validate(
+        {"steps": 9, "update": {"algorithm": {"kind": "grpo"}}, "model": {"address": "m"}, "engine": {"length": 96},
+         "tasks": {"train": ["t.jsonl"]}, "run": {"dir": "r"}, "sampling": {"max_tokens": 40},
+         "rollout": {"prompts": 1, "group_size": 2}, "step": {"batch_size": 2, "sequence_length": 128}} | changes
+    )  # fmt: skip
+
+
+def algorithm(**said):
+    return {"update": {"algorithm": said}}
+
+
+LONGER = {"phases": [{"name": "longer", "start": 5, "max_tokens": 50}]}
+EPISODES = {"environment": {"address": "world.py:World", "turns": 3}}
+GATED = {"reward": {"combine": "gated"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (GATED, "reward.combine=gated orders right answers by a model or an environment, and there is none"),
+        (GATED | {"environment": {"tools": ["calculator"]}}, "and there is none: name one in models"),
+        (algorithm(kind="dapo", overlong={"max_tokens": 41, "buffer": 8}), "overlong.max_tokens=41 punishes nobody in"),
+        (algorithm(kind="dapo", overlong={"max_tokens": 51, "buffer": 8}) | LONGER, "is longer than 50 tokens"),
+        (algorithm(kind="dr_grpo", max_tokens=39), "set it to 40, since no completion is longer than 40 tokens"),
+        (algorithm(kind="dr_grpo", max_tokens=40) | LONGER, "set it to 50"),
+        (algorithm(kind="dr_grpo", max_tokens=40) | EPISODES, "set it to 96"),
+    ],
+)
+def test_keys_that_would_do_nothing_or_something_else_are_refused(changes, said):
+    with pytest.raises(ValidationError, match=said):
+        recipe(**changes)
+
+
+def test_keys_that_just_fit_are_taken():
+    recipe(**GATED, models={"judge": {"address": "j"}})
+    recipe(**GATED, **EPISODES)
+    recipe(**algorithm(kind="dapo", overlong={"max_tokens": 40, "buffer": 8}))
+    recipe(**algorithm(kind="dapo", overlong={"max_tokens": 50, "buffer": 8}), **LONGER)
+    recipe(**algorithm(kind="dapo", overlong={"max_tokens": 96, "buffer": 8}), **EPISODES)
+    recipe(**algorithm(kind="dr_grpo", max_tokens=50), **LONGER)
+
+
+def test_tasks_are_asked_for_their_length_before_the_run_where_a_phase_rewards_it():
+    short, none = (Task(id=d, prompt="p", verifier="math", domain=d, payload=p) for d, p in
+                   (("short", {"tokens": 3}), ("none", {"tokens": "many"})))  # fmt: skip
+    recipe().check_tasks([short, none])
+    phase = {"name": "terse", "start": 5, "length": {"kind": "max"}}
+    with pytest.raises(UserError, match=r"task none: payload\.tokens='many'; reward.length needs a number of tokens"):
+        recipe(phases=[phase]).check_tasks([short, none])
+    recipe(phases=[phase | {"shares": {"none": 0}}]).check_tasks([short, none])
 
 
 def test_the_engines_settings_reach_the_sampler():

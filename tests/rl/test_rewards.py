@@ -188,3 +188,13 @@ def test_bad_configs_and_tasks():
                 weights={"juge": 1.0}))  # fmt: skip
     with pytest.raises(UserError, match=r"task t/0: reward\.length needs payload\.tokens"):
         compose(data, component([1, 0]), {}, RewardConfig(length=LengthReward()))
+    with pytest.raises(ValidationError, match=r"quality=0\.2 is not used by combine=weighted: set it to gated"):
+        RewardConfig(combine="weighted", quality=0.2)
+    assert RewardConfig.model_validate(RewardConfig().model_dump()) == RewardConfig(), "a resolved recipe runs again"
+
+
+@pytest.mark.parametrize("tokens", ["many", "", None, [3], -1, float("nan"), float("inf")])
+def test_a_length_that_is_no_number_names_the_task_and_the_key(tokens):
+    data = rollouts(2, payload={"tokens": tokens})
+    with pytest.raises(UserError, match=r"task t/0: payload\.tokens=.*; reward\.length needs a number of tokens"):
+        compose(data, component([1, 0]), {}, RewardConfig(length=LengthReward()))
