@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cabochon import (
     cli_import,
@@ -30,8 +31,29 @@ from cabochon.verifiers.sandbox import cli as sandbox_cli
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+
+class OneLine(TyperGroup):
+    """Says what is wrong with a command line on one line, where Typer draws a box of five."""
+
+    def main(  # type: ignore[override]
+        self, args: Any = None, prog_name: Any = None, *, standalone_mode: bool = True, **extra: Any
+    ) -> Any:
+        if not standalone_mode:
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
+        except typer.TyperException as error:
+            code = error.exit_code
+            if said := " ".join(error.format_message().split()):  # nothing where the help has been printed instead
+                print(f"cabochon: {said}", file=sys.stderr)
+        except typer.Abort:
+            code = 1
+        sys.exit(code if isinstance(code, int) else 0)
+
+
 app = typer.Typer(
     name="cabochon",
+    cls=OneLine,
     help="RL post-training for sparse Mixture-of-Experts language models, in JAX.",
     epilog="An error of use is one line and exit code 2; `cabochon COMMAND --help` has examples.",
     no_args_is_help=True,

@@ -42,8 +42,8 @@ ON, OFF = "\x1b[1;32m", "\x1b[0m"
 STAGES = ("distill", "judge", "rl", "rm", "run", "sft", "tasks")
 
 
-def schema_of(stage: object) -> type[BaseModel]:
-    """The config type of recipes that say `stage: ...`; recipes of a model alone say nothing."""
+def schema_of(stage: object, where: str | None = None) -> type[BaseModel]:
+    """The config type of recipes that say `stage: ...`; recipes of a model alone say nothing. `where` it is said."""
     from cabochon.config import TrainConfig
     from cabochon.make_tasks import TasksConfig
     from cabochon.pipeline import PipelineConfig
@@ -71,7 +71,8 @@ def schema_of(stage: object) -> type[BaseModel]:
             return TasksConfig
     near = difflib.get_close_matches(str(stage), STAGES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"stage: there is no stage {stage!r}; expected one of {', '.join(STAGES)}{hint}")
+    place = "" if where is None else f"{where}: "
+    raise UserError(f"{place}stage: there is no stage {stage!r}; expected one of {', '.join(STAGES)}{hint}")
 
 
 def load_recipe(parts: list[str]) -> BaseModel:
@@ -79,7 +80,8 @@ def load_recipe(parts: list[str]) -> BaseModel:
     from cabochon import overrides
 
     recipes, settings = overrides.split(parts)
-    return overrides.load(schema_of(overrides.peek(recipes, settings, "stage")), recipes, settings)
+    stage, where = (look(recipes, settings, "stage") for look in (overrides.peek, overrides.origin))
+    return overrides.load(schema_of(stage, where), recipes, settings)
 
 
 class TrainsByDefault(TyperGroup):

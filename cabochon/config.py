@@ -40,7 +40,7 @@ class UpcycleConfig(Frozen):
     """columns drawn from N(0, router_std), or orthonormal, which is where the simbal loss is zero"""
     router_std: float = Field(0.02, gt=0)
     """not used by `orthogonal`"""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """of the router and of the noise"""
 
     @model_validator(mode="after")
@@ -161,7 +161,8 @@ class MeshConfig(Frozen):
         given = math.prod(n for n in sizes.values() if n != -1)
         text = " x ".join(f"{axis}={n}" for axis, n in sizes.items())
         if devices % given or (-1 not in sizes.values() and devices != given):
-            raise UserError(f"mesh {text} does not use exactly this machine's {devices} devices; set one axis to -1")
+            hint = f"{given} does not divide {devices}" if -1 in sizes.values() else "set one axis to -1"
+            raise UserError(f"mesh {text} does not use exactly this machine's {devices} devices; {hint}")
         return {axis: devices // given if n == -1 else n for axis, n in sizes.items()}
 
 
@@ -206,7 +207,7 @@ class TrainConfig(Frozen):
     precision: PrecisionConfig = PrecisionConfig()
     lora: LoraConfig | None = None
     aux: AuxLossConfig = AuxLossConfig()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """of initialisation and of everything random in the run"""
 
 

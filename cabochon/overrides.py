@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from yaml.constructor import ConstructorError
 
 from cabochon.errors import UserError
 
@@ -26,10 +27,25 @@ KeyPath = tuple[str | int, ...]
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 COMMAND_LINE = "command line"
+_KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML 1.2 scalars."""
+    """Reads YAML 1.2 scalars. Whatever cannot be made of a node is a ConstructorError: `!!int a`, a key given twice."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """All of it at once, so that a node inside itself is met while it is being made."""
+        if node in self.recursive_objects:
+            raise ConstructorError(None, None, "an anchor that holds itself", node.start_mark)
+        try:
+            return super().construct_object(node, deep=True)
+        except (LookupError, AttributeError, ArithmeticError, ValueError) as error:  # of SafeLoader's own constructors
+            said = f"{_short(node.value)} is not of type {node.tag.rpartition(':')[2]}"
+            raise ConstructorError(None, None, said, node.start_mark) from error
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        list(_entries(node, ()))
+        return super().construct_mapping(node, deep=True)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -106,6 +122,8 @@ def find_recipe(name: str) -> Path:
     shipped = RECIPES / f"{name}.yaml"
     if shipped.is_file():
         return shipped
+    if "." in name and _KEY.fullmatch(name):
+        raise UserError(f"{COMMAND_LINE}: {name!r} is not a setting; expected key=value, such as {name}=...")
     raise UserError(
         f"{name}: no shipped recipe has that name{_nearest(name, recipe_names())}; shipped: {', '.join(recipe_names())}"
     )
@@ -116,7 +134,7 @@ def load(schema: type[Config], recipes: Sequence[str], settings: Sequence[str] =
 
     Raises UserError, one line, naming the key, where it was written, what was expected and the nearest existing key.
     """
-    layers = _merged(recipes, settings)
+    layers = _merged(recipes, settings, schema)
     try:
         config = schema.model_validate(layers.data)
     except ValidationError as error:
@@ -127,12 +145,17 @@ def load(schema: type[Config], recipes: Sequence[str], settings: Sequence[str] =
 
 def peek(recipes: Sequence[str], settings: Sequence[str], key: str) -> Any:
     """What a top-level key is set to, None where it is not: to choose the schema to `load` with."""
-    return _merged(recipes, settings).data.get(key)
+    return _peeked(recipes, settings, key).data.get(key)
+
+
+def origin(recipes: Sequence[str], settings: Sequence[str], key: str) -> str:
+    """Where a top-level key is set, to say so of a value that `peek` gave."""
+    return _peeked(recipes, settings, key).where((key,))
 
 
 def split(parts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Arguments of a command -> (recipes, settings): a setting is what has `=` after a dotted name."""
-    settings = [part for part in parts if re.match(r"[\w.]+=", part)]
+    """Arguments of a command -> (recipes, settings): a setting is what has `=`, and no `/` before it."""
+    settings = [part for part in parts if re.match(r"[^/=]+=", part)]
     return [part for part in parts if part not in settings], settings
 
 
@@ -149,25 +172,41 @@ def dump(config: BaseModel) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 
-def parse_setting(text: str) -> tuple[KeyPath, Any]:
-    """`optim.b1=0.9` -> (("optim", "b1"), 0.9). The value is YAML: `[a, b]`, `{k: v}`, `null`, `'quoted'`."""
+def parse_setting(text: str, schema: type[BaseModel] | None = None) -> tuple[KeyPath, Any]:
+    """`optim.b1=0.9` -> (("optim", "b1"), 0.9). The value is YAML: `[a, b]`, `{k: v}`, `null`, `'quoted'`.
+
+    Raises UserError, with the nearest key of `schema` where a key was meant.
+    """
     key, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
-        raise UserError(f"command line: {text!r} is not a setting; expected key=value, such as optim.b1=0.9")
+    if not equals or not _KEY.fullmatch(key):
+        hint = "; expected key=value, such as optim.b1=0.9"
+        meant = key.replace("-", "_")
+        if equals and schema is not None and _KEY.fullmatch(meant):
+            path = tuple(meant.split("."))
+            hint = f"; did you mean {meant}?" if path in keys_of(schema) else _nearest_key(schema, path, None)
+        raise UserError(f"{COMMAND_LINE}: {text!r} is not a setting{hint}")
     try:
         return tuple(key.split(".")), yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"command line: {key}: {value!r} is not YAML ({_yaml_problem(error)}); quote it") from error
+    except ConstructorError as error:
+        raise UserError(f"{COMMAND_LINE}: {key}: {error.problem}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        said = f"{_short(value)} is not YAML ({_yaml_problem(error)}); quote it"
+        raise UserError(f"{COMMAND_LINE}: {key}: {said}") from error
 
 
-def _merged(recipes: Sequence[str], settings: Sequence[str]) -> Layers:
+def _peeked(recipes: Sequence[str], settings: Sequence[str], key: str) -> Layers:
+    """What `key` is made of; a wrong setting of another is for `load` to refuse, which knows the schema."""
+    return _merged(recipes, [setting for setting in settings if setting.partition("=")[0] == key])
+
+
+def _merged(recipes: Sequence[str], settings: Sequence[str], schema: type[BaseModel] | None = None) -> Layers:
     layers = Layers()
     for name in recipes:
         _read(find_recipe(name), layers)
     if settings:
         layers.sources.append(COMMAND_LINE)
     for setting in settings:
-        path, value = parse_setting(setting)
+        path, value = parse_setting(setting, schema)
         layers.put(path, value, COMMAND_LINE)
     return layers
 
@@ -177,7 +216,7 @@ def _read(path: Path, layers: Layers) -> None:
     layers.sources.append(str(path))
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not YAML: {_yaml_problem(error)}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
@@ -185,28 +224,49 @@ def _read(path: Path, layers: Layers) -> None:
         return
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}: expected a mapping of keys at the top, got {_kind(node)}")
-    for keys, value, line in _leaves(node, path, ()):
-        layers.put(keys, value, f"{path}:{line}")
+    try:
+        for keys, value, line in _leaves(node, (), (node,)):
+            layers.put(keys, value, f"{path}:{line}")
+    except ConstructorError as error:
+        where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else path
+        raise UserError(f"{where}: {error.problem}") from error
 
 
-def _leaves(node: yaml.MappingNode, path: Path, prefix: KeyPath) -> Iterator[tuple[KeyPath, Any, int]]:
-    """(key path, value, line) of everything in a mapping that is not itself a mapping with keys."""
-    seen: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        key, line = str(key_node.value), key_node.start_mark.line + 1
-        dotted = _dotted((*prefix, key))
-        if key == "<<":
-            raise UserError(f"{path}:{line}: YAML merge keys (<<) are not read; write the keys out")
-        if key in seen:
-            raise UserError(f"{path}:{line}: key {dotted} is given twice, first on line {seen[key]}; remove one")
-        seen[key] = line
-        if isinstance(value_node, yaml.MappingNode) and value_node.value:
-            yield from _leaves(value_node, path, (*prefix, key))
+def _leaves(
+    node: yaml.MappingNode, prefix: KeyPath, above: tuple[yaml.Node, ...]
+) -> Iterator[tuple[KeyPath, Any, int]]:
+    """(key path, value, line) of everything in a mapping that is not itself a mapping with keys.
+
+    Raises ConstructorError at the line of the key. `above`: the nodes it is inside of, itself the last.
+    """
+    for key, value, mark in _entries(node, prefix):
+        if isinstance(value, yaml.MappingNode) and value.value and value not in above:
+            yield from _leaves(value, (*prefix, key), (*above, value))
             continue
         try:
-            yield (*prefix, key), _Loader("").construct_document(value_node), line
-        except yaml.YAMLError as error:
-            raise UserError(f"{path}:{line}: {dotted}: {_yaml_problem(error)}") from error
+            if value in above:
+                raise ConstructorError(None, None, "an anchor that holds itself", value.start_mark)
+            yield (*prefix, key), _Loader("").construct_document(value), mark.line + 1
+        except (yaml.YAMLError, RecursionError) as error:
+            said = f"{_dotted((*prefix, key))}: {_yaml_problem(error)}"
+            raise ConstructorError(None, None, said, mark) from error
+
+
+def _entries(node: yaml.MappingNode, prefix: KeyPath) -> Iterator[tuple[str, yaml.Node, yaml.Mark]]:
+    """(key, value, where the key stands) of a mapping. Raises ConstructorError for no key, or the same twice."""
+    seen: dict[str, int] = {}
+    for key_node, value in node.value:
+        mark = key_node.start_mark
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConstructorError(None, None, f"a key must be a single word, not {_kind(key_node)}", mark)
+        key = str(key_node.value)
+        if key == "<<":
+            raise ConstructorError(None, None, "YAML merge keys (<<) are not read; write the keys out", mark)
+        if key in seen:
+            said = f"key {_dotted((*prefix, key))} is given twice, first on line {seen[key]}; remove one"
+            raise ConstructorError(None, None, said, mark)
+        seen[key] = mark.line + 1
+        yield key, value, mark
 
 
 def _explain(schema: type[BaseModel], layers: Layers, errors: list[ErrorDetails]) -> NoReturn:
@@ -314,10 +374,14 @@ def _short(value: Any) -> str:
 
 
 def _kind(node: yaml.Node) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
     return "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
 
 
 def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
     return " ".join(str(error).split())

@@ -90,6 +90,8 @@ def test_a_wrong_command_line_is_exit_code_2_without_a_traceback(run, argv):
     code, out, err = run(*argv)
     assert (code, out) == (2, "")
     assert "Traceback" not in err
+    assert err.startswith("cabochon: ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", [["eval"], ["sft", "select"]])

@@ -57,9 +57,12 @@ def test_mesh_shape(sizes, devices, shape):
     assert tuple(made.values()) == shape
 
 
-@pytest.mark.parametrize("sizes", [{"expert": 3}, {"fsdp": 4}, {"fsdp": 16}])
-def test_a_mesh_that_does_not_fit_the_machine_is_one_line(sizes):
-    with pytest.raises(UserError, match=r"does not use exactly this machine's 8 devices; set one axis to -1") as caught:
+@pytest.mark.parametrize(
+    ("sizes", "hint"),
+    [({"expert": 3}, "3 does not divide 8"), ({"fsdp": 4}, "set one axis to -1"), ({"fsdp": 16}, "set one axis to -1")],
+)
+def test_a_mesh_that_does_not_fit_the_machine_is_one_line(sizes, hint):
+    with pytest.raises(UserError, match=rf"does not use exactly this machine's 8 devices; {hint}$") as caught:
         MeshConfig(**sizes).shape(8)
     assert "\n" not in str(caught.value)
 

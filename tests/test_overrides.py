@@ -103,11 +103,20 @@ ERRORS = [
     ("model.scratch.num_kv_heads=3", "model.scratch: num_heads=4 is not a multiple of num_kv_heads=3"),
     ("step", "'step' is not a setting; expected key=value, such as optim.b1=0.9"),
     ("a..b=1", "'a..b=1' is not a setting; expected key=value, such as optim.b1=0.9"),
+    ("optim.learning-rate=1", "'optim.learning-rate=1' is not a setting; did you mean optim.learning_rate?"),
+    ("optim.lerning-rate=1", "'optim.lerning-rate=1' is not a setting; did you mean optim.learning_rate?"),
+    ("seed=!!int abc", "seed: 'abc' is not of type int"),
+    ("seed=" + "9" * 5000, f"seed: '{'9' * 56}... is not of type int"),
+    ("seed=4294967296", "seed: expected a number less than 4294967296, got 4294967296"),
+    ("optim={b1: 0.1, b1: 0.2}", "optim: key b1 is given twice, first on line 1; remove one"),
+    ("optim=&x {b1: *x}", "optim: an anchor that holds itself"),
+    ("optim={[b1]: 1}", "optim: a key must be a single word, not a list"),
+    ("optim=" + "[" * 2000, f"optim: '{'[' * 56}... is not YAML (nested too deeply); quote it"),
     ("optim.b1=[1", "optim.b1: '[1' is not YAML (line 1: expected ',' or ']', but got '<stream end>'); quote it"),
 ]
 
 
-@pytest.mark.parametrize(("setting", "said"), ERRORS, ids=[s for s, _ in ERRORS])
+@pytest.mark.parametrize(("setting", "said"), ERRORS, ids=[s[:40] for s, _ in ERRORS])
 def test_a_bad_setting_is_one_line_that_names_the_command_line(setting, said):
     with pytest.raises(UserError) as caught:
         load(TrainConfig, [TINY], [setting])
@@ -129,6 +138,18 @@ FILE_ERRORS = [
         "seed: !!python/name:os.system 1",
         ":1: seed: line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'",
     ),
+    ("optim: &x {b1: *x}", ":1: optim.b1: line 1: an anchor that holds itself"),
+    ("lora:\n  targets: &x [*x]", ":2: lora.targets: line 2: an anchor that holds itself"),
+    ("seed: !!int abc", ":1: seed: line 1: 'abc' is not of type int"),
+    ("seed: !!int ''", ":1: seed: line 1: '' is not of type int"),
+    ("optim:\n  b1: !!float abc", ":2: optim.b1: line 2: 'abc' is not of type float"),
+    ("seed: !!bool abc", ":1: seed: line 1: 'abc' is not of type bool"),
+    ("seed: !!timestamp 2020-13-45", ":1: seed: line 1: '2020-13-45' is not of type timestamp"),
+    ("seed: !!timestamp abc", ":1: seed: line 1: 'abc' is not of type timestamp"),
+    ("lora:\n  targets: [{a: 1,\n a: 2}]", ":2: lora.targets: line 3: key a is given twice, first on line 2; remove"),
+    ("optim:\n  [b1]: 1", ":2: a key must be a single word, not a list"),
+    ("{a: b}: 1", ":1: a key must be a single word, not a mapping"),
+    ("seed: " + "[" * 2000, ": not YAML: nested too deeply"),
     ("seed: {1: 2}", ":1: seed: expected a valid integer, got {'1': 2}"),
     (
         "seed: a\nstep: {batch_size: b}",
@@ -137,7 +158,7 @@ FILE_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "said"), FILE_ERRORS, ids=[t for t, _ in FILE_ERRORS])
+@pytest.mark.parametrize(("text", "said"), FILE_ERRORS, ids=[t[:60] for t, _ in FILE_ERRORS])
 def test_a_bad_file_is_one_line_that_names_file_and_line(write, text, said):
     path = write(text)
     with pytest.raises(UserError) as caught:
@@ -215,6 +236,7 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path, monkeypatch, write):
         ("tiny-dens", "tiny-dens: no shipped recipe has that name; did you mean tiny-dense?; shipped: "),
         ("./none.yaml", "./none.yaml: no such recipe file; shipped recipes: "),
         ("other", "other: no shipped recipe has that name"),
+        ("optim.b1", "command line: 'optim.b1' is not a setting; expected key=value, such as optim.b1=..."),
     ):
         with pytest.raises(UserError) as caught:
             find_recipe(name)
@@ -229,6 +251,17 @@ def test_an_unreadable_file_is_one_line(tmp_path):
 
 def test_arguments_split_into_recipes_and_settings():
     assert split([TINY, "a/b=c.yaml", "optim.b1=0.9", "x.yaml"]) == ([TINY, "a/b=c.yaml", "x.yaml"], ["optim.b1=0.9"])
+    assert split(["optim.learning-rate=1", "optim.b1"]) == (["optim.b1"], ["optim.learning-rate=1"])
+
+
+def test_a_stage_that_there_is_not_is_named_with_its_place(write):
+    path = write("seed: 1\nstage: sfft")
+    with pytest.raises(UserError, match=rf"^{path}:2: stage: there is no stage 'sfft'; .* did you mean sft\?$"):
+        load_recipe([path])
+    with pytest.raises(UserError, match=r"^command line: stage: there is no stage 'sfft'"):
+        load_recipe([TINY, "stage=sfft"])
+    with pytest.raises(UserError, match=r"'optim.learning-rate=1' is not a setting; did you mean optim.learning_rate"):
+        load_recipe([TINY, "optim.learning-rate=1"])
 
 
 @pytest.mark.parametrize("name", recipe_names())
