@@ -3,45 +3,32 @@ outcomes."""
 
 # ruff: noqa: E501 (programs are data, one a line)
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from boxes import ISOLATED, opened
 
 from cabochon.errors import UserError
 from cabochon.verifiers.sandbox.base import Limits, Program, Sandbox, SandboxError, python_program
 from cabochon.verifiers.sandbox.session import Stopped
-from cabochon.verifiers.sandbox.testing import sandbox
 from cabochon.verifiers.sandbox.wire import pack, unpack
 
-ISOLATED = [pytest.param("bubblewrap", marks=pytest.mark.bubblewrap), pytest.param("docker", marks=pytest.mark.docker)]
 SMALL = Limits(
     wall_seconds=20.0, cpu_seconds=20.0, memory_bytes=128 << 20, pids=24, file_bytes=8 << 20, output_bytes=100_000
 )
 
 
-def made(kind):
-    try:
-        return sandbox(kind, SMALL, warm=2)
-    except UserError as e:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(f"no {kind} here: {e}")
-
-
 @pytest.fixture(scope="module", params=[*ISOLATED, "process"])
 def any_box(request):
-    box = made(request.param)
-    yield box
-    box.close()
+    with opened(request.param, SMALL) as made:
+        yield made
 
 
 @pytest.fixture(scope="module", params=ISOLATED)
 def box(request):
-    box = made(request.param)
-    yield box
-    box.close()
+    with opened(request.param, SMALL) as made:
+        yield made
 
 
 def short(**changes):
@@ -245,7 +232,7 @@ def test_docker_machine_failures_are_one_line_with_the_fix(monkeypatch, tmp_path
     with pytest.raises(UserError, match="nothing answers there: start the engine") as error:
         absent.run(python_program("print(1)"))
     assert "\n" not in str(error.value)
-    made("docker").close()
+    opened("docker", SMALL).close()
     with pytest.raises(UserError, match="docker pull no-such-image:1") as error:
         DockerSandbox(image="no-such-image:1").run(python_program("print(1)"))
     assert "\n" not in str(error.value)
@@ -253,7 +240,7 @@ def test_docker_machine_failures_are_one_line_with_the_fix(monkeypatch, tmp_path
 
 @pytest.mark.bubblewrap
 def test_a_dead_launcher_is_replaced_and_then_blamed(monkeypatch):
-    box = made("bubblewrap")
+    box = opened("bubblewrap", SMALL)
     box._launcher.process.kill()
     assert box.run(python_program("print(3)")).stdout == b"3\n"
     monkeypatch.setattr(box, "_argv", lambda limits: ["/usr/bin/false"])

@@ -158,13 +158,14 @@ def test_environments_that_are_none(place, changes, says):
 
 @pytest.mark.slow
 def test_it_learns_to_heed_what_the_environment_says(place):
-    """Without reading the observation a policy of letters gets 0.5."""
-    main(turns(place, steps=80, rollout={"prompts": 8, "group_size": 8}, optim={"learning_rate": 5e-3},
+    """Without reading the observation a policy of letters gets 0.5. Between steps 40 and 90 the curve is steep, and
+    machines differ by ten steps there."""
+    main(turns(place, steps=120, rollout={"prompts": 8, "group_size": 8}, optim={"learning_rate": 5e-3},
                step={"batch_size": 64, "sequence_length": 128, "micro_batches": 4},
                engine={"kind": "local", "slots": 32, "length": 128}))  # fmt: skip
     reward = [r["reward"] for r in metrics(place / "run")]
     assert np.mean(reward[:5]) < 0.2
-    assert np.mean(reward[-10:]) > 0.7
+    assert np.mean(reward[-10:]) > 0.9
 
 
 @pytest.mark.slow

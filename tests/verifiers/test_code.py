@@ -12,42 +12,29 @@ import subprocess
 import sys
 
 import pytest
+from boxes import ISOLATED, opened
 
-from cabochon.errors import UserError
 from cabochon.protocols import Verifier
 from cabochon.types import Task
 from cabochon.verifiers.code import CodeVerifier, same_output
 from cabochon.verifiers.sandbox.base import Limits, SandboxError
 from cabochon.verifiers.sandbox.docker import DockerSandbox
 from cabochon.verifiers.sandbox.process import ProcessSandbox
-from cabochon.verifiers.sandbox.testing import sandbox
 
 HERE = pathlib.Path(__file__).parent
-KINDS = [pytest.param("bubblewrap", marks=pytest.mark.bubblewrap), pytest.param("docker", marks=pytest.mark.docker)]
 LIMITS = Limits(wall_seconds=30.0, cpu_seconds=30.0)
 
 
-def made(kind):
-    try:
-        return sandbox(kind, warm=4)
-    except UserError as e:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(f"no {kind} here: {e}")
-
-
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=ISOLATED)
 def both(request):
-    box = made(request.param)
-    yield CodeVerifier(box, limits=LIMITS)
-    box.close()
+    with opened(request.param, warm=4) as box:
+        yield CodeVerifier(box, limits=LIMITS)
 
 
 @pytest.fixture(scope="module")
 def verifier():
-    box = made("bubblewrap")
-    yield CodeVerifier(box, limits=LIMITS)
-    box.close()
+    with opened("bubblewrap", warm=4) as box:
+        yield CodeVerifier(box, limits=LIMITS)
 
 
 def task(**payload):
@@ -397,7 +384,7 @@ def test_mbpp_slice(both):
 def test_mbpp_whole_on_both_sandboxes():
     folder = pathlib.Path(os.environ.get("CABOCHON_DATA", HERE.parents[2] / "shared" / "data"))
     table = rows(folder / "mbpp.jsonl")
-    with made("bubblewrap") as box:
+    with opened("bubblewrap", warm=4) as box:
         first = check_mbpp(CodeVerifier(box, limits=MBPP), table, 3)
-    with made("docker") as box:
+    with opened("docker", warm=4) as box:
         assert check_mbpp(CodeVerifier(box, limits=MBPP), table, 4) == first

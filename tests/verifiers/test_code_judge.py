@@ -3,49 +3,29 @@ partial scores, functions that call each other across the line, and what is the 
 
 # ruff: noqa: E501 (programs are data, one a line)
 
-import os
-
 import pytest
+from boxes import ISOLATED, judged, opened
 
-from cabochon.errors import UserError
 from cabochon.types import Task
 from cabochon.verifiers.code import CodeVerifier
 from cabochon.verifiers.code_judge import MAX_UNITS, Outcome, _unit
 from cabochon.verifiers.sandbox.base import Limits
 from cabochon.verifiers.sandbox.session import Stopped
-from cabochon.verifiers.sandbox.testing import sandbox
 from cabochon.verifiers.sandbox.wire import pack
 
 LIMITS = Limits(wall_seconds=10.0, cpu_seconds=4.0, memory_bytes=400 << 20)
-KINDS = [pytest.param("bubblewrap", marks=pytest.mark.bubblewrap), pytest.param("docker", marks=pytest.mark.docker)]
 
 
-def made(kind):
-    try:
-        return sandbox(kind, LIMITS, warm=2)
-    except UserError as e:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(f"no {kind} here: {e}")
-
-
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=ISOLATED)
 def both(request):
-    box = made(request.param)
-    yield CodeVerifier(box, limits=LIMITS)
-    box.close()
+    with opened(request.param, LIMITS) as box:
+        yield CodeVerifier(box, limits=LIMITS)
 
 
 @pytest.fixture(scope="module")
 def verifier():
-    box = made("bubblewrap")
-    yield CodeVerifier(box, limits=LIMITS)
-    box.close()
-
-
-def judged(verifier, source, tests, **payload):
-    task = Task(id="t", prompt="", verifier="code", payload={"tests": tests, **payload})
-    return verifier.verify(task, f"```python\n{source}\n```")
+    with opened("bubblewrap", LIMITS) as box:
+        yield CodeVerifier(box, limits=LIMITS)
 
 
 @pytest.mark.parametrize(

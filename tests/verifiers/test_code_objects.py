@@ -2,15 +2,12 @@
 
 # ruff: noqa: E501 (programs are data, one a line)
 
-import os
 
 import pytest
+from boxes import judged, opened
 
-from cabochon.errors import UserError
-from cabochon.types import Task
 from cabochon.verifiers.code import CodeVerifier
 from cabochon.verifiers.sandbox.base import Limits
-from cabochon.verifiers.sandbox.testing import sandbox
 
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=8.0, memory_bytes=400 << 20)
 S = "class Shape:\n    def area(self): return 0\nclass Circle(Shape):\n    def __init__(self, r): self.r = r\n    def area(self): return 3 * self.r ** 2\nclass Ring(Circle): pass\ndef make(r): return Ring(r)\n"
@@ -100,26 +97,10 @@ def t(body):
     return "try:\n    " + body[0] + "\n    raise RuntimeError('nothing raised')\nexcept " + body[1] + ":\n    " + "\n    ".join(body[2:]) + "\nassert True"
 
 
-def made(kind):
-    try:
-        return sandbox(kind, LIMITS, warm=2)
-    except UserError as e:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(f"no {kind} here: {e}")
-
-
 @pytest.fixture(scope="module")
 def verifier():
-    box = made("bubblewrap")
-    yield CodeVerifier(box, limits=LIMITS)
-    box.close()
-
-
-def judged(verifier, source, tests, **payload):
-    tests = tests if "def test_" in tests else [tests]
-    task = Task(id="t", prompt="", verifier="code", payload={"tests": tests, **payload})
-    return verifier.verify(task, f"```python\n{source}\n```")
+    with opened("bubblewrap", LIMITS) as box:
+        yield CodeVerifier(box, limits=LIMITS)
 
 
 def check(verifier, tests, right, wrong):

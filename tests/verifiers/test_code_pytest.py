@@ -3,29 +3,21 @@
 # ruff: noqa: E501 (programs are data, one a line)
 
 import ast
-import os
 
 import pytest
+from boxes import opened
 
-from cabochon.errors import UserError
 from cabochon.types import Task
 from cabochon.verifiers.code import CodeVerifier
 from cabochon.verifiers.code_pytest import count_tests, unsupported
 from cabochon.verifiers.code_tests import plan_of
 from cabochon.verifiers.sandbox.base import Limits
-from cabochon.verifiers.sandbox.testing import sandbox
 
 
 @pytest.fixture(scope="module")
 def verifier():
-    try:
-        box = sandbox("bubblewrap", warm=2)
-    except UserError as e:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(f"no bubblewrap here: {e}")
-    yield CodeVerifier(box, limits=Limits(wall_seconds=30.0))
-    box.close()
+    with opened("bubblewrap") as box:
+        yield CodeVerifier(box, limits=Limits(wall_seconds=30.0))
 
 
 HEAD = "import pytest\nfrom solution import f\n"

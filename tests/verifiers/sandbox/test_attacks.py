@@ -1,11 +1,11 @@
 """The shipped attack suite against both isolations: nothing wins, honest programs are paid, neighbours and host stay
 as they were."""
 
-import os
 import subprocess
 from dataclasses import replace
 
 import pytest
+from boxes import ISOLATED, opened
 
 from cabochon.errors import UserError
 from cabochon.verifiers.code import CodeVerifier
@@ -13,9 +13,7 @@ from cabochon.verifiers.sandbox import attacks
 from cabochon.verifiers.sandbox.bubblewrap import BubblewrapSandbox
 from cabochon.verifiers.sandbox.cli import line, table
 from cabochon.verifiers.sandbox.docker import DockerSandbox
-from cabochon.verifiers.sandbox.testing import sandbox
 
-KINDS = [pytest.param("bubblewrap", marks=pytest.mark.bubblewrap), pytest.param("docker", marks=pytest.mark.docker)]
 QUICK = replace(attacks.LIMITS, wall_seconds=3.0, cpu_seconds=3.0)
 SLOW_TO_FAIL = {
     "stops itself", "patched codec", "right but never ends",
@@ -48,17 +46,8 @@ ON_DOCKER = {
 """What the default suite runs on docker, where each takes most of a second."""
 
 
-def made(kind):
-    try:
-        return sandbox(kind, QUICK, warm=3)
-    except UserError as e:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(f"no {kind} here: {e}")
-
-
 def check(kind, chosen, limits):
-    with made(kind) as box:
+    with opened(kind, QUICK, warm=3) as box:
         findings = list(attacks.run(box, chosen, limits=limits))
     assert len(findings) == len(chosen)
     assert not [line(f) for f in findings if f.problem], table(findings)
@@ -86,7 +75,7 @@ def test_many_programs_on_docker():
 @pytest.mark.bubblewrap
 def test_bombs_without_control_groups():
     """Where there are none, rlimits and the launcher's watch have to hold the tree."""
-    made("bubblewrap").close()
+    opened("bubblewrap", QUICK, warm=3).close()
     names = {"fork bomb", "memory", "memory by many children", "shared memory", "memory files", "pipes", "disk",
              "200 MB", "threads"}  # fmt: skip
     chosen = [a for a in attacks.suite() if a.name in names]
@@ -99,7 +88,7 @@ def test_bombs_without_control_groups():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ISOLATED)
 def test_every_program(kind):
     check(kind, attacks.suite(), attacks.LIMITS)
 
@@ -124,7 +113,7 @@ def test_a_sandbox_that_cannot_be_had_leaves_nothing_of_the_host_s_bait(monkeypa
 @pytest.mark.bubblewrap
 def test_the_runner_sees_a_program_that_wins():
     """The checks themselves: a program that is paid, one that touches the host, an honest one judged wrong."""
-    with made("bubblewrap") as box:
+    with opened("bubblewrap", QUICK, warm=3) as box:
         host, neighbour = attacks.Host(), attacks.Neighbour(box)
         verifier = CodeVerifier(box, limits=QUICK)
         paid = attacks.Attack(name="paid", group="forging", form="squares", source="def solve(x): return x * x")
