@@ -7,7 +7,8 @@
 
 A stage is a process: its memory and its faults are its own, and its command can be copied to a shell. A stage that was
 killed is simply started again, for every stage goes on where it stopped. `DIR/pipeline.json` has each stage's command
-and time; a stage whose command differs from the one that was done is run again.
+and time; a stage whose command differs from the one that was done is started again, and so are those after it. One that
+learns refuses to go on with settings or inputs other than it began with, unless it is given `--resume-anyway`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from cabochon.errors import UserError
 from cabochon.files import write_whole
 
 _PDEATHSIG = 1  # prctl(2)
+RESUME = "--resume-anyway"
 
 
 class PipelineConfig(Frozen):
@@ -79,9 +81,9 @@ def read(parts: Sequence[str]) -> PipelineConfig:
     return PipelineConfig(dir=cfg.dir, stages={name: tuple(words) for name, words in stages.items()})
 
 
-def run(cfg: PipelineConfig) -> None:
-    """Run what is not done yet. Raises SystemExit with a stage's own exit code where one fails, after saying how to go
-    on; MachineError where another process has the directory."""
+def run(cfg: PipelineConfig, resuming: Collection[str] = ()) -> None:
+    """Run what is not done yet; `resuming`: stages to be given `--resume-anyway`. Raises SystemExit with a stage's own
+    exit code where one fails, after saying how to go on; UserError where another process has the directory."""
     place = Path(cfg.dir)
     place.mkdir(parents=True, exist_ok=True)
     with (place / ".pipeline.lock").open("a") as lock:
@@ -100,14 +102,23 @@ def run(cfg: PipelineConfig) -> None:
             write_whole(place / "pipeline.json", json.dumps(done, indent=1) + "\n")
             print(f"{title}: cabochon {shlex.join(words)}", flush=True)
             begin = time.monotonic()
-            if code := _command(words):
-                print(f"{title}: stopped with exit code {code}; the same command goes on from here", file=sys.stderr)
+            if code := _command((*words, *([RESUME] if name in resuming else []))):
+                print(f"{title}: stopped with exit code {code}; {_how_on(code, name in resuming)}", file=sys.stderr)
                 raise SystemExit(code)
             done[name] = {"command": list(words), "seconds": time.monotonic() - begin}
             write_whole(place / "pipeline.json", json.dumps(done, indent=1) + "\n")
             print(f"{title}: done in {duration(done[name]['seconds'])}", flush=True)
     total = duration(sum(stage["seconds"] for stage in done.values()))
     print(f"{place}: all {len(cfg.stages)} stages are done, {total} in all", flush=True)
+
+
+def _how_on(code: int, resumes: bool) -> str:
+    if code != 2 or resumes:  # 2: what the user gave
+        return "the same command goes on from here"
+    return (
+        f"once that is mended, the same command goes on from here. With {RESUME} a stage that was begun goes on with "
+        "other settings or inputs, from what it learnt with the old ones; to begin it anew, remove its directory"
+    )
 
 
 def _command(words: Sequence[str]) -> int:

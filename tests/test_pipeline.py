@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
-from cabochon import pipeline
+from cabochon import cli_run, pipeline
+from cabochon.cli import app
 from cabochon.errors import UserError
 
 RECIPE = """
@@ -112,13 +114,39 @@ def test_a_setting_of_a_trained_stage_is_checked_by_its_recipe(tmp_path):
 
 
 def test_a_dry_run_prints_the_commands_and_runs_none(recipe, tmp_path):
-    shown = cabochon("run", recipe, "--dry-run", "first.seed=7")
+    shown = cabochon("run", recipe, "--dry-run", "--resume-anyway", "first.seed=7")
     assert shown.returncode == 0
     assert shown.stdout.splitlines() == [
         "cabochon config tiny-dense seed=1 seed=7",
         f"cabochon report {tmp_path / 'job'}/absent -o {tmp_path / 'job'}/page.html",
     ]
     assert not (tmp_path / "job").exists()
+
+
+def test_stages_that_learn_can_go_on_with_other_settings(tmp_path, monkeypatch):
+    (tmp_path / "job.yaml").write_text(
+        f"dir: {tmp_path / 'job'}\nstages:\n  learn: [sft, tiny-dense, steps=1, data.train=absent.jsonl]\n"
+        "  page: [report, '{dir}', -o, '{dir}/page.html']\n"
+    )
+    ran = []
+    monkeypatch.setattr(pipeline, "_command", lambda words: ran.append(words) or 0)
+    cfg = pipeline.read([str(tmp_path / "job.yaml"), "learn.seed=3"])
+    pipeline.run(cfg, cli_run.check(get_command(app), cfg))
+    assert [words[-1] for words in ran] == ["--resume-anyway", f"{tmp_path}/job/page.html"], "those that can"
+    assert "--resume-anyway" not in (tmp_path / "job/pipeline.json").read_text(), "it is no part of what was done"
+
+
+def test_a_stage_that_refuses_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    cfg = pipeline.PipelineConfig(dir=str(tmp_path), stages={"learn": ("sft", "tiny-dense")})
+    for code, resuming, says in (
+        (2, (), "once that is mended, the same command goes on from here. With --resume-anyway a stage that was begun"),
+        (2, ("learn",), "2; the same command goes on from here"),
+        (1, (), "1; the same command goes on from here"),
+    ):
+        monkeypatch.setattr(pipeline, "_command", lambda words, code=code: code)
+        with pytest.raises(SystemExit):
+            pipeline.run(cfg, resuming)
+        assert says in capsys.readouterr().err
 
 
 def test_two_jobs_in_one_place(recipe, tmp_path):
