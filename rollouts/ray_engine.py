@@ -32,7 +32,7 @@ from cabochon.rollouts.ray_members import EngineCounters, Member, Work, choose, 
 from cabochon.rollouts.ray_session import RaySession, still_missing
 from cabochon.rollouts.ray_store import RayStore
 from cabochon.rollouts.slots import SlotConfig
-from cabochon.rollouts.stream import in_order
+from cabochon.rollouts.stream import in_order, named
 from cabochon.rollouts.weights import ChunkedStore, WeightsError, host_copy
 from cabochon.rollouts.worker import Report, RolloutWorker
 from cabochon.tokenizer import Tokenizer
@@ -131,7 +131,7 @@ class RayEngine:
         """Queue them, the one with the most expected work first; one ticket each."""
         work = []
         for i, request in enumerate(requests):
-            tokens = prepare(self._model, self._tokenizer, self._slots, request, f"request {i}").tokens
+            tokens = prepare(self._model, self._tokenizer, self._slots, request, named(request, i)).tokens
             n = request.sampling.n
             self._tickets += 1
             work.append(

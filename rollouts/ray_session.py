@@ -114,7 +114,7 @@ def check_placement(cfg: RayConfig, nodes: list[dict[str, float]]) -> None:
     for i in range(cfg.workers):
         node = next((n for n in left if all(n.get(r, 0) >= x for r, x in wanted(cfg).items())), None)
         if node is None:
-            raise UserError(f"rollout.ray.workers={cfg.workers}: {_missing(cfg, nodes)}; {i} of them can be placed")
+            raise UserError(f"engine.ray.workers={cfg.workers}: {_missing(cfg, nodes)}; {i} of them can be placed")
         for resource, x in wanted(cfg).items():
             node[resource] -= x
 

@@ -28,6 +28,11 @@ def in_order(engine: StreamingEngine, requests: Sequence[Request]) -> tuple[list
     return [found[key] for key in sorted(found)], others
 
 
+def named(request: Request, index: int) -> str:
+    """Which one it is, in messages."""
+    return f"request {index}" if request.task is None else f"task {request.task.id!r}"
+
+
 class LocalStream:
     """A LocalEngine; it draws while somebody polls."""
 
@@ -49,7 +54,7 @@ class LocalStream:
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
         sampler = self._engine.sampler
-        work = [sampler.prepare(request, f"request {i}") for i, request in enumerate(requests)]
+        work = [sampler.prepare(request, named(request, i)) for i, request in enumerate(requests)]
         return [sampler.submit(w) for w in work]
 
     def poll(self, seconds: float) -> list[Finished]:

@@ -1,6 +1,7 @@
 """What users get wrong: one clear line before anything is drawn, or an observation on record."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from cabochon.protocols import Weights
 from cabochon.rollouts.environment import EpisodeLimits, Step, run_episodes
 from cabochon.rollouts.local import LocalEngine
 from cabochon.rollouts.slots import SlotConfig
+from cabochon.rollouts.stream import LocalStream
 from cabochon.rollouts.tools import Tool, ToolEnvironment
 from cabochon.testing import FakeEngine, tiny_config
 from cabochon.tokenizer import ByteTokenizer
@@ -68,6 +70,12 @@ def test_one_clear_line_and_the_engine_goes_on(engine, case):
     assert engine.sampler.counters.new_tokens == before  # nothing was drawn, for the good one neither
     assert not engine.sampler.busy
     assert len(engine.generate([asked()])) == 1
+
+
+def test_a_task_is_named_by_its_id(engine):
+    task = Task(id="sums/7", prompt="x" * 500, verifier="math")
+    with pytest.raises(UserError, match="task 'sums/7': the prompt has 500 tokens"):
+        LocalStream(engine).submit([asked(), replace(asked(task.prompt), task=task)])
 
 
 class Says:

@@ -343,7 +343,7 @@ def test_what_can_never_be_placed(logs):
         RayEngine(MODEL, TOK, weights(0), SLOTS, cfg, log_dir=logs)
     nodes = [{"CPU": 4.0}, {"CPU": 2.0}]
     check_placement(RayConfig(workers=2, cpus=2), nodes)
-    with pytest.raises(UserError, match=r"no node has 3 CPU for every worker; 1 of them can be placed"):
+    with pytest.raises(UserError, match=r"^engine.ray.workers=2: no node has 3 CPU for every worker; 1 of them can"):
         check_placement(RayConfig(workers=2, cpus=3), nodes)
 
 
