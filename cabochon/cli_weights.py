@@ -21,7 +21,7 @@ Address = Annotated[
 ]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="a directory to write in Hugging Face form")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="number format on disk")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is at DST")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the model at DST")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")]
 
 
@@ -55,8 +55,9 @@ def export(source: Address, destination: Destination, dtype: Dtype = "float32", 
     from cabochon.model.value import KEY
 
     start = time.monotonic()
-    refuse_occupied(destination, overwrite)
-    refuse_unexportable(read_config(resolve(source).path))
+    path = resolve(source).path
+    refuse_occupied(path, destination, overwrite)
+    refuse_unexportable(read_config(path))
     config, params, tokenizer = open_model(source)
     scores = KEY in params
     save(destination, config, params, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite, classifier=scores)
@@ -86,6 +87,7 @@ def upcycle(
 
     run = overrides.load(UpcycleRun, *overrides.split(parts or []))
     from cabochon.config import PolicyConfig
+    from cabochon.model.address import resolve
     from cabochon.model.convert import save
     from cabochon.model.hf_export import refuse_unexportable
     from cabochon.policy import model_config, open_policy
@@ -98,18 +100,23 @@ def upcycle(
         print(overrides.dump(run), end="")
         print(f"{source} -> {describe(config)}\n{table(config)}", file=sys.stderr)
         return
-    refuse_occupied(destination, overwrite)
+    refuse_occupied(resolve(source).path, destination, overwrite)
     made = open_policy(policy)
     save(destination, made.config, made.params, tokenizer=made.tokenizer, dtype=dtype, overwrite=overwrite)
     print(table(config), flush=True)
     print(f"{destination}: {describe(config)}, {dtype}, in {time.monotonic() - start:.1f} s", file=sys.stderr)
 
 
-def refuse_occupied(destination: Path, overwrite: bool) -> None:
-    """Say so before the work rather than after it."""
-    if destination.is_file() or (destination.is_dir() and any(destination.iterdir()) and not overwrite):
+def refuse_occupied(source: Path, destination: Path, overwrite: bool) -> None:
+    """Say so before the work rather than after it. What is replaced is a model and nothing else, and not around SRC."""
+    full = destination.is_dir() and any(destination.iterdir())
+    if destination.is_file() or (full and not overwrite):
         hint = "choose another DST" if destination.is_file() else "choose another DST or add --overwrite"
         raise UserError(f"{destination}: exists already; {hint}")
+    if full and destination.resolve() in source.resolve().parents:
+        raise UserError(f"{destination}: holds {source} and would be replaced with all in it; choose another DST")
+    if full and not (destination / "config.json").is_file():
+        raise UserError(f"{destination}: is no model (it has no config.json) and is not replaced; choose another DST")
 
 
 def describe(config: ModelConfig) -> str:

@@ -186,7 +186,11 @@ def cores() -> Check:
 
 def disk() -> Check:
     """Room for checkpoints here and for temporary files."""
-    places = {"here": Path.cwd(), "temporary": Path(tempfile.gettempdir())}
+    try:
+        places = {"here": Path.cwd()}
+    except FileNotFoundError:
+        return _fail("disk", "the working directory has been deleted", "cd to one that is there")
+    places["temporary"] = Path(tempfile.gettempdir())
     free = {name: shutil.disk_usage(path).free / GIB for name, path in places.items()}
     text = ", ".join(f"{gib:.0f} GiB free {name} ({places[name]})" for name, gib in free.items())
     if min(free.values()) < 1:

@@ -29,9 +29,15 @@ class Policy:
 
 
 def model_config(cfg: PolicyConfig) -> ModelConfig:
-    """The shape of the policy; of a checkpoint only the config is read."""
-    if cfg.scratch is not None:
-        return cfg.scratch
+    """The shape of the policy; of a checkpoint only the config is read.
+
+    Raises UserError for an end of text that a model from scratch cannot draw. Of a checkpoint this is let pass:
+    transformers fills in ids that a small vocabulary does not have.
+    """
+    if (scratch := cfg.scratch) is not None:
+        if beyond := [i for i in scratch.eos_ids if not 0 <= i < scratch.vocab_size]:
+            raise UserError(f"model.scratch.eos_ids: {beyond[0]} is no token of vocab_size={scratch.vocab_size}")
+        return scratch
     assert cfg.address is not None
     config = read_config(resolve(cfg.address).path)
     if cfg.upcycle is None:

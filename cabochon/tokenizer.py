@@ -86,7 +86,10 @@ class Tokenizer:
             ids.append(core.token_to_id(special["eos_token"]))
         model_file = "generation_config.json" if (path / "generation_config.json").is_file() else "config.json"
         more = _json(path / model_file).get("eos_token_id")
-        ids += more if isinstance(more, list) else [more]
+        more = more if isinstance(more, list) else [more]
+        if wrong := [i for i in more if not (i is None or type(i) is int)]:
+            raise UserError(f"{path / model_file}: eos_token_id: expected a token id, found {wrong[0]!r:.60}")
+        ids += more
         return cls(
             core=core,
             special=special,
@@ -308,7 +311,14 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def _add_missing(core: tokenizers.Tokenizer, config: Mapping[str, Any], file: Path) -> None:
     """Add the tokens tokenizer_config.json lists beyond tokenizer.json, which must continue its ids."""
-    for key, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+    entries = config.get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict):
+        raise UserError(f"{file}: added_tokens_decoder: expected an object of id to token, found {entries!r:.60}")
+    for key, entry in entries.items():
+        if not (key.isascii() and key.isdigit() and isinstance(entry, dict) and isinstance(entry.get("content"), str)):
+            raise UserError(f"{file}: added_tokens_decoder: expected an id and an object with its text as content, "
+                            f"found {key!r:.40}: {entry!r:.60}")  # fmt: skip
+    for key, entry in sorted(entries.items(), key=lambda item: int(item[0])):
         text = entry["content"]
         flags = {k: bool(entry[k]) for k in ("special", "lstrip", "rstrip", "single_word", "normalized") if k in entry}
         if core.token_to_id(text) is None:
@@ -333,6 +343,8 @@ def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, TemplateText]
     files |= {p.stem: p for p in sorted((path / "additional_chat_templates").glob("*.jinja"))}
     for name, found in files.items():
         if found.is_file():
-            # bytes, since text mode would change line ends and with them the fingerprint
-            out[name] = TemplateText(text=found.read_bytes().decode(), source=str(found))
+            try:  # bytes, since text mode would change line ends and with them the fingerprint
+                out[name] = TemplateText(text=found.read_bytes().decode(), source=str(found))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{found}: not UTF-8: {_line(error)}") from None
     return out

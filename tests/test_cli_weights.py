@@ -1,6 +1,7 @@
 """inspect, export and upcycle on a small model and on the real SmolLM2."""
 
 import json
+import shutil
 import sys
 
 import jax
@@ -91,6 +92,7 @@ def test_what_is_there_is_not_overwritten_unasked(run, tiny, tmp_path):
     target = tmp_path / "taken"
     target.mkdir()
     (target / "precious").write_text("x")
+    (target / "config.json").write_text("{}")  # a model's directory
     for command in ("export", "upcycle"):
         code, out, err = run(command, tiny, target)
         assert (code, out) == (2, "")
@@ -187,3 +189,17 @@ def test_a_reward_model_stays_one(run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, open_model(str(tmp_path / "out"))[1]["value"], params["value"])
     code, _, err = run("upcycle", tmp_path / "rm", tmp_path / "moe")
     assert (code, err.startswith("cabochon: upcycle: a reward model, which would lose its head; ")) == (2, True)
+
+
+def test_what_is_no_model_or_holds_the_source_is_not_replaced(run, tiny, tmp_path):
+    place = tmp_path / "p"
+    shutil.copytree(tiny, place / "final")
+    code, _, err = run("export", place / "final", place, "--overwrite")
+    assert (code, err) == (2, f"cabochon: {place}: holds {place / 'final'} and would be replaced with all in it; "
+                              "choose another DST\n")  # fmt: skip
+    for command in ("export", "upcycle"):
+        code, _, err = run(command, tiny, place, "--overwrite")
+        assert (code, err) == (2, f"cabochon: {place}: is no model (it has no config.json) and is not replaced; "
+                                  "choose another DST\n")  # fmt: skip
+    assert [p.name for p in place.iterdir()] == ["final"]
+    assert run("export", place / "final", place / "final", "--overwrite", "--dtype", "bfloat16")[0] == 0

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ValidationError
 from cabochon import config
 from cabochon.config import MeshConfig, OptimConfig, PolicyConfig, StepConfig, TrainConfig, UpcycleConfig
 from cabochon.errors import UserError
-from cabochon.overrides import keys_of
+from cabochon.overrides import keys_of, load
+from cabochon.policy import learner_config
 
 PIECES = [c for c in vars(config).values() if isinstance(c, type) and issubclass(c, config.Frozen)]
 
@@ -85,3 +86,32 @@ def test_no_key_is_dead():
             read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     keys = {str(key[-1]) for schema in (TrainConfig, config.UpcycleRun) for key in keys_of(schema)}
     assert keys - read <= set(config.AXES)  # which `MeshConfig.shape`, tested above, reads
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("norm_eps=1e999", ".norm_eps: expected a finite number, got inf"),
+        ("rope={kind: yarn, beta_fast: 0}", ".rope.beta_fast: expected a number greater than 0, got 0"),
+        ("rope={kind: llama3, low_freq_factor: 4}", ".rope: low_freq_factor=4 must be below high_freq_factor=4"),
+        ("rope={kind: llama3, high_freq_factor: .nan}", ".rope.high_freq_factor: expected a "),
+        ("sliding_window=[-1]", ".sliding_window.0: expected a number greater than or equal to 0, got -1"),
+        ("clip_qkv=-1", ".clip_qkv: expected a number greater than 0, got -1"),
+    ],
+)
+def test_a_model_that_computes_nothing_is_refused(setting, said):
+    with pytest.raises(UserError) as caught:
+        load(TrainConfig, ["tiny-dense"], [f"model.scratch.{setting}"])
+    assert str(caught.value).startswith(f"command line: model.scratch{said}")
+
+
+@pytest.mark.parametrize(("ids", "beyond"), [([5, 264], 264), ([-1], -1)])
+def test_an_end_of_text_that_no_model_of_this_vocabulary_can_draw_is_refused(ids, beyond):
+    cfg = load(TrainConfig, ["tiny-dense"], [f"model.scratch.eos_ids={ids}"])
+    with pytest.raises(UserError, match=rf"^model\.scratch\.eos_ids: {beyond} is no token of vocab_size=264$"):
+        learner_config(cfg)
+
+
+def test_ntk_of_one_frequency_is_refused():
+    with pytest.raises(UserError, match=r"head_dim=2 has one frequency only: rope.kind=ntk needs 4 or more$"):
+        load(TrainConfig, ["tiny-dense"], ["model.scratch.head_dim=2", "model.scratch.rope.kind=ntk"])

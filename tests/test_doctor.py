@@ -176,3 +176,12 @@ def test_a_child_that_fails_says_its_last_words():
     code, text = doctor._child(["/no/such/program"])
     assert code == 1
     assert "No such file" in text
+
+
+def test_a_working_directory_that_was_deleted_is_said(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    said = doctor.disk()
+    assert (said.detail, said.fix) == ("the working directory has been deleted", "cd to one that is there")

@@ -286,3 +286,28 @@ def test_a_full_disk_is_the_error_python_has_for_it(tmp_path):
     (tmp_path / "tokenizer.json").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
         ByteTokenizer().save(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"a": {"content": "<bos>"}}, "expected an id and an object with its text as content, found 'a'"),
+        ({"259": {"special": True}}, "expected an id and an object with its text as content, found '259'"),
+        ({"259": "<bos>"}, "expected an id and an object with its text as content, found '259': '<bos>'"),
+        ("<bos>", "expected an object of id to token, found '<bos>'"),
+        (["<bos>"], r"expected an object of id to token, found \['<bos>'\]"),
+    ],
+)
+def test_added_tokens_that_are_none_are_one_line(model_dir, entries, said):
+    edit(model_dir / "tokenizer_config.json", lambda config: config.update(added_tokens_decoder=entries))
+    with pytest.raises(UserError, match=rf"tokenizer_config\.json: added_tokens_decoder: {said}"):
+        Tokenizer.from_dir(model_dir)
+
+
+def test_a_template_that_is_not_utf8_and_an_end_that_is_no_id_are_one_line(model_dir):
+    (model_dir / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"chat_template\.jinja: not UTF-8: "):
+        Tokenizer.from_dir(model_dir)
+    edit(model_dir / "generation_config.json", lambda config: config.update(eos_token_id=[{}]))
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id: expected a token id, found {}$"):
+        Tokenizer.from_dir(model_dir)

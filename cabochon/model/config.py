@@ -5,7 +5,7 @@ Legend: D model, N query heads, K kv heads, H head dim, F ffn, E experts, C expe
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,7 +13,7 @@ LayerKind = Literal["dense", "moe"]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RopeConfig(_Frozen):
@@ -23,15 +23,22 @@ class RopeConfig(_Frozen):
     theta: float = Field(10_000.0, gt=1)
     factor: float = Field(1.0, ge=1)
     original_max_positions: int = Field(2048, gt=0)
-    beta_fast: float = 32.0
+    beta_fast: float = Field(32.0, gt=0)
     """yarn: rotations above which a frequency is left alone"""
-    beta_slow: float = 1.0
+    beta_slow: float = Field(1.0, gt=0)
     """yarn: rotations below which a frequency is fully interpolated"""
-    attention_factor: float | None = None
+    attention_factor: float | None = Field(None, gt=0)
     """yarn: scale of cos and sin; None means 0.1 ln(factor) + 1"""
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
     """llama3: wavelengths between original/high and original/low are blended"""
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeConfig:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.kind == "llama3" and low >= high:
+            raise ValueError(f"low_freq_factor={low:g} must be below high_freq_factor={high:g}")
+        return self
 
 
 class MoeConfig(_Frozen):
@@ -78,9 +85,9 @@ class ModelConfig(_Frozen):
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    clip_qkv: float | None = None
+    clip_qkv: float | None = Field(None, gt=0)
     tied_head: bool = True
-    sliding_window: tuple[int, ...] = ()
+    sliding_window: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """tokens each layer may look back over, itself included, 0 for all; one per layer, empty for none"""
     max_positions: int = Field(2048, gt=0)
     bos_id: int | None = None
@@ -93,6 +100,8 @@ class ModelConfig(_Frozen):
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        if self.rope.kind == "ntk" and self.head_dim == 2:
+            raise ValueError("head_dim=2 has one frequency only: rope.kind=ntk needs 4 or more")
         for name in ("layer_kinds", "sliding_window"):
             got = len(getattr(self, name))
             if got not in (0, self.num_layers):

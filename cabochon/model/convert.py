@@ -107,7 +107,7 @@ def _check(
     source: Path,
 ) -> None:
     """Everything the config needs is there with its shape, and nothing else is."""
-    where = source if source.is_file() else source / (INDEX if (source / INDEX).exists() else SINGLE)
+    where = source if source.is_file() else source / (SINGLE if (source / SINGLE).exists() else INDEX)
     expected = {piece.name: piece.shape for group in by_leaf.values() for piece in group}
     if SCORE in tensors:
         expected[SCORE] = (1, config.dim)

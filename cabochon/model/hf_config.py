@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -64,6 +65,18 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "n_shared_experts": (0, None),
 }
 
+_KEYS = {
+    # What our fields are called in config.json, for errors.
+    "dim": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "ffn_dim": "intermediate_size", "norm_eps": "rms_norm_eps",
+    "max_positions": "max_position_embeddings", "bos_id": "bos_token_id", "eos_ids": "eos_token_id",
+    "pad_id": "pad_token_id", "top_k": "num_experts_per_tok", "theta": "rope_theta",
+    "original_max_positions": "original_max_position_embeddings",
+}  # fmt: skip
+
+_WIDTH = {"qwen3_moe": "moe_intermediate_size", "mixtral": "intermediate_size", "olmoe": "intermediate_size"}
+"""the key of an expert's width"""
+
 _HARMLESS = frozenset(
     # Training-only, generation-only and book-keeping keys, and those read below.
     """architectures model_type dtype torch_dtype transformers_version _name_or_path name_or_path use_cache auto_map
@@ -100,33 +113,39 @@ def read_config(directory: Path | str) -> ModelConfig:
     directory = Path(directory)
     raw = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
+    special = {}
     if generation.exists():
-        for key, value in read_json(generation).items():
-            if key in ("bos_token_id", "eos_token_id", "pad_token_id") and value is not None:
-                raw[key] = value
-    return from_hf(raw, file=str(directory / "config.json"))
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        special = {key: value for key, value in read_json(generation).items() if key in keys and value is not None}
+    elsewhere = dict.fromkeys(special, str(generation))
+    return from_hf(raw | special, file=str(directory / "config.json"), elsewhere=elsewhere)
 
 
-def from_hf(raw: Mapping[str, Any], *, file: str = "config.json") -> ModelConfig:
-    """A `ModelConfig` from the content of config.json. Raises UserError naming `file`, the key and its value."""
+def from_hf(
+    raw: Mapping[str, Any], *, file: str = "config.json", elsewhere: Mapping[str, str] | None = None
+) -> ModelConfig:
+    """A `ModelConfig` from the content of config.json. Raises UserError naming `file`, the key and its value.
+
+    `elsewhere`: the files of keys that come from another one.
+    """
     family = _family(raw, file)
     _refuse_what_we_do_not_compute(raw, file)
     get = _Reader(raw, _DEFAULTS[family], file)
-    layers, dim, heads = get.int("num_hidden_layers"), get.int("hidden_size"), get.int("num_attention_heads")
+    layers, dim, heads = (get.whole(key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     kv_heads = get("num_key_value_heads") or heads
-    kinds, moe = _feed_forward(get, family, layers)
     bias = bool(get("attention_bias", False))
     eos = get("eos_token_id")
     try:
+        kinds, moe = _feed_forward(get, family, layers)
         return ModelConfig(
             family=family,
-            vocab_size=get.int("vocab_size"),
+            vocab_size=get.whole("vocab_size"),
             dim=dim,
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=get("head_dim") or dim // heads,
-            ffn_dim=get.int("intermediate_size") if "dense" in kinds else 0,
+            ffn_dim=get.whole("intermediate_size") if "dense" in kinds else 0,
             layer_kinds=kinds if len(set(kinds)) > 1 else (),
             moe=moe,
             rope=_rope(get, raw, file),
@@ -138,15 +157,32 @@ def from_hf(raw: Mapping[str, Any], *, file: str = "config.json") -> ModelConfig
             clip_qkv=get("clip_qkv") if family == "olmoe" else None,
             tied_head=bool(get("tie_word_embeddings", False)) or raw.get("architectures") == [CLASSIFIERS.get(family)],
             sliding_window=_windows(get, family, layers, file),
-            max_positions=get.int("max_position_embeddings"),
+            max_positions=get.whole("max_position_embeddings"),
             bos_id=_first(get("bos_token_id")),
             eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             pad_id=_first(get("pad_token_id")),
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "config"
-        raise UserError(f"{file}: {where}: {first['msg']} (got {first['input']!r:.80})") from None
+        said = _in_their_words(error, raw, family)
+        raise UserError(f"{(elsewhere or {}).get(said.partition(':')[0], file)}: {said}") from None
+
+
+def _in_their_words(error: ValidationError, raw: Mapping[str, Any], family: str) -> str:
+    """What is wrong with a config, by the keys of config.json: `rms_norm_eps: Input should be ... (got -1)`."""
+    first = error.errors()[0]
+    said = re.sub(r"\w+", lambda word: _KEYS.get(word[0], word[0]), first["msg"].removeprefix("Value error, "))
+    if not first["loc"]:
+        return said
+    key = str(first["loc"][0])
+    key = _WIDTH[family] if (error.title, key) == ("MoeConfig", "ffn_dim") else _KEYS.get(key, key)
+    section = _rope_section(raw)
+    if error.title == "RopeConfig" and key in raw.get(section, ()):
+        key = f"{section}.{key}"
+    return f"{key}: {said} (got {first['input']!r:.80})"
+
+
+def _rope_section(raw: Mapping[str, Any]) -> str:
+    return "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
 
 
 class _Reader:
@@ -159,14 +195,34 @@ class _Reader:
         """The value; an explicit null counts (`num_key_value_heads: null` means one per query head)."""
         return self.raw[key] if key in self.raw else self.defaults.get(key, default)
 
-    def int(self, key: str) -> Any:
+    def whole(self, key: str, default: Any = None, *, least: int = 1) -> Any:
         """A whole number that must be there."""
-        value = self(key)
+        value = self(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
             near = get_close_matches(key, [k for k in self.raw if k not in _HARMLESS], 1)
             hint = f"; did you mean it by {near[0]}?" if near else ""
-            raise UserError(f"{self.file}: {key}: expected a whole number, found {value!r}{hint}")
+            raise UserError(f"{self.file}: {key}: expected a whole number, found {value!r:.80}{hint}")
+        if value < least:
+            raise UserError(f"{self.file}: {key}: expected {least} or more, found {value}")
         return value
+
+    def listed(self, key: str, kind: type) -> Any:
+        """A list of `kind`, empty where there is none."""
+        value = self(key) or []
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            what = {int: "whole numbers", str: "names"}[kind]
+            raise UserError(f"{self.file}: {key}: expected a list of {what}, found {value!r:.80}")
+        return value
+
+
+def _number(scaling: Mapping[str, Any], name: str, where: str) -> float | None:
+    """A number of the rotary parameters, None where there is none."""
+    value = scaling.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{where}.{name}: expected a number, found {value!r:.80}")
+    return value
 
 
 def _first(value: Any) -> Any:
@@ -175,11 +231,11 @@ def _first(value: Any) -> Any:
 
 def _family(raw: Mapping[str, Any], file: str) -> str:
     by_architecture = {name: family for names in (ARCHITECTURES, CLASSIFIERS) for family, name in names.items()}
-    named = raw.get("architectures") or []
+    named = _Reader(raw, {}, file).listed("architectures", str)
     for name in named:
         if name in by_architecture:
             return by_architecture[name]
-    if not named and raw.get("model_type") in ARCHITECTURES:
+    if not named and str(raw.get("model_type")) in ARCHITECTURES:
         return str(raw["model_type"])
     key, value = ("architectures", named[0]) if named else ("model_type", raw.get("model_type"))
     known = sorted(by_architecture if named else ARCHITECTURES)
@@ -205,21 +261,20 @@ def _feed_forward(get: _Reader, family: str, layers: int) -> tuple[tuple[LayerKi
     experts = get.raw.get("num_local_experts", get("num_experts"))
     kinds = _repeat("moe", layers)
     if family == "qwen3_moe":
-        step, dense = get("decoder_sparse_step", 1), set(get("mlp_only_layers") or ())
+        step, dense = get.whole("decoder_sparse_step", 1), set(get.listed("mlp_only_layers", int))
         if not experts:
             dense = set(range(layers))
         kinds = tuple(_kind(i not in dense and (i + 1) % step == 0) for i in range(layers))
     if "moe" not in kinds:
         return kinds, None
     renormalised = family == "mixtral" or bool(get("norm_topk_prob", False))
-    width = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
-    if not isinstance(experts, int) or get.int("num_experts_per_tok") > experts:
+    if not isinstance(experts, int) or get.whole("num_experts_per_tok") > experts:
         wrong = f"{get('num_experts_per_tok')} experts per token of {experts!r} experts"
         raise UserError(f"{get.file}: num_experts_per_tok: {wrong}; expected at most that many")
     moe = MoeConfig(
         num_experts=experts,
-        top_k=get.int("num_experts_per_tok"),
-        ffn_dim=get.int(width),
+        top_k=get.whole("num_experts_per_tok"),
+        ffn_dim=get.whole(_WIDTH[family]),
         gate="topk_softmax" if renormalised else "softmax_topk",
     )
     return kinds, moe
@@ -239,14 +294,14 @@ def _windows(get: _Reader, family: str, layers: int, file: str) -> tuple[int, ..
     if family == "mixtral":
         return (window,) * layers if window else ()
     if not family.startswith("qwen") or not get("use_sliding_window", False) or window is None:
-        if "sliding_attention" in (get("layer_types") or ()):
+        if "sliding_attention" in get.listed("layer_types", str):
             raise UserError(f"{file}: layer_types: names sliding_attention, but sliding_window is not in use")
         return ()
     if family == "qwen3_moe":  # this family has no layer types: every layer slides
         return (window,) * layers
-    types = get("layer_types")
-    if types is None:
-        start = get("max_window_layers", 28)
+    types = get.listed("layer_types", str)
+    if not types:
+        start = get.whole("max_window_layers", 28, least=0)
         types = ["sliding_attention" if i >= start else "full_attention" for i in range(layers)]
     sizes = {"full_attention": 0, "sliding_attention": window}
     for kind in types:
@@ -257,7 +312,7 @@ def _windows(get: _Reader, family: str, layers: int, file: str) -> tuple[int, ..
 
 def _rope(get: _Reader, raw: Mapping[str, Any], file: str) -> RopeConfig:
     """Rotary parameters: nested under `rope_parameters` (5), or `rope_theta` beside `rope_scaling` (4)."""
-    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    key = _rope_section(raw)
     scaling = raw.get(key) or {}
     if not isinstance(scaling, dict) or "full_attention" in scaling or "sliding_attention" in scaling:
         raise UserError(f"{file}: {key}: one rotary embedding for all layers is supported, found one per layer type")
@@ -273,9 +328,9 @@ def _rope(get: _Reader, raw: Mapping[str, Any], file: str) -> RopeConfig:
                         "nearest is 1")  # fmt: skip
     if kind == "default":
         return RopeConfig(theta=theta)
-    longest = get("max_position_embeddings")
-    original = raw.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or longest
-    factor = scaling.get("factor") or (longest / original if kind == "yarn" else None)
+    longest, before = get.whole("max_position_embeddings"), "original_max_position_embeddings"
+    original = _number(raw, before, f"{file}: {key}") or _number(scaling, before, f"{file}: {key}") or longest
+    factor = _number(scaling, "factor", f"{file}: {key}") or (longest / original if kind == "yarn" else None)
     if factor is None:
         raise UserError(f"{file}: {key}.factor: missing; rope_type {kind!r} needs it")
     out: dict[str, Any] = {"kind": kind, "theta": theta, "factor": factor}
@@ -285,7 +340,7 @@ def _rope(get: _Reader, raw: Mapping[str, Any], file: str) -> RopeConfig:
         if scaling.get("truncate", True) is not True:
             raise UserError(f"{file}: {key}.truncate: false is not supported; nearest is true")
         out |= {"beta_fast": scaling.get("beta_fast") or 32, "beta_slow": scaling.get("beta_slow") or 1}
-        out["attention_factor"] = _attention_factor(scaling, factor)
+        out["attention_factor"] = _attention_factor(scaling, factor, f"{file}: {key}")
     if kind == "llama3":
         for name in ("low_freq_factor", "high_freq_factor"):
             if name not in scaling:
@@ -294,11 +349,11 @@ def _rope(get: _Reader, raw: Mapping[str, Any], file: str) -> RopeConfig:
     return RopeConfig(**out)
 
 
-def _attention_factor(scaling: Mapping[str, Any], factor: float) -> float | None:
+def _attention_factor(scaling: Mapping[str, Any], factor: float, where: str) -> float | None:
     """YaRN's scale of cos and sin: given, or by DeepSeek's pair of mscale, or None for 0.1 ln(factor) + 1."""
-    if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
-    one, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if (given := _number(scaling, "attention_factor", where)) is not None:
+        return given
+    one, all_dim = (_number(scaling, name, where) for name in ("mscale", "mscale_all_dim"))
     if not (one and all_dim) or factor <= 1:
         return None
     return (0.1 * one * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)

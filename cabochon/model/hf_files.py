@@ -68,15 +68,15 @@ class StoredTensor:
 
 
 def read_directory(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of a Hugging Face directory by name: one file, or shards with an index.
+    """The tensors of a Hugging Face directory by name: one file, or shards with an index; of both, as transformers
+    does, the one file.
 
     Raises UserError for a missing shard, a truncated file or a header that does not add up.
     """
-    index = directory / INDEX
-    if index.exists():
-        return _sharded(index)
     if (directory / SINGLE).exists():
         return read_header(directory / SINGLE)
+    if (directory / INDEX).exists():
+        return _sharded(directory / INDEX)
     if gguf := sorted(directory.glob("*.gguf")):
         raise UserError(f"{directory}: no {SINGLE} in it; found {gguf[0].name}: give that file itself as the model")
     other = sorted(f.name for pattern in ("*.bin", "*.pth") for f in directory.glob(pattern))
@@ -88,8 +88,11 @@ def _sharded(index: Path) -> dict[str, StoredTensor]:
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise UserError(f"{index}: weight_map: expected an object of tensor name to file, found {named!r:.60}")
+    for name, file in named.items():
+        if not isinstance(file, str):
+            raise UserError(f"{index}: weight_map: {name}: expected the name of a file, found {file!r:.60}")
     headers: dict[str, dict[str, StoredTensor]] = {}
-    for file in sorted(set(map(str, named.values()))):
+    for file in sorted(set(named.values())):
         if Path(file).name != file:
             raise UserError(f"{index}: weight_map: {file!r} is not a plain file name beside the index")
         if not (index.parent / file).exists():
@@ -105,20 +108,24 @@ def _sharded(index: Path) -> dict[str, StoredTensor]:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """What is where in one safetensors file; raises UserError unless the tensors fill the file exactly."""
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise UserError(f"{path}: truncated, or not safetensors: its header should be {length} bytes long, "
-                            f"the file has {size}")  # fmt: skip
-        try:
-            header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            return _entries(path, header, 8 + length, size)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path}: its safetensors header is not readable ({error})") from None
+    try:
+        with path.open("rb") as f:
+            size = path.stat().st_size
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise UserError(f"{path}: truncated, or not safetensors: its header should be {length} bytes long, "
+                                f"the file has {size}")  # fmt: skip
+            text = f.read(length)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        return _entries(path, header, 8 + length, size)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: its safetensors header is not readable ({error})") from None
 
 
 def _entries(path: Path, header: Mapping[str, Any], data: int, size: int) -> dict[str, StoredTensor]:
@@ -201,12 +208,18 @@ class SafetensorsWriter:
             self._out = None
 
     def add(self, name: str, tensor: np.ndarray) -> None:
-        """The next tensor of the plan."""
+        """The next tensor of the plan. Raises UserError where a number of it is beyond the type it is written in."""
         if self._at == len(self._shards[self._shard]):
             self._next_shard()
         expected = self._shards[self._shard][self._at]
         assert (name, tensor.shape) == expected, f"{name} {tensor.shape} written where {expected} was planned"
-        self._out.write(np.ascontiguousarray(tensor, dtype=self._dtype).reshape(-1).view(np.uint8).data)
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(tensor, dtype=self._dtype)
+        if stored.dtype != tensor.dtype and np.any(np.isinf(stored) & np.isfinite(tensor)):
+            largest = np.abs(tensor[np.isfinite(tensor)]).max()
+            raise UserError(f"{name}: {largest:.4g} is beyond the largest number of {self._dtype.name}; "
+                            "write bfloat16 or float32")  # fmt: skip
+        self._out.write(stored.reshape(-1).view(np.uint8).data)
         self._at += 1
 
     def close(self, finished: bool) -> None:

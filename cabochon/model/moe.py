@@ -245,11 +245,11 @@ def step_biases(cfg: ModelConfig, params: Mapping[str, Any], stats: RouterStats,
 def router_metrics(stats: RouterStats) -> dict[str, Array]:
     """Per-layer readings [L] of summed statistics: load violation, load entropy, agreement, router entropy, margin."""
     load = stats.used_E / jnp.maximum(stats.used_E.sum(-1, keepdims=True), 1.0)
-    mean = jnp.maximum(stats.used_E.mean(-1), 1e-9)
+    mean = stats.used_E.mean(-1)
     entropy = -(load * jnp.log(jnp.where(load > 0, load, 1.0))).sum(-1)
     tokens = jnp.maximum(stats.tokens, 1.0)
     return {
-        "max_violation": (stats.used_E.max(-1) - mean) / mean,
+        "max_violation": (stats.used_E.max(-1) - mean) / jnp.where(mean > 0, mean, 1.0),
         "load_entropy": entropy,
         "effective_experts": jnp.exp(entropy),
         "agreement": stats.agree / tokens,

@@ -153,7 +153,36 @@ def test_static_ntk_is_written_as_its_base():
         ({"rope_interleaved": True}, "rope_interleaved: True"),
         ({"hidden_size": None}, "hidden_size: expected a whole number, found None"),
         ({"num_hidden_layers": "4"}, "num_hidden_layers: expected a whole number, found '4'"),
-        ({"num_key_value_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps: Input should be greater than 0 (got -1)"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps: Input should be a finite number (got inf)"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected 1 or more, found 0"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads: Input should be"),
+        ({"intermediate_size": -1}, "intermediate_size: expected 1 or more, found -1"),
+        ({"rope_theta": 0.5}, "rope_theta: Input should be greater than 1 (got 0.5)"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "rope_scaling.factor: Input should be"),
+        ({"rope_parameters": {"rope_theta": "a"}}, "rope_parameters.rope_theta: Input should be a valid number"),
+        ({"bos_token_id": "a"}, "bos_token_id: Input should be a valid integer"),
+        ({"eos_token_id": [1, "a"]}, "eos_token_id: Input should be a valid integer"),
+        ({"head_dim": 7}, "config.json: head_dim=7 must be even for rotary embeddings"),
+        ({"architectures": [["a"]]}, "architectures: expected a list of names, found [['a']]"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures: expected a list of names, found 'LlamaForCausalLM'"),
+        ({"architectures": None, "model_type": ["llama"]}, "model_type: unknown ['llama']; nearest is llama"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 0}, "decoder_sparse_step: expected 1 or"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": "2"}, "decoder_sparse_step: expected a"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": 3}, "mlp_only_layers: expected a list of whole"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "moe_intermediate_size": -1},
+         "moe_intermediate_size: expected 1 or more, found -1"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "mscale": "a"}}, "rope_scaling.mscale: expected a number"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "attention_factor": "x"}},
+         "rope_scaling.attention_factor: expected a number, found 'x'"),
+        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": "x"}},
+         "rope_scaling.original_max_position_embeddings: expected a number, found 'x'"),
+        ({"architectures": ["Qwen2ForCausalLM"], **WINDOWED, "max_window_layers": "a"},
+         "max_window_layers: expected a whole number, found 'a'"),
+        ({"architectures": ["Qwen2ForCausalLM"], **WINDOWED, "sliding_window": -1}, "sliding_window: Input should be"),
+        ({"architectures": ["Qwen2ForCausalLM"], "layer_types": [["a"]]}, "layer_types: expected a list of names"),
+        ({"architectures": ["Qwen2ForCausalLM"], **WINDOWED, "layer_types": [["a"]]}, "layer_types: expected a list"),
         ({"architectures": ["Qwen2ForCausalLM"], "layer_types": ["sliding_attention"] * 4},
          "layer_types: names sliding_attention, but sliding_window is not in use"),
         ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": ["chunked_attention"] * 4},
@@ -187,6 +216,13 @@ def test_generation_config_has_the_last_word_on_special_tokens(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2], "bos_token_id": None}))
     config = read_config(tmp_path)
     assert (config.bos_id, config.eos_ids, config.pad_id) == (1, (7, 2), 0)
+
+
+def test_what_generation_config_gets_wrong_is_blamed_on_it(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(v4("LlamaForCausalLM", eos_token_id=2)))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "a"}))
+    with pytest.raises(UserError, match=rf"^{tmp_path}/generation_config\.json: eos_token_id: Input should be a valid"):
+        read_config(tmp_path)
 
 
 def test_unknown_keys_are_told(caplog):

@@ -140,6 +140,18 @@ def index_of_another_model(d):
     return r"model-0000\d-of-\d+\.safetensors: model\.norm\.weight: not in this file, though model\.safetensors\.index"
 
 
+def index_of_numbers(d):
+    (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+    return r"index\.json: weight_map: a: expected the name of a file, found 3"
+
+
+def shard_that_is_a_directory(d):
+    shard = sorted(d.glob("model-*.safetensors"))[0]
+    shard.unlink()
+    shard.mkdir()
+    return r"model-00001-of-\d+\.safetensors: cannot be read: Is a directory"
+
+
 def torch_only(d):
     for file in d.glob("model*"):
         file.unlink()
@@ -149,7 +161,8 @@ def torch_only(d):
 
 DAMAGES = [missing_shard, truncated, truncated_in_the_header, empty_file, garbled_header, overlapping, trailing,
            missing_tensor, misspelt_tensor, wrong_shape, extra_tensor, integers, index_without_map,
-           index_that_points_outside, index_of_another_model, torch_only]  # fmt: skip
+           index_that_points_outside, index_of_another_model, index_of_numbers,
+           shard_that_is_a_directory, torch_only]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
@@ -160,3 +173,21 @@ def test_damage_is_one_line_with_file_and_tensor_before_anything_is_allocated(ex
         convert.load(exported)
     assert str(caught.value).startswith(str(exported))
     assert "\n" not in str(caught.value)
+
+
+def test_of_one_file_and_shards_the_one_file_is_read_as_transformers_does(exported, tmp_path):
+    other = tree_of(MOE_CONFIG, seed=1)
+    convert.save(tmp_path / "other", MOE_CONFIG, other)
+    (tmp_path / "other" / "model.safetensors").rename(exported / "model.safetensors")
+    np.testing.assert_array_equal(convert.load(exported)[1]["final_norm"]["scale"], other["final_norm"]["scale"])
+
+
+def test_a_number_beyond_the_type_on_disk_is_refused_by_name(tmp_path):
+    tree = tree_of(MOE_CONFIG)
+    tree["final_norm"]["scale"][3] = 7e4
+    said = r"^model\.norm\.weight: 7e\+04 is beyond the largest number of float16; write bfloat16 or float32$"
+    with pytest.raises(UserError, match=said):
+        convert.save(tmp_path / "m", MOE_CONFIG, tree, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+    tree["final_norm"]["scale"][3] = np.inf  # was there before, and says so
+    convert.save(tmp_path / "m", MOE_CONFIG, tree, dtype="float16")

@@ -136,6 +136,8 @@ def test_metrics():
     np.testing.assert_allclose(m["max_violation"], [2.0], atol=1e-6)
     np.testing.assert_allclose(m["load_entropy"], [0.562335], atol=1e-6)
     np.testing.assert_allclose(m["effective_experts"], [1.754765], atol=1e-5)
+    nothing_routed = moe.router_metrics(stats([0.0] * 4, [0.0] * 4, 0.0))
+    np.testing.assert_array_equal(nothing_routed["max_violation"], [0.0])
 
 
 def test_config_refuses_more_choices_than_experts():
