@@ -60,8 +60,11 @@ class Feed(Iterator[Task]):
         """tasks drawn so far, by phase"""
         self.rates = dict(rates or {})
         """running solve rate by bucket, of those that were seen"""
-        self.again = list(unfinished)
+        known = {t.id for t in tasks}
+        self.again = [i for i in unfinished if i in known]
         """ids of those that were in flight and have not been handed out again"""
+        self.gone = [i for i in unfinished if i not in known]
+        """ids of those that were in flight and are no task any more"""
         self._bucket = {t.id: bucket(t, curriculum.by) for t in tasks} if curriculum else {}
 
     def __next__(self) -> Task:

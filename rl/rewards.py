@@ -50,7 +50,8 @@ class RewardConfig(Frozen):
     """component (verifier, environment, or a model's name) -> its weight in `weighted` and `normalized`; 1 where not
     named"""
     format_penalty: float = Field(0.0, ge=0, lt=1)
-    """taken off where the completion's format is wrong, in proportion; tasks without a format check lose nothing"""
+    """taken off where thinking tags are not in order: of completions that had a thinking budget (sampling.thinking) or
+    whose prompt names `<think>`; others lose nothing"""
     length: LengthReward | None = None
     clip: tuple[float, float] = (-1.0, 1.2)
     """the reward's range; of `normalized` none"""
@@ -133,8 +134,8 @@ def compose(
     """Rewards of the rollouts. `models`: judges and scalar models by name, in order of preference.
 
     `parts` holds every component, `quality` (what the combination gave), and each shaping term. Metrics such as the
-    solve rate, and dynamic sampling, look at the verifier's part. Raises UserError for a weight of a component that
-    is not there, a quality outside [0, 1], or a length reward without its number.
+    solve rate look at the verifier's part, dynamic sampling (`worth.py`) at rewards before shaping. Raises UserError
+    for a weight of a component that is not there, a quality outside [0, 1], or a length reward without its number.
     """
     sources = {"verifier": verifier, **models}
     if unknown := sorted(set(cfg.weights) - set(sources)):

@@ -20,13 +20,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cabochon import metrics, overrides, parallel
+from cabochon.chat import as_turns
 from cabochon.errors import MachineError, UserError
 from cabochon.learner import Learner
 from cabochon.model import convert
 from cabochon.model.address import resolve
 from cabochon.model.config import ModelConfig
 from cabochon.model.hf_export import refuse_unexportable
-from cabochon.policy import Policy, learner_config, open_policy
+from cabochon.policy import Policy, learner_config, model_config, open_policy, open_tokenizer
 from cabochon.protocols import Reward, StreamingEngine, Weights
 from cabochon.reward.open import JudgeRun, open_reward
 from cabochon.reward.scorer import ModelReward
@@ -47,7 +48,7 @@ from cabochon.rl.learning import (
     weights_of,
 )
 from cabochon.rl.losses import adapted_coef
-from cabochon.rl.progress import Progress, begin
+from cabochon.rl.progress import Progress, begin, check_steps, results, told
 from cabochon.rl.recipe import RlConfig
 from cabochon.rl.rewards import Component, Rewards, scored
 from cabochon.rl.update import Update, plan_update
@@ -57,6 +58,7 @@ from cabochon.rollouts.environment import EpisodeLimits
 from cabochon.rollouts.episodes import EpisodeEngine
 from cabochon.rollouts.local import LocalEngine
 from cabochon.rollouts.named import environment_at
+from cabochon.rollouts.prompts import encode_prompt
 from cabochon.rollouts.slots import SlotConfig
 from cabochon.rollouts.stream import LocalStream
 from cabochon.rollouts.tools import Tool, ToolEnvironment, calculator, python
@@ -66,7 +68,7 @@ from cabochon.types import Rollout, Task
 from cabochon.verifiers.build import probes_for, python_runner, sandbox_named, verifier_for
 from cabochon.verifiers.format import ThinkingFormat
 from cabochon.verifiers.pool import VerifierPool
-from cabochon.verifiers.tasks import content_hash, read_tasks
+from cabochon.verifiers.tasks import content_hash
 
 SHOWN = ("reward", "score", "entropy", "tokens", "truncated", "w_gap", "held_out")
 """what the console shows of a step"""
@@ -78,6 +80,8 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
     Raises UserError (recipe, tasks, directory), MachineError (disk, workers, graders), NonFiniteError, and
     KeyboardInterrupt after Ctrl-C saved a checkpoint.
     """
+    if resume_anyway:
+        check_steps(cfg)
     addresses = [cfg.model.address, *(model.address for model in cfg.models.values())]
     # a model that was trained anew is another input at the same place
     files = [*cfg.tasks.train, *cfg.tasks.held_out, *(str(resolve(a).path) for a in addresses if a is not None)]
@@ -104,6 +108,8 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             tasks, [p.tasks.shares for p in phases], cfg.seed, curriculum=cfg.tasks.curriculum,
             places=progress.places, rates=progress.rates, unfinished=progress.unfinished,
         )  # fmt: skip
+        if feed.gone:
+            run.event("changed", f"{len(feed.gone)} tasks that were in flight are in no file now: {feed.gone[0]}, ...")
         engine = engine_of(cfg, policy, weights_of(learners.policy, states, done), run, stack)
         drawn = cfg.sampling.drawn(cfg.rollout.group_size, routes=update.replays_sampler)
         source = Completions(engine, drawn, chat=cfg.tasks.chat)
@@ -116,10 +122,10 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
         watch, kl_coef, alarmed = reports.Stopwatch(), progress.kl_coef, progress.alarms
         published = published_by(learners.policy, states)
 
-        def held_out(now: RlConfig) -> dict[str, Any]:
+        def held_out() -> dict[str, Any]:
             if not held:
                 return {}
-            drawn = now.sampling.drawn(cfg.eval.samples)
+            drawn = phases[-1].sampling.drawn(cfg.eval.samples)  # always alike, as the result is to be used
             with watch("eval"):
                 found = accuracies(answer(engine, verifiers, asked, drawn, cfg.seed, chat=cfg.tasks.chat))
             return {"held_out": found["all"], "held_out_domains": found}
@@ -131,9 +137,11 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             )  # fmt: skip
             run.save(step, states._asdict(), asdict(now))
 
+        if cfg.eval.every and not held:
+            run.event("held out", "tasks.held_out names no file: nothing is evaluated, eval.every is not used")
         asked, before, last = first_of_each(held, cfg.eval.tasks), progress.before, cfg.steps
         if held and done == 0:
-            before = held_out(cfg)["held_out_domains"]
+            before = held_out()["held_out_domains"]
             run.event("held out", told(before), step=0, data={"held_out": before, "tasks": len(asked)})
             watch.take()
 
@@ -156,7 +164,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             if not got.rollouts:
                 empty, why = unlearnt(run, now, got, step, update)
                 if step > 1:  # before, nothing was learnt, and who mends the recipe runs the same command again
-                    run.log(step, empty | ({} if why else held_out(now)), clock=watch.take())
+                    run.log(step, empty | ({} if why else held_out()), clock=watch.take())
                     save(step)
                 if why:
                     raise why
@@ -193,7 +201,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
                 row["kl_reward"], row["kl_coef"] = kl, kl_coef
                 kl_coef = adapted_coef(kl_coef, kl, cfg.update.kl, len(rollouts))
             if step == cfg.steps or (cfg.eval.every and step % cfg.eval.every == 0):
-                row |= held_out(now)
+                row |= held_out()
             rows = journal.rollout_rows(rollouts, rewards, advantages, said, learnt.tokens)
             journal.write_rollouts(run.dir / "rollouts", step, rows)
             if cfg.samples_every and (step == 1 or step % cfg.samples_every == 0):
@@ -222,17 +230,37 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
 
 
 def tasks_of(cfg: RlConfig) -> tuple[list[Task], list[Task]]:
-    """(training, held-out). Raises UserError where a held-out prompt is trained on, or an id is used twice."""
+    """(training, held-out). Raises UserError where a held-out prompt is trained on, an id is used twice in either, or a
+    prompt leaves no room for its completion."""
     train = distinct(cfg.tasks.train, "tasks.train")
     cfg.check_tasks(train)
-    held = [task for path in cfg.tasks.held_out for task in read_tasks(path)]
+    held = distinct(cfg.tasks.held_out, "tasks.held_out")
     trained = {content_hash(t.prompt): t.id for t in train}
     for task in held:
         if (same := trained.get(content_hash(task.prompt))) is not None:
             raise UserError(
                 f"tasks.held_out: {task.id!r} has the prompt of the training task {same!r}; remove one of them"
             )
+    if cfg.environment is None:  # which makes the prompt of it, when an episode begins
+        check_room(cfg, train, held)
     return train, held
+
+
+def check_room(cfg: RlConfig, train: Sequence[Task], held: Sequence[Task]) -> None:
+    """Raises UserError naming a task whose prompt and completion do not fit in a phase it is drawn in."""
+    tokenizer, positions = open_tokenizer(cfg.model), model_config(cfg.model).max_positions
+    limit = "engine.length" if cfg.engine.length <= positions else "the model's max_positions"
+    phases, room = [cfg.in_phase(i) for i in range(len(cfg.phases) + 1)], min(cfg.engine.length, positions)
+    for where, tasks, drawing in (("train", train, phases), ("held_out", held, phases[-1:])):
+        for task in tasks:
+            size = len(encode_prompt(tokenizer, as_turns(task.prompt, cfg.tasks.chat)))
+            drawn = [p for p in drawing if where == "held_out" or p.tasks.shares.get(task.domain, 1.0)]
+            most = max((p.sampling.max_tokens for p in drawn), default=0)
+            if most and size + most > room:
+                raise UserError(
+                    f"tasks.{where}: task {task.id!r}: the prompt's {size} tokens and max_tokens={most} do not fit in "
+                    f"{limit}={room}: shorten it, leave it out, or raise {limit} to {size + most}"
+                )
 
 
 def verifiers_of(cfg: RlConfig, tasks: Sequence[Task]) -> VerifierPool:
@@ -323,11 +351,14 @@ def scorers_of(cfg: RlConfig, run: Run) -> dict[str, Reward]:
 
 
 def formats(cfg: RlConfig, rollouts: Sequence[Rollout]) -> Component | None:
-    """Whether the thinking tags are in order, where the recipe makes that cost something."""
+    """Whether the thinking tags are in order, where the recipe makes that cost something: of completions that had a
+    thinking budget, or whose prompt (an environment's system message with it) names the tag."""
     if not cfg.reward.format_penalty:
         return None
+    told = cfg.environment.system if cfg.environment else ""
+    asked = [cfg.sampling.thinking is not None or "<think>" in f"{told}{r.task.prompt}" for r in rollouts]
     verdicts = [ThinkingFormat().verify(r.task, r.completion.text) for r in rollouts]
-    return Component(value_N=np.array([v.score for v in verdicts], float), asked_N=np.ones(len(verdicts), bool))
+    return Component(value_N=np.array([v.score for v in verdicts], float), asked_N=np.array(asked, bool))
 
 
 # -- parts of a step ---------------------------------------------------------------------------------------------------
@@ -363,15 +394,3 @@ def unlearnt(
         run.event("solved", f"every group is solved at step {step}: nothing left to learn", step=step)
         return row, None
     return row, reports.nothing_to_learn(step, rollouts if got.dropped else [], len(got.stale))
-
-
-def told(accuracy: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.1%}" for name, value in accuracy.items())
-
-
-def results(run: Run, before: dict[str, float]) -> dict[str, float]:
-    """What the run is remembered by: the last reward, held-out accuracy before and after."""
-    rows = run.rows()
-    last = rows[-1] if rows else {}
-    out = {"reward": last.get("reward"), "held_out": last.get("held_out"), "held_out_before": before.get("all")}
-    return {name: value for name, value in out.items() if value is not None}

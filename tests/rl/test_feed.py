@@ -41,6 +41,12 @@ def test_without_a_curriculum_it_is_the_schedule_after_what_was_in_flight():
     assert (feed.rates, feed.row()) == ({}, {}), "nothing is kept that nothing reads"
 
 
+def test_what_was_in_flight_and_is_no_task_any_more_is_left_out():
+    feed = Feed(TASKS, [{}], 4, unfinished=["gone", "b7", "lost"])
+    assert (feed.gone, feed.again) == (["gone", "lost"], ["b7"])
+    assert drawn(feed, 2) == ["b7", Schedule(TASKS, {}, seed=4)[0].id]
+
+
 def test_each_phase_has_its_mixture_and_goes_on_where_it_was():
     phases = [{"b": 0}, {"a": 1, "b": 4}]
     feed = Feed(TASKS, phases, 0)

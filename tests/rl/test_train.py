@@ -22,11 +22,14 @@ from cabochon.model import transformer as tf
 from cabochon.overrides import dump
 from cabochon.policy import open_policy
 from cabochon.rl import journal
+from cabochon.rl.evaluate import answer
 from cabochon.rl.learning import States
 from cabochon.rl.recipe import RlConfig
-from cabochon.rl.train import main, published_by
+from cabochon.rl.train import formats, main, published_by, tasks_of
+from cabochon.rl.worth import rewarded
 from cabochon.rollouts.sampler import Sampler
 from cabochon.testing import tiny_config, tiny_moe
+from cabochon.types import Completion, Rollout, Task, Verdict
 
 MODEL = tiny_moe(
     family="qwen3_moe", vocab_size=264, num_layers=2, layer_kinds=("moe", "moe"), head_dim=8, eos_ids=(260, 258),
@@ -209,6 +212,10 @@ def test_shapes_that_cannot_work_are_refused_with_the_recipe(place, changes, say
             "has the prompt of the training task",
         ),
         ({"tasks": {"train": ["{place}/train.jsonl", "{place}/train.jsonl"]}}, "is in two of the files"),
+        (
+            {"tasks": {"train": ["{place}/train.jsonl"], "held_out": ["{place}/held.jsonl", "{place}/held.jsonl"]}},
+            "tasks.held_out: the id 'held/0' is in two of the files",
+        ),
         ({"tasks": {"train": ["{place}/train.jsonl"], "shares": {"nothing": 1}}}, "domains d0, d1 only"),
     ],
 )
@@ -237,6 +244,84 @@ def test_runs_that_learn_nothing_are_stopped_in_their_first_steps(place, changes
             )
         )
     assert len(metrics(place / "run")) <= 3
+
+
+LONGER = {"sampling": {"max_tokens": 4}, "phases": [{"name": "b", "start": 2, "max_tokens": 7}]}
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "says"),
+    [
+        ("train", {}, "tasks.train: task 'long': the prompt's 26 tokens and max_tokens=8 do not fit in engine.len"),
+        ("held", {}, "tasks.held_out: task 'long': the prompt's 26 tokens and max_tokens=8 do not fit"),
+        ("train", {"sampling": {"max_tokens": 4}}, ""),
+        ("train", LONGER, "max_tokens=7"),
+        ("held", LONGER, "max_tokens=7"),
+        ("held", {"sampling": {"max_tokens": 8}, "phases": [{"name": "b", "start": 2, "max_tokens": 4}]}, ""),
+        (
+            "train",
+            {"sampling": {"max_tokens": 4},
+             "phases": [{"name": "b", "start": 2, "max_tokens": 7, "shares": {"long": 0}}]},
+            "",
+        ),
+        ("train", {"environment": {"tools": ["calculator"]}}, ""),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_leaves_no_room_is_named_before_anything_begins(place, file, changes, says):
+    long = {"id": "long", "prompt": "x" * 26, "verifier": "math", "payload": {"answer": "2"}, "domain": "long"}
+    with (place / f"{file}.jsonl").open("a") as tasks:
+        tasks.write(json.dumps(long) + "\n")
+    cfg = config(place, **changes)
+    if says:
+        with pytest.raises(UserError) as refused:
+            tasks_of(cfg)
+        assert says in str(refused.value)
+    else:
+        tasks_of(cfg)
+
+
+def test_the_tags_are_asked_of_whom_thinking_is_asked_of(place):
+    def values(prompt="1+1=", **changes):
+        c = Completion(
+            tokens=np.zeros(1, np.int32), logprobs=np.zeros(1, np.float32), mask=np.ones(1, bool), text="2",
+            finish="stop", policy_version=np.zeros(1, np.int32),
+        )  # fmt: skip
+        task = Task(id="t", prompt=prompt, verifier="math", payload={"answer": "2"})
+        cfg = config(place, reward={"format_penalty": 0.3, **changes.pop("reward", {})}, **changes)
+        one = [Rollout(task=task, completion=c, group=0, verdict=Verdict(score=1.0, status="ok"))]
+        return rewarded(cfg, one, {}, format_=formats(cfg, one)).reward_N.tolist()
+
+    assert values() == [1.0], "a plain completion loses nothing"
+    assert values(sampling={"max_tokens": 8, "thinking": {"max_tokens": 2}}) == [0.7]
+    assert values("Put your thoughts between <think> and </think>. 1+1=") == [0.7]
+    assert values([{"role": "system", "content": "Begin with <think>."}, {"role": "user", "content": "1+1="}]) == [0.7]
+
+
+def test_fewer_steps_than_are_done_are_refused_and_nothing_is_changed(place):
+    (place / "run/checkpoints/0003-step-45").mkdir(parents=True)
+    (place / "run/config.yaml").write_text(dump(config(place, steps=60)))
+    with pytest.raises(UserError, match="45 steps are done there, steps=20 has fewer: give steps=45 or more"):
+        main(config(place, steps=20), resume_anyway=True)
+    assert "steps: 60" in (place / "run/config.yaml").read_text()
+    assert sorted(p.name for p in (place / "run").iterdir()) == ["checkpoints", "config.yaml"]
+
+
+def test_evaluations_of_one_run_draw_alike_whatever_the_phase(place, monkeypatch):
+    drawn = []
+
+    def asked(engine, verifiers, tasks, sampling, seed, **more):
+        drawn.append((sampling.max_tokens, sampling.thinking))
+        return answer(engine, verifiers, tasks, sampling, seed, **more)
+
+    monkeypatch.setattr("cabochon.rl.train.answer", asked)
+    main(config(place, steps=2, eval={"every": 1}, phases=[{"name": "short", "start": 2, "max_tokens": 3}]))
+    assert drawn == [(3, None)] * 3, "before, in the first phase, in the last"
+
+
+def test_that_nothing_is_held_out_is_said_where_evaluations_are_asked_for(place):
+    main(config(place, steps=0, eval={"every": 1}, tasks={"train": [str(place / "train.jsonl")]}))
+    events = [json.loads(line) for line in (place / "run" / "events.jsonl").read_text().splitlines()]
+    assert [e["message"].split(":")[0] for e in events if e["event"] == "held out"] == ["tasks.held_out names no file"]
 
 
 GRADED = '''
