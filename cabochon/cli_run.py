@@ -69,7 +69,8 @@ def check(cabochon: Command, cfg: PipelineConfig) -> list[str]:
             if recipes:
                 own = words[0] if words[0] in OF_THE_COMMAND else None
                 stage = overrides.peek(recipes, settings, "stage") or own
-                overrides.load(cli_stages.schema_of(stage), recipes, settings)
+                where = overrides.origin(recipes, settings, "stage")
+                overrides.load(cli_stages.schema_of(stage, where), recipes, settings)
         except typer.TyperException as error:
             raise UserError(f"stage {name}: cabochon {shlex.join(words)}: {error.format_message()}") from None
         except UserError as error:

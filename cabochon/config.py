@@ -208,7 +208,7 @@ class TrainConfig(Frozen):
     lora: LoraConfig | None = None
     aux: AuxLossConfig = AuxLossConfig()
     seed: int = Field(0, ge=0, lt=2**32)
-    """of initialisation and of everything random in the run; LoRA's A begins the same for every seed"""
+    """of initialisation and of everything random in the run"""
 
 
 class SourceConfig(Frozen):

@@ -97,6 +97,8 @@ class LearnerConfig:
     """compute `TokenOutputs.entropy_BT`, one more pass over the logits"""
     value: bool = False
     """a scalar head, `params["value"]`, and `TokenOutputs.value_BT`"""
+    seed: int = 0
+    """of LoRA's A"""
     freeze_router: bool = False
     """routers keep their weights; gradients still pass through the gates"""
 
@@ -143,7 +145,7 @@ class Learner:
         """
         lora = self.cfg.lora_matrices
         if lora is not None:
-            params = add_lora(self.cfg.model, params, lora)
+            params = add_lora(self.cfg.model, params, lora, self.cfg.seed)
         params = value.with_head(self.cfg.model, params) if self.cfg.value else value.without_head(params)
 
         def make(params: tf.Params) -> TrainState:

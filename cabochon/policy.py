@@ -56,6 +56,7 @@ def learner_config(cfg: TrainConfig, entropy: bool = False) -> LearnerConfig:
         aux=cfg.aux,
         lora=cfg.lora,
         entropy=entropy,
+        seed=cfg.seed,
     )
 
 

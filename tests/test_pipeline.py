@@ -113,6 +113,14 @@ def test_a_setting_of_a_trained_stage_is_checked_by_its_recipe(tmp_path):
     assert not (tmp_path / "job").exists()
 
 
+def test_a_stage_that_is_none_is_named_with_its_file(tmp_path):
+    (tmp_path / "own.yaml").write_text("# mine\nstage: sfft\n")
+    (tmp_path / "job.yaml").write_text(f"dir: {tmp_path}/job\nstages:\n  first: [sft, {tmp_path}/own.yaml]\n")
+    cfg = pipeline.read([str(tmp_path / "job.yaml")])
+    with pytest.raises(UserError, match=rf"stage first: {tmp_path}/own.yaml:2: stage: there is no stage 'sfft'"):
+        cli_run.check(get_command(app), cfg)
+
+
 def test_a_dry_run_prints_the_commands_and_runs_none(recipe, tmp_path):
     shown = cabochon("run", recipe, "--dry-run", "--resume-anyway", "first.seed=7")
     assert shown.returncode == 0

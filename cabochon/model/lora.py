@@ -16,10 +16,10 @@ MATRICES = ("qkv", "out", "gate_up", "down")
 """What may be a target: attention, dense and shared feed-forward. Routed experts may not."""
 
 
-def add_lora(cfg: ModelConfig, params: tf.Params, lora: tf.Lora) -> tf.Params:
+def add_lora(cfg: ModelConfig, params: tf.Params, lora: tf.Lora, seed: int = 0) -> tf.Params:
     """The tree with fresh `lora_a` and `lora_b` beside each target; b = 0, so the function is the same.
 
-    Leaves that are there already stay. The draw depends on nothing but the shape. Raises UserError for a target that
+    Leaves that are there already stay. The draw depends on the shape and the seed. Raises UserError for a target that
     this model has no such matrix for.
     """
     everything = tf.abstract(cfg, tf.Lora(rank=1, alpha=1.0, targets=MATRICES))
@@ -37,7 +37,7 @@ def add_lora(cfg: ModelConfig, params: tf.Params, lora: tf.Lora) -> tf.Params:
     def merge(new: Any, old: Any) -> Any:
         return {k: merge(v, old.get(k, {})) if isinstance(v, dict) else old.get(k, v) for k, v in new.items()}
 
-    return {**params, "blocks": merge(draw(jax.random.key(0)), params["blocks"])}
+    return {**params, "blocks": merge(draw(jax.random.key(seed)), params["blocks"])}
 
 
 def merge_lora(params: tf.Params, lora: tf.Lora | None) -> tf.Params:

@@ -30,6 +30,14 @@ def test_merged_weights_are_the_same_function(cfg):
     np.testing.assert_allclose(forward(merged, None), want, atol=1e-4)
 
 
+def test_what_is_added_is_drawn_from_the_seed():
+    cfg = tiny_config()
+    plain = tf.init(cfg, jax.random.key(0))
+    a, b, again = (jax.tree.leaves(add_lora(cfg, plain, LORA, seed)) for seed in (1, 2, 1))
+    assert any(not np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert all(np.array_equal(x, y) for x, y in zip(a, again, strict=True))
+
+
 def test_shared_experts_can_be_targets_and_routed_ones_cannot():
     sparse = tiny_moe(layer_kinds=("moe",) * 4)
     leaves = add_lora(sparse, tf.init(sparse, jax.random.key(0)), tf.Lora(rank=1, alpha=1.0, targets=("down",)))
