@@ -133,6 +133,6 @@ def paired_test(
         low, high = mean - half, mean + half
     # a difference within rounding of the observed one is as extreme
     extreme = int((np.abs(signs @ d) >= abs(d.sum()) * (1 - 1e-12)).sum()) + extra
-    if min(a.min(), b.min()) >= 0 and max(a.max(), b.max()) <= 1:
+    if math.isfinite(low) and min(a.min(), b.min()) >= 0 and max(a.max(), b.max()) <= 1:
         low, high = max(low, -1.0), min(high, 1.0)
     return Paired(mean, low, high, extreme / (len(signs) + extra))

@@ -4,6 +4,7 @@ knows other rooms; `cabochon eval` and the evaluations of a run come here."""
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -298,12 +299,7 @@ def as_table(report: dict[str, Any]) -> str:
                 lines.append(f"  {_name(e):{width}}  no task could be judged")
                 continue
             m, paired = d["mean"], e.get("against_first", {}).get(domain)
-            difference = (
-                ""
-                if paired is None
-                else f"{_points(paired['difference'])} points [{_points(paired['low'])}, {_points(paired['high'])}], "
-                     f"p {paired['p']:.3g}"
-            )
+            difference = "" if paired is None else _told(paired)
             interval = f"{m['low']:.1%} - {m['high']:.1%}"
             lines.append(f"  {_name(e):{width}}  {m['mean']:6.1%}  {interval:>15}  "
                          + "  ".join(f"{d.get(k, float('nan')):{max(7, len(k))}.1%}" for k in ks)
@@ -312,6 +308,12 @@ def as_table(report: dict[str, Any]) -> str:
         lines += [f"  {name}: the judge could not be read on {x} of the tasks with a right answer; CoT-Pass@K leaves "
                   "them out, and is too low" for name, x in unread.items()]  # fmt: skip
     return "\n".join(lines)
+
+
+def _told(paired: dict[str, float]) -> str:
+    known = math.isfinite(paired["low"])
+    interval = f"[{_points(paired['low'])}, {_points(paired['high'])}]" if known else "(too few tasks for an interval)"
+    return f"{_points(paired['difference'])} points {interval}, p {paired['p']:.3g}"
 
 
 def _points(difference: float) -> str:

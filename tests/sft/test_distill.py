@@ -154,7 +154,7 @@ def test_what_does_not_go_together_is_refused(tmp_path, sums, teacher):
     file.write_text(file.read_text().replace('"B"', '"\\u4e00"'))
     with pytest.raises(UserError, match=r"token 66 is 'B' there, '一' in .*other; distillation needs one vocabulary"):
         main(config(tmp_path / "a", sums, teacher, model={"address": str(other)}), engine=no_engine)
-    small = MODEL.model_copy(update={"vocab_size": 200})
+    small = MODEL.model_copy(update={"vocab_size": 200, "eos_ids": ()})
     with pytest.raises(UserError, match=r"model.scratch.vocab_size=200: the teacher's tokenizer needs 263 or more"):
         main(config(tmp_path / "b", sums, teacher, model={"scratch": small.model_dump(mode="json")}), engine=no_engine)
     with pytest.raises(UserError, match=r"sums.jsonl:1: 4 prompt tokens and on_policy.max_tokens=30 do not fit"):

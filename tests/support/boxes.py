@@ -27,6 +27,6 @@ def opened(kind: str, limits: Limits | None = None, warm: int = 2) -> AnySandbox
 
 def judged(verifier: CodeVerifier, source: str, tests: list[str] | str, **payload: object) -> Verdict:
     """On a program and its tests: statements, a file of test functions, or HumanEval's `check`."""
-    tests = tests if "def test_" in tests or "def check(" in tests or isinstance(tests, list) else [tests]
+    tests = tests if "def test_" in tests or "def check(candidate" in tests or isinstance(tests, list) else [tests]
     task = Task(id="t", prompt="", verifier="code", payload={"tests": tests, **payload})
     return verifier.verify(task, f"```python\n{source}\n```")
