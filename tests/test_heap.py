@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,17 @@ def test_large_buffers_lie_in_huge_pages_and_arguments_survive():
     run = lambda more: subprocess.run(  # noqa: E731
         [sys.executable, "-c", HUGE, "a b"], capture_output=True, text=True, check=True, env={**environment, **more}
     ).stdout.rsplit(maxsplit=1)
-    with contextlib.suppress(OSError):  # root's; where memory is in small pieces there are no huge pages to be had
-        Path("/proc/sys/vm/compact_memory").write_text("1")
-    words, huge_kb = run({})
-    assert words == "a b"
-    assert int(huge_kb) > 200 << 10
+    huge_kb = 0
+    for _ in range(20):  # free memory lies in small pieces while others work: the kernel finds large ones or does not
+        with contextlib.suppress(OSError):  # root's
+            Path("/proc/sys/vm/compact_memory").write_text("1")
+        words, found = run({})
+        assert words == "a b"
+        huge_kb = max(huge_kb, int(found))
+        if huge_kb > 200 << 10:
+            break
+        time.sleep(1)
+    assert huge_kb > 200 << 10
     assert int(run({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"})[1]) < 50 << 10, "the user's own setting stands"
 
 
