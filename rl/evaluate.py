@@ -225,23 +225,21 @@ def summary(answered: Sequence[Answered]) -> dict[str, Any]:
     out["mean"] = over_problems([float(np.nanmean(a.score_n)) for a in known])._asdict()
     whole = [a for a in known if not np.isnan(a.score_n).any()]
     n = len(known[0].score_n)
-    for k in (1 << i for i in range(n.bit_length()) if 1 << i <= n):
-        if not whole:
-            break
+    ks = [1 << i for i in range(n.bit_length()) if 1 << i <= n]
+    for k in ks if whole else ():
         out[f"pass@{k}"] = float(np.mean([pass_at_k(n, int((a.score_n == 1).sum()), k) for a in whole]))
         if k > 1:
             out[f"maj@{k}"] = float(np.mean([majority_at_k(_classes(a), (a.score_n == 1).tolist(), k) for a in whole]))
-    return out | _cot(whole, n)
+    return out | _cot(whole, n, ks)
 
 
-def _cot(whole: Sequence[Answered], n: int) -> dict[str, Any]:
+def _cot(whole: Sequence[Answered], n: int, ks: Sequence[int]) -> dict[str, Any]:
     """CoT-Pass@K (2506.14245), where reasoning was judged: pass@k of the answers whose reasoning is right too, by the
     majority of votes; `reasoning` has it by any and all votes, what share of right answers is soundly reasoned, and on
     how many tasks the judge could not be read (they are left out)."""
     read = [a for a in whole if a.sound_n and not np.isnan(a.sound_n["majority"]).any()]
     if not read:
         return {"reasoning": {"unread": len(whole)}} if any(a.sound_n for a in whole) else {}
-    ks = [1 << i for i in range(n.bit_length()) if 1 << i <= n]
     found = {how: {k: float(np.mean([pass_at_k(n, int(a.sound_n[how].sum()), k) for a in read])) for k in ks}
              for how in COUNTED}  # fmt: skip
     about = {"any": found["any"], "all": found["all"], "unread": len(whole) - len(read)}

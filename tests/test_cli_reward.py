@@ -186,6 +186,34 @@ def test_a_judge_of_pairs_by_one_setting(tmp_path, monkeypatch, labelled, model)
         load(JudgeRun, [], ["pairwise=true", "judge.calibration.slope=2.0"])
 
 
+class Three:
+    """Votes yes, yes and no on whatever it is asked."""
+
+    model_id, specials = "three", ()
+
+    def ask(self, prompts, choices, **_):
+        said = [Reading(status="ok", probabilities=(1 - yes, yes)) for yes in (0.9, 0.8, 0.1)]
+        return [said for _ in prompts]
+
+
+def test_eval_asks_a_judge_of_the_reasoning_behind_right_answers(tmp_path, monkeypatch, model, tasks):
+    asked = []
+    monkeypatch.setattr(cli_reward, "open_asker", lambda address, run: asked.append((address, run.judge)) or Three())
+    words = ("eval", model, "--tasks", tasks, "--samples", "2", "--max-tokens", "4", "--out", tmp_path / "e.json")
+    assert "CoT" not in cabochon(*words)
+    assert "CoT-Pass@2" in cabochon(*words, "--judge", "j")
+    assert asked == [("j", COT)]
+    report = json.loads((tmp_path / "e.json").read_text())
+    found = report["evaluations"][0]["domains"]["all"]
+    assert 0 < found["pass@1"] < 1, "some are right, some are not"
+    assert found["CoT-Pass@1"] == found["reasoning"]["any"]["1"] == found["pass@1"], "two of three votes are a majority"
+    assert found["reasoning"]["all"]["1"] == 0.0
+    assert (found["reasoning"]["sound"], report["asked"]["judge"]) == (1.0, "j")
+    (tmp_path / "pairs.yaml").write_text("stage: judge\npairwise: true\n")
+    with pytest.raises(UserError, match=r"--judge-recipe .*pairs\.yaml: compares two"):
+        cabochon(*words, "--judge", "j", "--judge-recipe", tmp_path / "pairs.yaml")
+
+
 class Even:
     """Judges of any two that neither is better."""
 

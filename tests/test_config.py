@@ -3,12 +3,16 @@
 import ast
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from cabochon import config
 from cabochon.config import MeshConfig, OptimConfig, PolicyConfig, StepConfig, TrainConfig, UpcycleConfig
 from cabochon.errors import UserError
+from cabochon.learner import Learner, cross_entropy
+from cabochon.model import transformer as tf
 from cabochon.overrides import keys_of, load
 from cabochon.policy import learner_config
 
@@ -86,6 +90,18 @@ def test_no_key_is_dead():
             read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     keys = {str(key[-1]) for schema in (TrainConfig, config.UpcycleRun) for key in keys_of(schema)}
     assert keys - read <= set(config.AXES)  # which `MeshConfig.shape`, tested above, reads
+
+
+def test_the_seed_draws_what_lora_adds():
+    def added(seed):
+        cfg = load(TrainConfig, ["tiny-dense"], ["lora.rank=2", f"seed={seed}"])
+        learner = Learner(learner_config(cfg), cross_entropy)
+        state = learner.init_state(tf.init(learner.cfg.model, jax.random.key(0)))
+        leaves = jax.tree_util.tree_leaves_with_path(state.params)
+        return np.concatenate([np.ravel(x) for path, x in leaves if path[-1].key == "lora_a"])
+
+    np.testing.assert_array_equal(added(3), added(3))
+    assert (added(3) != added(4)).mean() > 0.99
 
 
 @pytest.mark.parametrize(

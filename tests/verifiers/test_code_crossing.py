@@ -2,34 +2,13 @@
 
 # ruff: noqa: E501 (programs are data, one a line)
 
-
 import pytest
-from boxes import ISOLATED, judged, opened
+from boxes import check, judged, verifiers
 
-from cabochon.verifiers.code import CodeVerifier
 from cabochon.verifiers.sandbox.base import Limits
 
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=8.0, memory_bytes=400 << 20)
-
-
-@pytest.fixture(params=ISOLATED)
-def both(request):
-    with opened(request.param, LIMITS) as box:
-        yield CodeVerifier(box, limits=LIMITS)
-
-
-@pytest.fixture(scope="module")
-def verifier():
-    with opened("bubblewrap", LIMITS) as box:
-        yield CodeVerifier(box, limits=LIMITS)
-
-
-def check(verifier, tests, right, wrong):
-    """As in one process, the right program is paid and the wrong one is not."""
-    verdict = judged(verifier, right, tests)
-    assert verdict.status == "ok", verdict
-    verdict = judged(verifier, wrong, tests)
-    assert (verdict.status, verdict.score) == ("wrong", 0.0), verdict
+both, verifier = verifiers(LIMITS)
 
 
 ALIAS = {

@@ -4,7 +4,7 @@ partial scores, functions that call each other across the line, and what is the 
 # ruff: noqa: E501 (programs are data, one a line)
 
 import pytest
-from boxes import ISOLATED, judged, opened
+from boxes import judged, verifiers
 
 from cabochon.types import Task
 from cabochon.verifiers.code import CodeVerifier
@@ -14,18 +14,7 @@ from cabochon.verifiers.sandbox.session import Stopped
 from cabochon.verifiers.sandbox.wire import pack
 
 LIMITS = Limits(wall_seconds=10.0, cpu_seconds=4.0, memory_bytes=400 << 20)
-
-
-@pytest.fixture(scope="module", params=ISOLATED)
-def both(request):
-    with opened(request.param, LIMITS) as box:
-        yield CodeVerifier(box, limits=LIMITS)
-
-
-@pytest.fixture(scope="module")
-def verifier():
-    with opened("bubblewrap", LIMITS) as box:
-        yield CodeVerifier(box, limits=LIMITS)
+both, verifier = verifiers(LIMITS)
 
 
 @pytest.mark.parametrize(

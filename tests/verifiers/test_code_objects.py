@@ -2,14 +2,13 @@
 
 # ruff: noqa: E501 (programs are data, one a line)
 
-
 import pytest
-from boxes import judged, opened
+from boxes import check, verifiers
 
-from cabochon.verifiers.code import CodeVerifier
 from cabochon.verifiers.sandbox.base import Limits
 
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=8.0, memory_bytes=400 << 20)
+_, verifier = verifiers(LIMITS)
 S = "class Shape:\n    def area(self): return 0\nclass Circle(Shape):\n    def __init__(self, r): self.r = r\n    def area(self): return 3 * self.r ** 2\nclass Ring(Circle): pass\ndef make(r): return Ring(r)\n"
 E_ = "from enum import Enum\nclass Color(Enum):\n    RED = 1\n    GREEN = 2\n    CRIMSON = 1\ndef pick(n): return Color(n)\n"
 V = """
@@ -95,20 +94,6 @@ def find(n):
 
 def t(body):
     return "try:\n    " + body[0] + "\n    raise RuntimeError('nothing raised')\nexcept " + body[1] + ":\n    " + "\n    ".join(body[2:]) + "\nassert True"
-
-
-@pytest.fixture(scope="module")
-def verifier():
-    with opened("bubblewrap", LIMITS) as box:
-        yield CodeVerifier(box, limits=LIMITS)
-
-
-def check(verifier, tests, right, wrong):
-    """As in one process, the right program is paid and the wrong one is not."""
-    verdict = judged(verifier, right, tests)
-    assert verdict.status == "ok", verdict
-    verdict = judged(verifier, wrong, tests)
-    assert (verdict.status, verdict.score) == ("wrong", 0.0), verdict
 
 
 CLASSES = {
