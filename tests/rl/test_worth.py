@@ -72,6 +72,7 @@ def test_a_group_is_kept_where_a_reward_model_will_have_a_say(combine, kept):
     groups = {"silent": SILENT, "right": RIGHT, "wrong": WRONG, "failed": FAILED}
     assert {name for name, said in groups.items() if worth_learning(cfg, group(*said))} == kept
     assert worth_learning(cfg, group(*MIXED))
+    assert not worth_learning(cfg, group(FAILED[0], SILENT[0])), "one reward differs from nothing"
 
 
 def test_a_model_that_is_missing_was_not_asked():
