@@ -15,6 +15,7 @@ from cabochon.errors import UserError
 
 if TYPE_CHECKING:
     from cabochon.model.config import ModelConfig
+    from cabochon.model.upcycle import ParameterCounts
 
 Address = Annotated[
     str, typer.Argument(metavar="SRC", help="a directory, a .gguf file, hf:owner/name or smollm2-135m-instruct")
@@ -36,7 +37,7 @@ def inspect(source: Address, as_json: Json = False) -> None:
     found = resolve(source)
     config = read_config(found.path)
     if as_json:
-        parts = {name: {"total": total, "active": active} for name, (total, active) in count_parts(config).items()}
+        parts = {name: vars(counts) for name, counts in _parts_and_total(config).items()}
         print(json.dumps({"path": str(found.path), "config": config.model_dump(mode="json"), "parameters": parts}))
     else:
         print(f"{source}: {describe(config)}\n{table(config)}")
@@ -130,44 +131,18 @@ def describe(config: ModelConfig) -> str:
     return text + f"{config.vocab_size:,} tokens"
 
 
-def count_parts(config: ModelConfig) -> Mapping[str, tuple[int, int]]:
-    """Parameters per part of the model, (in all, active for one token); the parts add up to `total`."""
-    import math
-
-    from cabochon.model.hf_names import leaf_shapes
-
-    def part_of(path: tuple[str, ...]) -> str:
-        match path:
-            case ("embed" | "head", *_):
-                return "embedding and head"
-            case (*_, "attn", _, _):
-                return "attention"
-            case (*_, "mlp", _, _):
-                return "dense feed-forward"
-            case (*_, "shared", _, _):
-                return "shared expert"
-            case (*_, "router", _):
-                return "router"
-            case (*_, "moe", _):
-                return "experts"
-            case _:
-                return "norms"
-
-    parts: dict[str, tuple[int, int]] = {}
-    for path, shape in leaf_shapes(config).items():
-        name, size = part_of(path), math.prod(shape)
-        active = size // config.moe.num_experts * config.moe.top_k if config.moe and name == "experts" else size
-        total_so_far, active_so_far = parts.get(name, (0, 0))
-        parts[name] = (total_so_far + size, active_so_far + active)
-    totals, actives = zip(*parts.values(), strict=True)
-    return {**parts, "total": (sum(totals), sum(actives))}
-
-
 def table(config: ModelConfig) -> str:
     """The parameter report: a line per part, the total last, and what it weighs."""
-    rows = [(name, f"{total:,}", f"{active:,}") for name, (total, active) in count_parts(config).items()]
-    rows.insert(0, ("part", "parameters", "active per token"))
+    counts = _parts_and_total(config)
+    rows = [("part", "parameters", "active per token")]
+    rows += [(name, f"{n.total:,}", f"{n.active:,}") for name, n in counts.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [f"{name:{widths[0]}}  {total:>{widths[1]}}  {active:>{widths[2]}}" for name, total, active in rows]
-    total = count_parts(config)["total"][0]
+    total = counts["total"].total
     return "\n".join([*lines, f"weights: {total * 4 / 1e9:.2f} GB in float32, {total * 2 / 1e9:.2f} GB in bfloat16"])
+
+
+def _parts_and_total(config: ModelConfig) -> Mapping[str, ParameterCounts]:
+    from cabochon.model.upcycle import parameter_counts, parameter_parts
+
+    return {**parameter_parts(config), "total": parameter_counts(config)}

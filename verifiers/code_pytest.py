@@ -67,7 +67,14 @@ def uncrossable(trees: Sequence[ast.AST], wanted: Set[str], modules: Set[str]) -
 
 
 def count_tests(tree: ast.Module) -> int:
-    """How many tests the file holds; a parametrized one counts as many as its rows where they are written out."""
+    """How many tests the file holds; a parametrized one counts as many as its rows where they are written out, and
+    those that are made while the file runs as one.
+
+    Raises ValueError where there is none and nothing that could become one.
+    """
+    named = (getattr(node, "name", getattr(node, "value", None)) for node in ast.walk(tree))
+    if not any(isinstance(name, str) and name.startswith("test") for name in named):
+        raise ValueError("the task's test file holds no test: no function or method has a name that begins with test")
     found = [f for f in tree.body if isinstance(f, _Function) and f.name.startswith("test")]
     total = sum(_rows(f) for f in found)
     for c in (n for n in tree.body if isinstance(n, ast.ClassDef)):

@@ -108,7 +108,7 @@ def _guess(payload: Mapping[str, Any]) -> str:
     if "calls" in payload:
         return "calls"
     tests = payload.get("tests", payload.get("test"))
-    if isinstance(tests, str) and ("unittest" in tests or "import pytest" in tests or "def test" in tests):
+    if isinstance(tests, str) and ("def test" in tests or "TestCase" in tests):
         return "unittest"
     return "asserts"
 
@@ -164,6 +164,11 @@ def helpers_of(prompt: str, entry: str) -> str:
     return ast.unparse(ast.Module(body=keep, type_ignores=[])) if keep else ""
 
 
+def _refuse_lacking(tree: ast.Module) -> None:
+    if lacking := unsupported(tree):
+        raise ValueError(f"the task's tests need what is not there: {lacking}")
+
+
 def _refuse(trees: Sequence[ast.AST], wanted: Iterable[str], modules: Iterable[str]) -> None:
     lacking = uncrossable(trees, set(wanted), set(modules))
     if lacking:
@@ -177,6 +182,8 @@ def _assert_plan(
     trees = [_parse(s, "tests") for s in sources]
     setup_tree, helper_tree = _parse(setup, "set-up"), _parse(helpers, "helpers")
     wanted, imports = _names([*trees, setup_tree], _defined([helper_tree]), entry)
+    for tree in (*trees, setup_tree):
+        _refuse_lacking(tree)
     _refuse([*trees, setup_tree], wanted, ())
     attributes = _attribute_roots([*trees, setup_tree])  # before assertions are rewritten, which adds one
     before = ("\n".join(imports), helpers, ast.unparse(setup_tree))
@@ -194,13 +201,14 @@ def _assert_plan(
 
 
 def _split(tree: ast.Module, entry: str) -> list[Unit]:
-    """One unit per top-level assertion or call; definitions are set-up. `check(candidate)` is called if nobody does."""
+    """One unit per top-level assertion, `with pytest.raises` or call; definitions are set-up. `check(candidate)` is
+    called if nobody does."""
     units: list[Unit] = []
     called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
     checks = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"}
     asserted = max(1, sum(isinstance(n, ast.Assert) for n in checks["check"].body)) if checks else 1
     for node in tree.body:
-        if isinstance(node, ast.Assert):
+        if isinstance(node, ast.Assert) or (isinstance(node, ast.With) and ".raises(" in ast.unparse(node.items[0])):
             label = ast.unparse(node)[:500]
             units.append(
                 Unit(label=label, source=ast.unparse(_Asserts().visit(ast.Module(body=[node], type_ignores=[]))))
@@ -320,9 +328,7 @@ def _names(trees: Sequence[ast.AST], known: set[str], entry: str) -> tuple[tuple
 def _file_plan(source: str, setup: str, module: str) -> FunctionPlan:
     """A unittest or pytest file that imports the program from `module`, or uses its names as globals."""
     tree = _parse(f"{setup}\n{source}" if setup else source, "tests")
-    lacking = unsupported(tree)
-    if lacking:
-        raise ValueError(f"the task's test file needs what is not here: {lacking}")
+    _refuse_lacking(tree)
     tests = count_tests(tree)
     wanted: set[str] = set()
     aliases: set[str] = set()

@@ -27,6 +27,8 @@ class RopeConfig(_Frozen):
     """yarn: rotations above which a frequency is left alone"""
     beta_slow: float = Field(1.0, gt=0)
     """yarn: rotations below which a frequency is fully interpolated"""
+    truncate: bool = True
+    """yarn: the dims at which the ramp begins and ends are whole numbers"""
     attention_factor: float | None = Field(None, gt=0)
     """yarn: scale of cos and sin; None means 0.1 ln(factor) + 1"""
     low_freq_factor: float = Field(1.0, gt=0)

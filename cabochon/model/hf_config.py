@@ -337,8 +337,9 @@ def _rope(get: _Reader, raw: Mapping[str, Any], file: str) -> RopeConfig:
     if kind != "linear":
         out["original_max_positions"] = original
     if kind == "yarn":
-        if scaling.get("truncate", True) is not True:
-            raise UserError(f"{file}: {key}.truncate: false is not supported; nearest is true")
+        if not isinstance(scaling.get("truncate", True), bool):
+            raise UserError(f"{file}: {key}.truncate: expected true or false, got {scaling['truncate']!r}")
+        out["truncate"] = scaling.get("truncate", True)
         out |= {"beta_fast": scaling.get("beta_fast") or 32, "beta_slow": scaling.get("beta_slow") or 1}
         out["attention_factor"] = _attention_factor(scaling, factor, f"{file}: {key}")
     if kind == "llama3":

@@ -55,9 +55,10 @@ def to_hf(config: ModelConfig, *, dtype: str = "float32", classifier: bool = Fal
         out["norm_topk_prob"] = moe.gate == "topk_softmax"
     if family == "olmoe":
         out["clip_qkv"] = config.clip_qkv
-    if family == "qwen3_moe" and moe:
+    if family == "qwen3_moe":
         dense = [i for i, kind in enumerate(config.kinds) if kind == "dense"]
-        out |= {"decoder_sparse_step": 1, "mlp_only_layers": dense, "moe_intermediate_size": moe.ffn_dim}
+        out |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+        out |= {"moe_intermediate_size": moe.ffn_dim} if moe else {"num_experts": 0}
     if family.startswith("qwen"):
         out |= {"use_sliding_window": windows != {0}, "sliding_window": max(windows) or None}
     if family in ("qwen2", "qwen3"):
@@ -78,7 +79,7 @@ def _rope_to_hf(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
     if rope.kind in ("yarn", "llama3"):
         out["original_max_position_embeddings"] = rope.original_max_positions
     if rope.kind == "yarn":
-        out |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        out |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
         if rope.attention_factor is not None:
             out["attention_factor"] = rope.attention_factor
     if rope.kind == "llama3":
@@ -112,7 +113,6 @@ def _no_place_for(config: ModelConfig) -> str | None:
     problems = {
         "layer_kinds: dense layers": sparse_only and "dense" in config.kinds,
         "layer_kinds: moe layers": dense_only and "moe" in config.kinds,
-        "layer_kinds: no moe layer at all": family == "qwen3_moe" and "moe" not in config.kinds,
         "moe.shared_ffn_dim: a shared expert": moe is not None and bool(moe.shared_ffn_dim),
         "moe.aux_free_bias: a selection bias": moe is not None and moe.aux_free_bias,
         "moe.gate=softmax_topk: gates that do not sum to 1":

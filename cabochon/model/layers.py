@@ -123,8 +123,10 @@ def rope_frequencies(cfg: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]
             def turns_at(n: float) -> float:  # the dim whose frequency makes n turns over the original context
                 return head_dim * math.log(cfg.original_max_positions / (n * 2 * math.pi)) / (2 * math.log(cfg.theta))
 
-            low = max(math.floor(turns_at(cfg.beta_fast)), 0)
-            high = min(math.ceil(turns_at(cfg.beta_slow)), head_dim - 1)
+            low, high = turns_at(cfg.beta_fast), turns_at(cfg.beta_slow)
+            if cfg.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, head_dim - 1)
             ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0, 1)
             scale = cfg.attention_factor or (0.1 * math.log(cfg.factor) + 1 if cfg.factor > 1 else 1.0)
             return (inv * (1 - ramp) + inv / cfg.factor * ramp).astype(np.float32), scale

@@ -33,16 +33,39 @@ class ParameterCounts:
     active: int
 
 
-def parameter_counts(config: ModelConfig) -> ParameterCounts:
-    """Counts by arithmetic on the config alone."""
-    total = active = 0
+def parameter_parts(config: ModelConfig) -> Mapping[str, ParameterCounts]:
+    """Counts per part of the model, by arithmetic on the config alone."""
+    parts: dict[str, ParameterCounts] = {}
     for path, shape in leaf_shapes(config).items():
-        size = math.prod(shape)
-        total += size
-        if path[-2] == "moe" and config.moe is not None:  # gate_up and down of the routed experts
-            size = size // config.moe.num_experts * config.moe.top_k
-        active += size
-    return ParameterCounts(total=total, active=active)
+        name, size = _part_of(path), math.prod(shape)
+        active = size // config.moe.num_experts * config.moe.top_k if config.moe and name == "experts" else size
+        before = parts.get(name, ParameterCounts(total=0, active=0))
+        parts[name] = ParameterCounts(total=before.total + size, active=before.active + active)
+    return parts
+
+
+def parameter_counts(config: ModelConfig) -> ParameterCounts:
+    """Counts of the whole model."""
+    parts = parameter_parts(config).values()
+    return ParameterCounts(total=sum(p.total for p in parts), active=sum(p.active for p in parts))
+
+
+def _part_of(path: Path) -> str:
+    match path:
+        case ("embed" | "head", *_):
+            return "embedding and head"
+        case (*_, "attn", _, _):
+            return "attention"
+        case (*_, "mlp", _, _):
+            return "dense feed-forward"
+        case (*_, "shared", _, _):
+            return "shared expert"
+        case (*_, "router", _):
+            return "router"
+        case (*_, "moe", _):
+            return "experts"
+        case _:
+            return "norms"
 
 
 def upcycled_config(

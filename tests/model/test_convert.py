@@ -30,10 +30,11 @@ FAMILIES = {
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3_moe-hybrid": ("Qwen3Moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
                                       "moe_intermediate_size": 24, "decoder_sparse_step": 2, "norm_topk_prob": True}),
+    "qwen3_moe-all-dense": ("Qwen3Moe", {"head_dim": 16, "mlp_only_layers": [0, 1, 2]}),
     "mixtral-windowed": ("Mixtral", {"num_local_experts": 4, "sliding_window": 5}),
     "olmoe-clipped": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.8, "eos_token_id": 3}),
 }  # fmt: skip
-SPARSE = [name for name in FAMILIES if "moe" in name or "mixtral" in name]
+SPARSE = [name for name, (_, keys) in FAMILIES.items() if {"num_experts", "num_local_experts"} & set(keys)]
 
 
 def theirs(name, **extra):
@@ -128,6 +129,7 @@ ROPES = {
     "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 16},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn-unrounded": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False},
 }  # fmt: skip
 
 

@@ -117,6 +117,8 @@ ROPES = [
                 attention_factor=1.1386294361119891 / 1.0693147180559945)),
     ({"rope_type": "yarn", "original_max_position_embeddings": 16, "attention_factor": 1.2},
      RopeConfig(kind="yarn", theta=1e4, factor=4, original_max_positions=16, attention_factor=1.2)),
+    ({"rope_type": "yarn", "factor": 4.0, "truncate": False},
+     RopeConfig(kind="yarn", theta=1e4, factor=4, original_max_positions=64, truncate=False)),
 ]  # fmt: skip
 
 
@@ -147,7 +149,8 @@ def test_static_ntk_is_written_as_its_base():
         ({"rope_scaling": {"rope_type": "linaer", "factor": 2}}, "(unknown); nearest is linear"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor: missing"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "rope_scaling.low_freq_factor: missing"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "truncate": False}}, "rope_scaling.truncate: false"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "truncate": 0}},
+         "rope_scaling.truncate: expected true or false, got 0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported; nearest is 1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: {...} is not supported"),
         ({"rope_interleaved": True}, "rope_interleaved: True"),

@@ -77,6 +77,38 @@ def test_an_object_of_the_program_is_no_fixture(verifier):
 
 
 @pytest.mark.parametrize(
+    "tests",
+    ["import pytest\nassert f(2) == 4\nwith pytest.raises(TypeError):\n    f('a')\n",
+     "import pytest\ndef check(candidate):\n    assert candidate(2) == 4\n    with pytest.raises(TypeError): candidate('a')\n",
+     "import pytest\ndef check(candidate):\n    assert candidate(2) == pytest.approx(4.0000001)\n"],
+)  # fmt: skip
+def test_assertions_outside_a_test_file_may_use_pytest(verifier, tests):
+    task = Task(id="t", prompt="", verifier="code", payload={"tests": tests, "entry_point": "f"})
+    assert verifier.verify(task, f"```python\n{RIGHT}\n```").status == "ok"
+    assert verifier.verify(task, "```python\ndef f(x): return 3 if x == 2 else 1 + x\n```").status == "wrong"
+    verdict = verifier.verify(task, "```python\ndef f(x): raise ModuleNotFoundError('no')\n```")
+    assert (verdict.status, verdict.score) == ("wrong", 0.0)
+
+
+@pytest.mark.parametrize(
+    "tests",
+    ["import nothing_here\nassert f(2) == 4", "import nothing_here.at_all as n\ndef check(candidate): assert n.f(candidate(2))",
+     "import pytest, nothing_here\ndef test_f(): assert f(2) == 4",
+     "def test_f():\n    import nothing_here\n    assert f(2) == 4",
+     "import unittest\nclass T(unittest.TestCase):\n    def test_f(self):\n        from nothing_here import x\n        f(2)"],
+)  # fmt: skip
+def test_tests_that_import_what_is_not_there_are_an_unusable_task(verifier, tests):
+    """Whatever the program does; but an error of that name that the program raises is its own."""
+    task = Task(id="t", prompt="", verifier="code", payload={"tests": tests, "entry_point": "f"})
+    for program in (RIGHT, WRONG):
+        with pytest.raises(ValueError, match=r"import what the sandbox does not have: .*nothing_here"):
+            verifier.verify(task, f"```python\n{program}\n```")
+    tests = "try: import nothing_here\nexcept ImportError: pass\nassert f(2) == 4"
+    guarded = Task(id="t", prompt="", verifier="code", payload={"tests": tests})
+    assert verifier.verify(guarded, f"```python\n{RIGHT}\n```").status == "ok"
+
+
+@pytest.mark.parametrize(
     ("tests", "words"),
     [
         ("@pytest.mark.xfail\ndef test_x(): assert f(2) == 5\n", "pytest.mark.xfail"),
@@ -100,7 +132,7 @@ def test_an_object_of_the_program_is_no_fixture(verifier):
     ],
 )  # fmt: skip
 def test_files_that_need_more_are_refused(tests, words):
-    with pytest.raises(ValueError, match=f"needs what is not here: .*{words}"):
+    with pytest.raises(ValueError, match=f"need what is not there: .*{words}"):
         plan_of({"tests": HEAD + tests, "kind": "unittest"})
 
 

@@ -93,10 +93,21 @@ def test_cases():
 
 
 def test_test_files():
-    plan = plan_of({"tests": "import unittest\nfrom solution import f, Box\nclass T(unittest.TestCase): pass"})
+    plan = plan_of({"tests": "import unittest\nfrom solution import f, Box\nclass T(unittest.TestCase):\n    def test_a(self): f(Box())"})
     assert (plan.wanted, plan.classes, plan.bare_names, plan.collect) == (("Box", "f"), ("Box",), False, True)
     plan = plan_of({"tests": "import mine as m\ndef test_a():\n    assert m.f(1) == m.g(2)", "module": "mine"})
     assert plan.wanted == ("f", "g")
+    made = "import unittest\nclass T(unittest.TestCase): pass\nfor i in 1, 2: setattr(T, f'test_{i}', lambda s: f(i))"
+    assert plan_of({"tests": made}).collect
+
+
+def test_assertions_that_only_import_a_framework_are_no_test_file():
+    raises = "with pytest.raises(TypeError):\n    f('a')"
+    plan = plan_of({"tests": f"import pytest\nfrom unittest.mock import Mock\nassert f(1) == 2\n{raises}"})
+    assert not plan.collect
+    assert [unit.label for unit in plan.units if unit.tests] == ["assert f(1) == 2", raises]
+    with pytest.raises(ValueError, match=r"need what is not there: pytest\.warns"):
+        plan_of({"tests": "import pytest\nassert f(1) == 2\nwith pytest.warns(UserWarning): f(2)"})
 
 
 @pytest.mark.parametrize(
@@ -112,6 +123,8 @@ def test_test_files():
         ({"calls": [{"args": [], "expected": 1}]}, "entry_point"),
         ({"kind": "odd", "tests": ["assert f()"]}, "must be asserts, calls, stdio or unittest"),
         ({"kind": "unittest", "tests": "def test_a():\n    assert 1"}, "uses nothing of the program"),
+        ({"kind": "unittest", "tests": "import unittest\nassert f(1) == 2"}, "holds no test"),
+        ({"tests": "import unittest\nclass T(unittest.TestCase):\n    def check_a(self): f(1)"}, "holds no test"),
     ],
 )
 def test_unusable_tasks(payload, words):

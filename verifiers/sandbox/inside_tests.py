@@ -292,6 +292,8 @@ class Recorder:
         self.host.channel.send(b"U" + pack((label, True, {})))
 
     def fail(self, label: str, error: BaseException) -> None:
+        if type(error) is ModuleNotFoundError and self.host.last_error != "ModuleNotFoundError":
+            self.host.verdict("unusable", f"the task's tests import what the sandbox does not have: {_text(error)}")
         self.total += 1
         self.failed += 1
         got = getattr(error, "cabochon_values", None) if type(error) is AssertionError else None
@@ -353,7 +355,7 @@ def _judge(order: dict[str, Any], host: Host) -> None:
         sys.modules[order["module"]] = solution
         sys.modules[MODULE] = module
     space["_cabochon_"] = recorder
-    if order["collect"]:
+    if order["collect"] or any("pytest" in source for _, source, _ in order["units"]):
         from cabochon.verifiers.sandbox.inside_pytest import install
 
         install()

@@ -56,7 +56,7 @@ function evaluationOf(job) {
       const rates = Object.entries(d).filter(([k]) => k.includes("@")).map(([k, v]) => `${k} ${percent(v)}`).join(", ");
       rows.push([domain, visible(String(e.model).slice(directory.length) + (known(e.thinking) ? ` (thinking ${e.thinking})` : "")), percent(m.mean),
         p ? el("td", { class: `whole ${known(p.low) && p.low > 0 ? "good" : known(p.high) && p.high < 0 ? "bad" : ""}` }, `${points(p.difference)} points [${points(p.low)}, ${points(p.high)}], p ${number(p.p)}`) : "",
-        intervalOf(m.low, m.mean, m.high, 0, 1), whole(`${percent(m.low)} – ${percent(m.high)}`), el("td", { class: "wrap" }, rates)]);
+        intervalOf(m.low, m.mean, m.high, 0, 1), whole(`${percent(m.low)} – ${percent(m.high)}`), el("td", { class: "wrap rates" }, rates)]);
     }
   }
   return section("evaluation", "Before and after, on held-out tasks",
@@ -158,7 +158,7 @@ function eventsOf(run, frame) {
 function environmentOf(run) {
   const m = run.manifest || {};
   const versions = Object.entries(m.versions || {}).map(([k, v]) => [k, visible(plainly(v))]);
-  const files = (Array.isArray(m.data) ? m.data : []).filter(Boolean).map((f) => [el("td", { class: "wrap" }, visible(String(f.path))), whole(`${number(Math.round(f.bytes / 1000))} kB`), el("td", { class: "mono" }, String(f.sha256).slice(0, 16))]);
+  const files = (Array.isArray(m.data) ? m.data : []).filter(Boolean).map((f) => [el("td", { class: "wrap" }, visible(String(f.path))), whole(`${number(Math.round(f.bytes / 1000))} kB`), el("td", { class: "mono whole" }, String(f.sha256).slice(0, 12))]);
   return section("environment", "Environment", el("div", { class: "cards" },
     versions.length ? el("div", { class: "panel" }, el("h3", {}, "Versions"), table(["", ""], versions)) : null,
     files.length ? el("div", { class: "panel" }, el("h3", {}, "Data, by content"), table(["file", "size", "sha-256"], files, [1])) : null,
