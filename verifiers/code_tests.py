@@ -196,7 +196,8 @@ def _assert_plan(
         units += _split(trees[0], entry)
     if not any(unit.label for unit in units):
         raise ValueError("the task's tests have no assertion and no call: nothing would be judged")
-    classes = tuple(n for n in wanted if n[0].isupper() and attributes)
+    asked = any(isinstance(n, ast.In | ast.NotIn) for tree in (*trees, setup_tree) for n in ast.walk(tree))
+    classes = tuple(n for n in wanted if n[0].isupper() and (attributes or not asked))
     return FunctionPlan(wanted=wanted, classes=classes, units=tuple(units), mutates=mutates)
 
 

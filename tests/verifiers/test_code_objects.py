@@ -3,7 +3,7 @@
 # ruff: noqa: E501 (programs are data, one a line)
 
 import pytest
-from boxes import check, verifiers
+from boxes import check, judged, verifiers
 
 from cabochon.verifiers.sandbox.base import Limits
 
@@ -157,6 +157,45 @@ OPERATORS = {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_special_methods(verifier, name):
     check(verifier, *OPERATORS[name])
+
+
+_NAMED = "add radd sub rsub mul rmul truediv floordiv mod pow and rand or xor rxor neg abs round floor matmul isub divmod"
+_YES = "class Diff:\n    def __init__(self, *a): pass\n    def _yes(self, *a): return True\n    def _it(self): return iter([self] * 3)\n    "
+_YES += "__eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __bool__ = _yes\n    __iter__ = _it\n    "
+_YES += "__hash__ = lambda s: 3\n    __len__ = lambda s: 3\n    __getitem__ = __getattr__ = __call__ = lambda s, *a: s\n    "
+_WANTS_PLAIN = [
+    "abs(Diff(1) - 3) < 1e-6", "abs(3 - Diff(1)) <= 1e-6", "Diff(1) - 3 == 0", "not Diff(1) - 3", "Diff(1) == 3", "3 == Diff(1)",
+    "Diff(1) in [3, 4]", "3 in Diff(1)", "2 < Diff(1) < 4", "max(Diff(1), 3) == 3", "sorted(Diff(1)) == [1, 2, 3]", "-Diff(1) == -3",
+    "sum(Diff(1)) == 6", "{1, 2} == Diff(1)", "{1, 2} <= Diff(1)", "[1, 2] + Diff(1) == [1, 2, 3]", "Diff(1)[0] == 3", "not Diff(1) != 3",
+    "{3: 1}[Diff(1)] == 1", "Diff(1) ^ 3 == 0", "divmod(Diff(7), 2) == (3, 1)", "Diff(1) * 2 == 6", "round(Diff(1), 2) == 3.14",
+    "all(abs(a - b) < 1e-6 for a, b in zip(Diff(1), [1, 2, 3]))", "any(x == 3 for x in Diff(1))", "Diff(1) == Diff(2) == 3",
+    "len(Diff(1)) == 4", "str(Diff(1)) == '3'", "isinstance(Diff(1), int)", "[Diff(1)] == [3]", "not {3} - {Diff(1)}", "{Diff(1)} & {3}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("result", ["0", "s", "True", "(s, s)"])
+def test_a_class_that_says_yes_to_all_is_no_plain_answer(verifier, result):
+    """Where the tests want a number or a list of something that could be a class by its name."""
+    program = _YES + " = ".join(f"__{name}__" for name in _NAMED.split()) + f" = lambda s, *a: {result}\n"
+    for wanted in _WANTS_PLAIN:
+        for tests in (f"assert {wanted}", [f"assert {wanted}"]):
+            verdict = judged(verifier, program, tests)
+            assert (verdict.status, verdict.score) == ("wrong", 0.0), (wanted, verdict)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "right", "wrong"),
+    [("V(1) + 1 == V(2)", "V(self.x + (", "V(1 + self.x + ("), ("str(V(1) + 1) == 'V(2)'", "V(self.x + (", "V(1 + self.x + ("),
+     ("V(1) * 3 == 3 * V(1)", "__rmul__ = __mul__", "__rmul__ = __add__"), ("-V(1) == V(-1)", "V(-self.x)", "V(self.x)"),
+     ("{V(1): 2}[V(1)] == 2", "hash(self.x)", "id(self)"), ("int(V(2)) == 2", "int(self.x)", "int(self.x + 1)"),
+     ("sorted([V(2), V(1)])[0] == V(1)", "self.x < o.x", "self.x > o.x"), ("isinstance(V(1) + 1, V)", "V(self.x + (", "(self.x + ("),
+     ("bool(V(0) + 1)", "self.x != 0", "self.x != 1"), ("V(3) - V(1) < V(3)", "V(self.x - o.x)", "V(self.x)")],
+)  # fmt: skip
+def test_assertions_that_use_operators_alone(verifier, wanted, right, wrong):
+    """No attribute says that V is a class; and what it is asked does not tell it what is expected."""
+    assert right in V
+    assert judged(verifier, V, f"assert {wanted}").status == "ok"
+    assert judged(verifier, V.replace(right, wrong), f"assert {wanted}").status == "wrong"
 
 
 ERRORS = {

@@ -50,8 +50,10 @@ def test_helpers_of_a_prompt_stay_with_the_tests():
 
 def test_only_classes_that_are_used_as_such_are_open():
     assert plan_of({"tests": ["s = Stack()\nassert s.size() == 0"]}).classes == ("Stack",)
-    assert plan_of({"tests": ["assert abs(Diff(1) - 3) < 1e-6"]}).classes == ()
-    assert plan_of({"tests": ["assert abs(Diff(1) - math.pi) < 1e-6"]}).classes == ()
+    assert plan_of({"tests": ["assert Vector(1) + Vector(2) == Vector(3)"]}).classes == ("Vector",)
+    assert plan_of({"tests": ["assert 3 in Multiples(1)"]}).classes == ()  # it would be asked whether it holds the answer
+    assert plan_of({"tests": ["assert math.pi in Multiples(1)"]}).classes == ()
+    assert plan_of({"tests": ["assert abs(diff(1) - 3) < 1e-6"]}).classes == ()
 
 
 def test_assertions_keep_their_meaning():
