@@ -26,7 +26,7 @@ stop() {
     # containerd, shims and mounts outlive an engine that was killed; all of ours name our folder
     local process
     for process in /proc/[0-9]*; do
-        if tr '\0' ' ' < "$process/cmdline" 2> /dev/null | grep -qE "^[^ ]*containerd[^ ]* .*$RUN/exec/"; then
+        if tr '\0' ' ' 2> /dev/null < "$process/cmdline" | grep -qE "^[^ ]*containerd[^ ]* .*$RUN/exec/"; then
             kill -9 "${process#/proc/}" 2> /dev/null || true
         fi
     done

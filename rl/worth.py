@@ -26,7 +26,8 @@ def rewarded(
 
 def worth_learning(cfg: RlConfig, rollouts: Sequence[Rollout]) -> bool:
     """Dynamic sampling: whether the rewards of a group, before any shaping, can differ. Reward models score only what
-    was kept, so a group is kept where one of them will have a say."""
+    was kept, so a group is kept where one of them will have a say; but not where it would only order answers that are
+    all right, as under `gated`: such groups soon fill the batch, and most answers in them say the same."""
     bare = cfg.reward.model_copy(update={"length": None, "format_penalty": 0.0})
     reward_N = rewarded(cfg.model_copy(update={"reward": bare}), rollouts, {}).reward_N
     differ = informative(reward_N.tolist())
@@ -35,10 +36,8 @@ def worth_learning(cfg: RlConfig, rollouts: Sequence[Rollout]) -> bool:
     verified_N, paid_N = verified(rollouts).asked_N, earned(rollouts).asked_N
     unasked_N = ~(verified_N | paid_N)
     match cfg.reward.combine:
-        case "route":
+        case "route" | "gated":
             said_N = unasked_N
-        case "gated":  # re-orders what is right
-            said_N = unasked_N | (verified_N & ~paid_N & (reward_N > 0))
         case "weighted" | "normalized":
             said_N = unasked_N | ~np.isnan(reward_N)
     return int(said_N.sum()) >= 2

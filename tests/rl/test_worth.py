@@ -62,7 +62,7 @@ def test_by_the_environment_where_the_verifier_abstains(pays, expected):
     ("combine", "kept"),
     [
         ("route", {"silent"}),
-        ("gated", {"silent", "right"}),
+        ("gated", {"silent"}),
         ("weighted", {"silent", "right", "wrong"}),
         ("normalized", {"silent", "right", "wrong"}),
     ],
