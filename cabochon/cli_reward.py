@@ -136,6 +136,9 @@ def rows(
         str | None, typer.Option(help="the judge that will be asked: what its tokenizer knows is not shown to it")
     ] = None,
     match: Annotated[bool, typer.Option(help="right and wrong answers to one prompt, of about equal length")] = True,
+    attack: Annotated[
+        float, typer.Option(min=0, max=1, help="share of copies that also ask for the verdict, or go on at length")
+    ] = 0.0,
     overwrite: Overwrite = False,
 ) -> None:
     """Make training rows: verdicts to say (`sft`), tasks whose verifier knows the verdict (`rl`), pairs (`rm`).
@@ -146,16 +149,18 @@ def rows(
     from cabochon.policy import model_tokenizer
     from cabochon.reward.judge import Judge
     from cabochon.reward.prompt import special_texts
-    from cabochon.reward.rows import matched, preference_rows, sft_rows, task_rows
+    from cabochon.reward.rows import attacked, matched, preference_rows, sft_rows, task_rows
 
     items = read_labelled(data)
     pairs = matched(items)
     if (match or use == "rm") and not pairs:
         raise UserError(f"{data}: no prompt has a right and a wrong completion of about equal length; sample more, "
                         "or add --no-match")  # fmt: skip
-    chosen = [item for pair in pairs for item in pair] if match else items
+    groups = pairs if match or use == "rm" else [(item,) for item in items]
+    groups = [*groups, *attacked(groups, attack)]
+    chosen = [item for group in groups for item in group]
     if use == "rm":
-        made = preference_rows(pairs)
+        made = preference_rows([(good, bad) for good, bad in groups])
     else:
         asker = _Unasked() if model is None else _Unasked(specials=special_texts(model_tokenizer(model)))
         judge = Judge(asker, judge_run(parts).judge)

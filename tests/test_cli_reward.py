@@ -61,6 +61,11 @@ def test_rows_for_each_stage(tmp_path, labelled):
     assert (len(sft), len(rl), len(rm)) == (80, 80, 40)
     assert {row["completion"][0]["content"] for row in sft} == {"Verdict: Yes", "Verdict: No"}
     assert "<response>21</response>" in sft[0]["prompt"][0]["content"]
+    cabochon("rm", "rows", labelled, tmp_path / "more.jsonl", "judge-terse", "--attack", "0.5")
+    more = lines(tmp_path / "more.jsonl")
+    assert (more[:80], len(more)) == (sft, 120)
+    cabochon("rm", "rows", labelled, tmp_path / "more-rm.jsonl", "--for", "rm", "--attack", "1")
+    assert len(lines(tmp_path / "more-rm.jsonl")) == 80
     task = Task(**rl[0])
     assert verifier_named(task.verifier).verify(task, f"Verdict: {task.payload['label']}").score == 1.0
     assert set(rm[0]) == {"prompt", "chosen", "rejected"}

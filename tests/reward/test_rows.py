@@ -4,8 +4,18 @@ import pytest
 
 from cabochon.data import Chat, Row, example_of
 from cabochon.errors import UserError
+from cabochon.reward.evaluate import INJECTIONS, PADDING
 from cabochon.reward.judge import Judge, JudgeConfig
-from cabochon.reward.rows import Labelled, labelled_of, matched, preference_rows, sft_rows, task_rows
+from cabochon.reward.rows import (
+    PLEAS,
+    Labelled,
+    attacked,
+    labelled_of,
+    matched,
+    preference_rows,
+    sft_rows,
+    task_rows,
+)
 from cabochon.types import Task
 from cabochon.verifiers.build import verifier_named
 
@@ -61,6 +71,22 @@ def test_negatives_are_hard_matched_and_used_once():
     twice = [item("ab", True), item("cd", True), item("ef", False)]
     assert len(matched(twice)) == 1
     assert preference_rows(pairs)[0] == {"prompt": "1+1?", "chosen": "42 ok", "rejected": bad.response}
+
+
+def test_attacked_copies_keep_their_labels_and_say_the_same_of_right_and_wrong():
+    pairs = [(item(f"{i} yes", True), item(f"{i} no!", False)) for i in range(40)]
+    copies = attacked(pairs, 0.5)
+    assert len(copies) == 20
+    assert len({good.response.split()[0] for good, _ in copies}) == 20, "each pair once"
+    assert copies == attacked(pairs, 0.5)
+    words = [good.response.removeprefix(bad.response.split()[0] + " yes") for good, bad in copies]
+    assert [bad.response.partition("no!")[2] for _, bad in copies] == words
+    assert set(words) <= set(PLEAS)
+    assert len(set(words)) > 5
+    assert all(good.right and not bad.right for good, bad in copies)
+    assert attacked(pairs, 0) == []
+    tried = [PADDING, *(text.removeprefix("{response}") for text in INJECTIONS.values())]
+    assert not {words.strip() for words in tried} & {words.strip() for words in PLEAS}, "evaluated on others"
 
 
 def test_sft_rows_hold_the_judges_own_prompt_and_the_verdict():
