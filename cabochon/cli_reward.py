@@ -156,11 +156,11 @@ def rows(
     if (match or use == "rm") and not pairs:
         raise UserError(f"{data}: no prompt has a right and a wrong completion of about equal length; sample more, "
                         "or add --no-match")  # fmt: skip
-    groups = pairs if match or use == "rm" else [(item,) for item in items]
+    groups = [tuple(pair) for pair in pairs] if match or use == "rm" else [(item,) for item in items]
     groups = [*groups, *attacked(groups, attack)]
     chosen = [item for group in groups for item in group]
     if use == "rm":
-        made = preference_rows([(good, bad) for good, bad in groups])
+        made = preference_rows([(group[0], group[1]) for group in groups])
     else:
         asker = _Unasked() if model is None else _Unasked(specials=special_texts(model_tokenizer(model)))
         judge = Judge(asker, judge_run(parts).judge)

@@ -42,7 +42,7 @@ def judge(sandbox: Sandbox, plan: FunctionPlan, source: bytes, limits: Limits) -
     outcome = Outcome()
     with sandbox.open(limits) as program, sandbox.open(limits) as tests:
         program.begin(
-            "candidate", limits, source=source, wanted=list(plan.wanted), classes=list(plan.classes),
+            "candidate", limits, source=source, wanted=list(plan.wanted), classes=list(plan.kept),
             mutates=plan.mutates,
         )  # fmt: skip
         tests.begin(

@@ -20,8 +20,27 @@ _KEYWORDS = {
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def unsupported(tree: ast.Module) -> str:
-    """The first thing `tree` uses and would not get, in words; "" where there is none."""
+def is_test_file(source: str) -> bool:
+    """Whether it defines tests for somebody else to call: a class of them, or functions that it does not call."""
+    try:
+        tree = ast.parse(source.replace("\r\n", "\n"))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    for node in tree.body:
+        if isinstance(node, _Function) and node.name.startswith("test") and node.name not in called:
+            return True
+        if isinstance(node, ast.ClassDef) and (
+            any(_last(b).endswith("TestCase") for b in node.bases)
+            or any(isinstance(f, _Function) and f.name.startswith("test") for f in node.body)
+        ):
+            return True
+    return False
+
+
+def unsupported(tree: ast.Module, *, collected: bool = True) -> str:
+    """The first thing `tree` uses and would not get, in words; "" where there is none. `collected`: it is a file of
+    tests, whose functions and classes are run."""
     classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
     cases: list[ast.ClassDef] = []
     for c in classes:
@@ -31,7 +50,8 @@ def unsupported(tree: ast.Module) -> str:
     plain = [c for c in classes if c not in cases and (c.name.startswith("Test") or c.name in bases)]
     module = {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.Import)
               for a in n.names if a.name == "pytest"}  # fmt: skip
-    return next(chain(_names(tree, module), _calls(tree, module), _functions(tree, plain), _mixtures(tree, cases)), "")
+    run = chain(_functions(tree, plain), _mixtures(tree, cases)) if collected else ()
+    return next(chain(_names(tree, module), _calls(tree, module), run), "")
 
 
 _IN_ONE_PROCESS = {
@@ -41,6 +61,9 @@ _IN_ONE_PROCESS = {
     "self": {"assertLogs", "assertNoLogs", "assertWarns", "assertWarnsRegex"}, "os": {"chdir"},
 }  # fmt: skip
 """By module or object: what reaches into the process of what is tested, or shares its files."""
+_RUN = {"pickle": {"load", "loads"}, "marshal": {"load", "loads"}, "importlib": {"import_module"}}
+_RUN_BARE = {"eval", "exec", "compile", "__import__"}
+"""What makes code of data: of the program's answer, code of the program in the tests' process."""
 _STREAMS = {"sys.stdin", "sys.stdout", "sys.stderr", "sys.argv", "os.environ"}
 _BARE = {"patch", "redirect_stdout", "redirect_stderr", "open"} | _IN_ONE_PROCESS["tempfile"]
 
@@ -52,7 +75,11 @@ def uncrossable(trees: Sequence[ast.AST], wanted: Set[str], modules: Set[str]) -
     targets = [t for n in nodes if isinstance(n, ast.Assign | ast.Delete) for t in n.targets]
     changed = {id(n) for t in targets for n in ast.walk(t)}
     for node in nodes:
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.Call) and not all(isinstance(a, ast.Constant) for a in node.args):
+            within = node.func.value if isinstance(node.func, ast.Attribute) else None
+            if _last(node.func) in (_RUN.get(_last(within), ()) if within else _RUN_BARE - wanted):
+                return f"{ast.unparse(node)[:80]}, which would run there what the program says"
+        elif isinstance(node, ast.ClassDef):
             for base in node.bases:
                 owner = _last(base.value) if isinstance(base, ast.Attribute) else ""
                 if owner in modules or (isinstance(base, ast.Name) and base.id in wanted):
@@ -73,7 +100,7 @@ def count_tests(tree: ast.Module) -> int:
     Raises ValueError where there is none and nothing that could become one.
     """
     named = (getattr(node, "name", getattr(node, "value", None)) for node in ast.walk(tree))
-    if not any(isinstance(name, str) and name.startswith("test") for name in named):
+    if not any(isinstance(name, str) and name.startswith(("test", "runTest")) for name in named):
         raise ValueError("the task's test file holds no test: no function or method has a name that begins with test")
     found = [f for f in tree.body if isinstance(f, _Function) and f.name.startswith("test")]
     total = sum(_rows(f) for f in found)

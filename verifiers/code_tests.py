@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cabochon.verifiers.code_pytest import count_tests, uncrossable, unsupported
+from cabochon.verifiers.code_pytest import count_tests, is_test_file, uncrossable, unsupported
 
 _COMMON_IMPORTS = {
     **dict.fromkeys(("isclose", "sqrt", "inf", "nan", "pi", "floor", "ceil", "fabs"), "math"),
@@ -24,7 +24,10 @@ _COMMON_IMPORTS = {
     "Fraction": "fractions", "Decimal": "decimal", "permutations": "itertools", "product": "itertools",
     **dict.fromkeys(("List", "Dict", "Tuple", "Set", "Optional", "Any", "Union", "Callable", "Iterable"), "typing"),
 }  # fmt: skip
+_MODULES = {"pytest": "import pytest", "np": "import numpy as np", "numpy": "import numpy", "pd": "import pandas as pd"}
+"""Names that are never the program's, and what brings them."""
 _BUILTINS = frozenset(dir(builtins)) | {"__name__", "__file__"}
+_LITERALS = (ast.Constant, ast.JoinedStr, ast.List, ast.Tuple, ast.Set, ast.Dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,9 @@ class FunctionPlan:
     wanted: tuple[str, ...]
     """The program's names the tests use."""
     classes: tuple[str, ...]
-    """Those of them the tests use as classes."""
+    """Those of them the tests may be using as classes."""
+    kept: tuple[str, ...]
+    """Those of the classes whose instances stay objects where they are plain data of a kind: attributes are used."""
     units: tuple[Unit, ...]
     module: str = "solution"
     bare_names: bool = True
@@ -99,7 +104,9 @@ def plan_of(payload: Mapping[str, Any]) -> Plan:
         raise ValueError(f"payload['kind'] must be asserts, calls, stdio or unittest, got {kind!r}")
     if not text["helpers"] and text["entry_point"] and payload.get("prompt"):
         text["helpers"] = helpers_of(str(payload["prompt"]), text["entry_point"])
-    return _assert_plan(sources, listed, text["setup"], text["helpers"], text["entry_point"], mutates)
+    return _assert_plan(
+        sources, listed, text["setup"], text["helpers"], text["entry_point"], text["module"] or "solution", mutates
+    )
 
 
 def _guess(payload: Mapping[str, Any]) -> str:
@@ -108,9 +115,9 @@ def _guess(payload: Mapping[str, Any]) -> str:
     if "calls" in payload:
         return "calls"
     tests = payload.get("tests", payload.get("test"))
-    if isinstance(tests, str) and ("def test" in tests or "TestCase" in tests):
-        return "unittest"
-    return "asserts"
+    if isinstance(tests, Sequence) and not isinstance(tests, str) and all(isinstance(t, str) for t in tests):
+        tests = "\n".join(tests)
+    return "unittest" if isinstance(tests, str) and is_test_file(tests) else "asserts"
 
 
 def _cases(payload: Mapping[str, Any]) -> CasePlan:
@@ -164,9 +171,31 @@ def helpers_of(prompt: str, entry: str) -> str:
     return ast.unparse(ast.Module(body=keep, type_ignores=[])) if keep else ""
 
 
-def _refuse_lacking(tree: ast.Module) -> None:
-    if lacking := unsupported(tree):
+def _refuse_lacking(tree: ast.Module, *, collected: bool = True) -> None:
+    if lacking := unsupported(tree, collected=collected):
         raise ValueError(f"the task's tests need what is not there: {lacking}")
+
+
+def _refuse_toothless(trees: Sequence[ast.Module], entry: str) -> None:
+    """What looks like a test and would hold whatever the program does."""
+    for node in (n for tree in trees for n in ast.walk(tree)):
+        if isinstance(node, ast.Assert) and isinstance(node.test, ast.Tuple) and node.test.elts:
+            raise ValueError(f"the task's tests assert a tuple, which always holds: {ast.unparse(node)[:80]}")
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Compare | ast.BoolOp):
+            raise ValueError(f"the task's tests compare without an assertion: {ast.unparse(node)[:80]}")
+    top = [node for tree in trees for node in tree.body]
+    called = {n.func.id for t in trees for n in ast.walk(t) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    if not entry and "check" not in called and any(getattr(node, "name", "") == "check" for node in top):
+        raise ValueError("the task's tests define check and nobody calls it: it needs payload['entry_point']")
+
+
+def _bare(tree: ast.Module, module: str) -> ast.Module:
+    """Without imports from the program's module: its names are globals of assertions."""
+    tree.body = [
+        node for node in tree.body
+        if not (isinstance(node, ast.ImportFrom) and node.module == module and not any(a.asname for a in node.names))
+    ]  # fmt: skip
+    return tree
 
 
 def _refuse(trees: Sequence[ast.AST], wanted: Iterable[str], modules: Iterable[str]) -> None:
@@ -177,15 +206,20 @@ def _refuse(trees: Sequence[ast.AST], wanted: Iterable[str], modules: Iterable[s
 
 @functools.lru_cache(maxsize=512)
 def _assert_plan(
-    sources: tuple[str, ...], listed: bool, setup: str, helpers: str, entry: str, mutates: bool
+    sources: tuple[str, ...], listed: bool, setup: str, helpers: str, entry: str, module: str, mutates: bool
 ) -> FunctionPlan:
-    trees = [_parse(s, "tests") for s in sources]
-    setup_tree, helper_tree = _parse(setup, "set-up"), _parse(helpers, "helpers")
+    trees = [_bare(_parse(s, "tests"), module) for s in sources]
+    setup_tree, helper_tree = _bare(_parse(setup, "set-up"), module), _parse(helpers, "helpers")
+    _refuse_toothless(trees, entry)
     wanted, imports = _names([*trees, setup_tree], _defined([helper_tree]), entry)
     for tree in (*trees, setup_tree):
-        _refuse_lacking(tree)
+        _refuse_lacking(tree, collected=False)
     _refuse([*trees, setup_tree], wanted, ())
     attributes = _attribute_roots([*trees, setup_tree])  # before assertions are rewritten, which adds one
+    contains = any(
+        isinstance(n, ast.In | ast.NotIn) or getattr(n, "attr", "") in ("contains", "__contains__")
+        for tree in (*trees, setup_tree, helper_tree) for n in ast.walk(tree)
+    )  # fmt: skip
     before = ("\n".join(imports), helpers, ast.unparse(setup_tree))
     units = [Unit(label="", source=s, tests=0) for s in before if s.strip()]
     if listed:
@@ -196,9 +230,9 @@ def _assert_plan(
         units += _split(trees[0], entry)
     if not any(unit.label for unit in units):
         raise ValueError("the task's tests have no assertion and no call: nothing would be judged")
-    asked = any(isinstance(n, ast.In | ast.NotIn) for tree in (*trees, setup_tree) for n in ast.walk(tree))
-    classes = tuple(n for n in wanted if n[0].isupper() and (attributes or not asked))
-    return FunctionPlan(wanted=wanted, classes=classes, units=tuple(units), mutates=mutates)
+    classes = tuple(n for n in wanted if n[0].isupper() and (attributes or not contains))
+    kept = classes if attributes else ()
+    return FunctionPlan(wanted=wanted, classes=classes, kept=kept, units=tuple(units), mutates=mutates)
 
 
 def _split(tree: ast.Module, entry: str) -> list[Unit]:
@@ -288,12 +322,14 @@ def _defined(trees: Sequence[ast.AST]) -> set[str]:
 
 
 def _attribute_roots(trees: Sequence[ast.AST]) -> set[str]:
-    """Names whose attributes the tests use, standard modules aside; "" for the attribute of an expression."""
+    """Names whose attributes the tests use, those of standard modules, builtin types and literals aside; "" for the
+    attribute of an expression."""
     roots = {
         node.value.id if isinstance(node.value, ast.Name) else ""
-        for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+        for tree in trees for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and not isinstance(node.value, _LITERALS)
     }  # fmt: skip
-    return {r for r in roots if r not in sys.stdlib_module_names}
+    return roots - sys.stdlib_module_names - _BUILTINS - set(_MODULES)
 
 
 def _names(trees: Sequence[ast.AST], known: set[str], entry: str) -> tuple[tuple[str, ...], list[str]]:
@@ -309,7 +345,8 @@ def _names(trees: Sequence[ast.AST], known: set[str], entry: str) -> tuple[tuple
         if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in sys.stdlib_module_names
     } & free  # fmt: skip
     imports = [f"import {name}" for name in sorted(modules - {entry})]
-    mine = free - _BUILTINS - (modules - {entry})
+    imports += [_MODULES[name] for name in sorted(free & set(_MODULES))]
+    mine = free - _BUILTINS - (modules - {entry}) - set(_MODULES)
     common = {n for n in mine if n in _COMMON_IMPORTS and n != entry}
     if entry or mine - common:
         imports += [f"from {_COMMON_IMPORTS[n]} import {n}" for n in sorted(common)]
@@ -357,5 +394,6 @@ def _file_plan(source: str, setup: str, module: str) -> FunctionPlan:
     rewritten = ast.unparse(_Asserts().visit(tree))
     unit = Unit(label="", source=rewritten, tests=tests)
     return FunctionPlan(
-        wanted=tuple(sorted(wanted)), classes=classes, units=(unit,), module=module, bare_names=bare, collect=True
-    )
+        wanted=tuple(sorted(wanted)), classes=classes, kept=classes, units=(unit,), module=module, bare_names=bare,
+        collect=True,
+    )  # fmt: skip

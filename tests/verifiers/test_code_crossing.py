@@ -162,3 +162,6 @@ def test_a_knot_tied_in_an_argument_is_refused(verifier):
     laughs = "def f(xs):\n    for i in range(len(xs) - 1): xs[i][:] = [xs[i + 1]] * 2\n"
     tests = "xs = [[] for _ in range(60)]\nf(xs)\nassert repr(xs)"
     assert judged(verifier, laughs, tests).status == "malformed"
+    moved = "def fix(m):\n    row = m[0]\n    m.clear()\n    row.append(row)\ndef total(r): return sum(r)\n"
+    tests = "row = [2, 1]\nm = [row]\nfix(m)\nassert total(row) == 3"
+    assert judged(verifier, moved, tests).status == "malformed", "though it is no longer in what was given"

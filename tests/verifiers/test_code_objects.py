@@ -183,6 +183,37 @@ def test_a_class_that_says_yes_to_all_is_no_plain_answer(verifier, result):
             assert (verdict.status, verdict.score) == ("wrong", 0.0), (wanted, verdict)
 
 
+_NUMBER = """
+class F(float):
+    def __new__(cls, *a): return float.__new__(cls, 7.0)
+    def r(self, *a): return float.__new__(F, 0.0)
+    __sub__ = __rsub__ = __pow__ = __round__ = r
+    unit = 'm'
+def f(x): return F(x)
+"""
+
+
+@pytest.mark.parametrize(
+    "tests",
+    ["assert -1e-6 < F(2) - 3.0 < 1e-6", "assert F(2) - 3.0 <= 1e-6\nassert 3.0 - F(2) <= 1e-6", "assert (F(2) - 3.0) ** 2 < 1e-6",
+     "assert round(F(2) - 3.0, 2) == 0", "assert -1e-6 < f(2) - 3.0 < 1e-6\nassert F(1).unit == 'm'", "assert F(1).unit == 'm' and F(2) - 3.0 == 0",
+     "from solution import F\ndef test_a(): assert -1e-6 < F(2) - 3.0 < 1e-6\n"],
+)  # fmt: skip
+def test_a_number_that_answers_for_its_difference_is_no_number(verifier, tests):
+    """A subclass of float may say what it is, but not after it has met what is expected."""
+    assert judged(verifier, _NUMBER, tests).status == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("program", "wanted"),
+    [("class Celsius(float): pass", "Celsius(3) + 1 == 4"), ("class Stack(list): pass", "Stack([1]) + [2] == [1, 2]"),
+     ("from collections import namedtuple\nP = namedtuple('P', 'x y')", "P(1, 2) + (3,) == (1, 2, 3) and isinstance(P(1, 2), tuple)"),
+     ("class F(str): pass", "'x' + F('a') == 'xa'")],
+)  # fmt: skip
+def test_plain_data_with_a_name_is_plain_where_no_attribute_is_used(verifier, program, wanted):
+    assert judged(verifier, program, f"assert {wanted}").status == "ok"
+
+
 @pytest.mark.parametrize(
     ("wanted", "right", "wrong"),
     [("V(1) + 1 == V(2)", "V(self.x + (", "V(1 + self.x + ("), ("str(V(1) + 1) == 'V(2)'", "V(self.x + (", "V(1 + self.x + ("),

@@ -108,6 +108,33 @@ def test_tests_that_import_what_is_not_there_are_an_unusable_task(verifier, test
     assert verifier.verify(guarded, f"```python\n{RIGHT}\n```").status == "ok"
 
 
+LAZY = """
+class Ctx:
+    def __enter__(s): return s
+    def __exit__(s, *a): return False
+    def close(s): pass
+    def f(s, x):
+        import nothing_here
+def f(x):
+    import nothing_here
+def g(x): return ModuleNotFoundError("no")
+"""
+
+
+@pytest.mark.parametrize(
+    "tests",
+    ["with Ctx() as c: assert c.f(1) == 1", "c = Ctx()\ntry:\n    assert c.f(1) == 1\nfinally:\n    c.close()",
+     "try: assert f(1) == 1\nexcept Exception:\n    Ctx().close()\n    raise", "raise g(1)",
+     "import pytest\nfrom solution import Ctx\nclass TestA:\n    def setup_method(self): self.c = Ctx()\n    def teardown_method(self): self.c.close()\n"
+     "    def test_a(self): assert self.c.f(1) == 1\n"],
+)  # fmt: skip
+def test_what_the_program_imports_and_lacks_is_its_own_doing(verifier, tests):
+    """Though the tests ask it something else before its error reaches their end."""
+    tests = tests if "def test_" in tests else f"{tests}\nassert f(1) == 1 and Ctx().f(1) == 1"
+    verdict = verifier.verify(Task(id="t", prompt="", verifier="code", payload={"tests": tests}), f"```python\n{LAZY}\n```")
+    assert (verdict.status, verdict.score) == ("wrong", 0.0), verdict
+
+
 @pytest.mark.parametrize(
     ("tests", "words"),
     [

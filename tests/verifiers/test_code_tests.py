@@ -53,6 +53,13 @@ def test_only_classes_that_are_used_as_such_are_open():
     assert plan_of({"tests": ["assert Vector(1) + Vector(2) == Vector(3)"]}).classes == ("Vector",)
     assert plan_of({"tests": ["assert 3 in Multiples(1)"]}).classes == ()  # it would be asked whether it holds the answer
     assert plan_of({"tests": ["assert math.pi in Multiples(1)"]}).classes == ()
+    assert plan_of({"tests": "import pytest\nassert 3 in D(12)\nwith pytest.raises(ValueError): D(-1)"}).classes == ()
+    assert plan_of({"tests": ["assert 3 in D(1) and ','.join(['a']) and {1}.issubset({1})"]}).classes == ()
+    helpers = "def has(xs, x): return x in xs"
+    assert plan_of({"tests": ["assert has(D(12), 3)"], "helpers": helpers}).classes == ()
+    plan = plan_of({"tests": ["assert Celsius(3) + 1 == 4"]})
+    assert (plan.classes, plan.kept) == (("Celsius",), ()), "a float with something on top is a float"
+    assert plan_of({"tests": ["assert Stack().size == 0"]}).kept == ("Stack",)
     assert plan_of({"tests": ["assert abs(diff(1) - 3) < 1e-6"]}).classes == ()
 
 
@@ -126,6 +133,12 @@ def test_assertions_that_only_import_a_framework_are_no_test_file():
         ({"kind": "odd", "tests": ["assert f()"]}, "must be asserts, calls, stdio or unittest"),
         ({"kind": "unittest", "tests": "def test_a():\n    assert 1"}, "uses nothing of the program"),
         ({"kind": "unittest", "tests": "import unittest\nassert f(1) == 2"}, "holds no test"),
+        ({"tests": ["f(1) == 2"]}, "compare without an assertion: f"),
+        ({"tests": ["assert (f(1) == 2, 'why')"]}, "assert a tuple"),
+        ({"tests": "def check(candidate):\n    assert candidate(1) == 2\nassert f(2) == 3"}, "nobody calls it"),
+        ({"tests": "assert eval(f([4, 6])) == 24"}, "eval\\(f\\(\\[4, 6\\]\\)\\), which would run there what the program says"),
+        ({"tests": "import pickle\nassert pickle.loads(f(3)) == 3"}, "pickle.loads"),
+        ({"tests": "import importlib\nassert importlib.import_module(f(3))"}, "importlib.import_module"),
         ({"tests": "import unittest\nclass T(unittest.TestCase):\n    def check_a(self): f(1)"}, "holds no test"),
     ],
 )
@@ -158,6 +171,37 @@ def test_tests_that_need_the_programs_own_process_are_refused(tests, words):
             plan_of({"tests": "import solution as s\n" + tests.replace("(Base)", "(s.Base)"), "kind": "unittest"})
         with pytest.raises(ValueError, match=words):
             plan_of({"tests": ["class Mine(Base): pass\nassert f(Mine()) == 1"]})
+
+
+@pytest.mark.parametrize(
+    "tests",
+    ["# TestCase 1\nassert f(1) == 3", "def check(candidate):\n    assert candidate('TestCase') == 8",
+     "# see def test_f\nassert f(1) == 3", "assert f('def test_a(): pass') == 1",
+     "def test_case(a, w):\n    assert f(a) == w\ntest_case(1, 1)", ["def test_case(a, w):\n    assert f(a) == w\ntest_case(1, 1)"],
+     "def check(candidate):\n    def test_one(x): assert candidate(x) == 1\n    test_one(1)",
+     "import unittest\nt = unittest.TestCase()\nt.assertEqual(f(1), 3)"],
+)  # fmt: skip
+def test_what_only_mentions_a_test_is_a_list_of_assertions(tests):
+    plan = plan_of({"tests": tests, "entry_point": "f"})
+    assert not plan.collect
+    assert sum(unit.tests for unit in plan.units) >= 1
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [["def test_a():\n    assert f(1) == 3", "def test_b():\n    assert f(2) == 3"],
+     ["import unittest\nclass A(unittest.TestCase):\n    def test_a(self): self.assertEqual(f(1), 3)"],
+     "import unittest\nclass A(unittest.TestCase):\n    def runTest(self): self.assertEqual(f(1), 3)"],
+)  # fmt: skip
+def test_what_defines_tests_is_a_test_file(tests):
+    assert plan_of({"tests": tests}).collect
+
+
+def test_modules_by_their_usual_names_are_not_the_programs():
+    plan = plan_of({"tests": "assert np.allclose(f(1), 1.0)"})
+    assert plan.wanted == ("f",)
+    assert "import numpy as np" in plan.units[0].source
+    assert plan_of({"tests": "from solution import f, g\nassert f(1) == g(2)"}).wanted == ("f", "g")
 
 
 def test_names_that_only_look_like_it_are_not_refused():

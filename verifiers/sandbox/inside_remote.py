@@ -151,7 +151,7 @@ class Link:
         if changed is not None and (how == "raise" or value is None or self.carries_in):
             for number, parts in changed.items():
                 refill(asked[number], parts)
-            Writer(self.number).whole(given)  # within the limits, and not within itself
+            Writer(self.number).whole((given, asked))  # within the limits, and not within itself
         if reader.borrowed:
             Writer(self.number).whole(value)
         return how, value

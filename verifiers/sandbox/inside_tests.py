@@ -166,7 +166,7 @@ class Guarded(Remote):
 
     def __eq__(self, other: Any) -> Any:
         if type(type(other)) is not RemoteClass:
-            return bool(self._cabochon_plain and self._cabochon_ask("plain") == other)
+            return bool(self._cabochon_plain and not self._cabochon_met and self._cabochon_ask("plain") == other)
         if self._cabochon_open and other._cabochon_open:
             return super().__eq__(other)
         return bool(self._cabochon_number == other._cabochon_number)
@@ -191,7 +191,7 @@ def _operator(name: str) -> Callable[..., Any]:
         plain = any(type(type(a)) is not RemoteClass for a in args)
         if (not args or name == "__round__") and not self._cabochon_met:  # nothing of what is expected is in it
             return self._cabochon_ask(name, *args)
-        if plain and name in COMPARING and self._cabochon_plain:
+        if plain and name in COMPARING and self._cabochon_plain and not self._cabochon_met:
             return getattr(operator, name.strip("_"))(self._cabochon_ask("plain"), *args)
         if not self._cabochon_open:
             raise TypeError(f"{_name(self)} is not plain data and has no {name} here")
@@ -292,7 +292,7 @@ class Recorder:
         self.host.channel.send(b"U" + pack((label, True, {})))
 
     def fail(self, label: str, error: BaseException) -> None:
-        if type(error) is ModuleNotFoundError and self.host.last_error != "ModuleNotFoundError":
+        if type(error) is ModuleNotFoundError and all(error is not r for r in self.host.remotes.values()):
             self.host.verdict("unusable", f"the task's tests import what the sandbox does not have: {_text(error)}")
         self.total += 1
         self.failed += 1
