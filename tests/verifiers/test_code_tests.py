@@ -204,6 +204,11 @@ def test_modules_by_their_usual_names_are_not_the_programs():
     assert plan_of({"tests": "from solution import f, g\nassert f(1) == g(2)"}).wanted == ("f", "g")
 
 
+def test_a_comparison_that_is_to_raise_is_a_test():
+    tests = "import pytest\nwith pytest.raises(TypeError):\n    f(1) < 'a'"
+    assert [unit.tests for unit in plan_of({"tests": tests}).units if unit.tests] == [1]
+
+
 def test_names_that_only_look_like_it_are_not_refused():
     for tests in ("d = Door()\nd.open()\nassert d.is_open", "c = Client()\nassert c.patch('x').path == 'x'", "assert open(3) == 4",
                   "import sys\nassert f(sys.stdout.encoding) == 1", "class A: pass\nclass B(A): pass\nassert f(B()) == 1",
