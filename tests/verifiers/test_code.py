@@ -345,9 +345,23 @@ def mbpp_jobs(table, seed):
 def passes_plainly(one, source):
     """Whether a bare interpreter, without any of ours, runs the program and its asserts to the end."""
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_CPU, ({MBPP.cpu_seconds:.0f},) * 2)"
-    lines = [limited, source, one.payload["test_setup_code"], *one.payload["test_list"]]
+    lines = [limited, source, one.payload["test_setup_code"], *one.payload["test_list"], "print('the end', flush=True)"]
     command = [sys.executable, "-I", "-c", "\n".join(lines).replace("\r\n", "\n")]
-    return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=300).returncode == 0
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=300)
+    return done.returncode == 0 and done.stdout.endswith(b"the end\n")  # exit() before the asserts is no pass
+
+
+@pytest.mark.parametrize("leave", ["exit()", "quit(0)", "sys.exit()", "raise SystemExit"])
+def test_a_program_may_leave_as_in_any_interpreter(both, leave):
+    source = f"import sys\nn = int(input())\nif n == 0:\n    print(0)\n    {leave}\nprint(n + 1)"
+    cases = [{"stdin": "0\n", "stdout": "0\n"}, {"stdin": "1\n", "stdout": "2\n"}]
+    task = Task(id="t", prompt="", verifier="code", payload={"cases": cases})
+    assert both.verify(task, fenced(source)).status == "ok"
+    assert both.verify(task, fenced(source.replace("n + 1", "n"))).status == "wrong"
+    asked = Task(id="t", prompt="", verifier="code", payload={"tests": ["assert f(1) == 2"]})
+    function = f"import sys\ndef f(x):\n    if x > 1:\n        {leave}\n    return x + 1"
+    assert both.verify(asked, fenced(function)).status == "ok"
+    assert both.verify(asked, fenced(function.replace("> 1", "> 0"))).score == 0.0
 
 
 def check_mbpp(verifier, table, threads):
