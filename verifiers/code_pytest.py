@@ -97,12 +97,15 @@ def count_tests(tree: ast.Module) -> int:
     """How many tests the file holds; a parametrized one counts as many as its rows where they are written out, and
     those that are made while the file runs as one.
 
-    Raises ValueError where there is none and nothing that could become one.
+    Raises ValueError where there is none and nothing that could become one, or where one hides another of its name.
     """
     named = (getattr(node, "name", getattr(node, "value", None)) for node in ast.walk(tree))
     if not any(isinstance(name, str) and name.startswith(("test", "runTest")) for name in named):
         raise ValueError("the task's test file holds no test: no function or method has a name that begins with test")
     found = [f for f in tree.body if isinstance(f, _Function) and f.name.startswith("test")]
+    names = [n.name for n in tree.body if n in found or isinstance(n, ast.ClassDef)]
+    if hidden := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"the task's tests define {hidden[0]} twice: the first would never be run")
     total = sum(_rows(f) for f in found)
     for c in (n for n in tree.body if isinstance(n, ast.ClassDef)):
         total += sum(_rows(f) * _rows(c) for f in c.body if isinstance(f, _Function) and f.name.startswith("test"))

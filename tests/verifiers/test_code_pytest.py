@@ -108,6 +108,19 @@ def test_tests_that_import_what_is_not_there_are_an_unusable_task(verifier, test
     assert verifier.verify(guarded, f"```python\n{RIGHT}\n```").status == "ok"
 
 
+@pytest.mark.parametrize(
+    "tests",
+    [["def test_a():\n    assert f(2) == 4", "def test_b():\n    assert f(3) == 9"],
+     ["import unittest\nclass A(unittest.TestCase):\n    def test_a(self): self.assertEqual(f(2), 4)"],
+     "import unittest\nclass A(unittest.TestCase):\n    def runTest(self): self.assertEqual(f(2), 4)"],
+)  # fmt: skip
+def test_what_defines_tests_is_run_as_a_file(verifier, tests):
+    """A list of them too: as assertions they would be defined, and nobody would call them."""
+    task = Task(id="t", prompt="", verifier="code", payload={"tests": tests})
+    assert verifier.verify(task, f"```python\n{RIGHT}\n```").status == "ok"
+    assert verifier.verify(task, f"```python\n{WRONG}\n```").status == "wrong"
+
+
 LAZY = """
 class Ctx:
     def __enter__(s): return s

@@ -133,6 +133,7 @@ def test_assertions_that_only_import_a_framework_are_no_test_file():
         ({"kind": "odd", "tests": ["assert f()"]}, "must be asserts, calls, stdio or unittest"),
         ({"kind": "unittest", "tests": "def test_a():\n    assert 1"}, "uses nothing of the program"),
         ({"kind": "unittest", "tests": "import unittest\nassert f(1) == 2"}, "holds no test"),
+        ({"tests": ["def test_a():\n    assert f(1) == 2", "def test_a():\n    assert f(2) == 3"]}, "define test_a twice"),
         ({"tests": ["f(1) == 2"]}, "compare without an assertion: f"),
         ({"tests": ["assert (f(1) == 2, 'why')"]}, "assert a tuple"),
         ({"tests": "def check(candidate):\n    assert candidate(1) == 2\nassert f(2) == 3"}, "nobody calls it"),
@@ -185,16 +186,6 @@ def test_what_only_mentions_a_test_is_a_list_of_assertions(tests):
     plan = plan_of({"tests": tests, "entry_point": "f"})
     assert not plan.collect
     assert sum(unit.tests for unit in plan.units) >= 1
-
-
-@pytest.mark.parametrize(
-    "tests",
-    [["def test_a():\n    assert f(1) == 3", "def test_b():\n    assert f(2) == 3"],
-     ["import unittest\nclass A(unittest.TestCase):\n    def test_a(self): self.assertEqual(f(1), 3)"],
-     "import unittest\nclass A(unittest.TestCase):\n    def runTest(self): self.assertEqual(f(1), 3)"],
-)  # fmt: skip
-def test_what_defines_tests_is_a_test_file(tests):
-    assert plan_of({"tests": tests}).collect
 
 
 def test_modules_by_their_usual_names_are_not_the_programs():
