@@ -105,11 +105,11 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, tmp_path):
 
 def test_a_hub_that_hangs_is_given_up_at_the_deadline(monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: time.sleep(5))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: time.sleep(60))
     began = time.perf_counter()
     with pytest.raises(UserError, match="no answer within 0 s"):
         address.resolve("hf:nobody/nothing-here", hub_deadline=0.2)
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 30
 
 
 def test_a_hub_repository_in_the_cache_is_used_offline(model_dir, monkeypatch, tmp_path):

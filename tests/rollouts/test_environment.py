@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from clock import shortest
 from learner_side import learner_side
 
 from cabochon.chat import encode_chat, render_chat
@@ -287,14 +288,18 @@ def test_seconds_in_the_environment():
     def slow(turn, text):
         time.sleep(0.3 if turn < 3 else 30)
 
-    start = time.monotonic()
-    (episode,), (env,) = run(FakeEngine(lambda *_: "x"), lambda: Talk(turns=9, act=slow), ["a"],
-                             limits=EpisodeLimits(seconds=1.5))  # fmt: skip
-    assert (episode.ended, episode.completion.finish, len(episode.turns)) == ("seconds", "length", 3)
-    assert "more than 1.5 s" in episode.detail
-    assert 1.4 < episode.seconds < 2
-    assert time.monotonic() - start < 4
-    assert env.closed == 1
+    told = []
+
+    def talk():
+        (episode,), (env,) = run(FakeEngine(lambda *_: "x"), lambda: Talk(turns=9, act=slow), ["a"],
+                                 limits=EpisodeLimits(seconds=1.5))  # fmt: skip
+        assert (episode.ended, episode.completion.finish, len(episode.turns)) == ("seconds", "length", 3)
+        assert "more than 1.5 s" in episode.detail
+        assert env.closed == 1
+        told.append(episode.seconds)
+
+    assert 1.4 < shortest(2, talk) < 2
+    assert 1.4 < min(told) < 2
 
 
 def test_a_reset_that_is_too_slow_is_a_failure_and_no_wrong_answer():
@@ -384,8 +389,8 @@ def test_within():
         within(5, {}.__getitem__, "gone")
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"not done within 0.05 s"):
-        within(0.05, time.sleep, 10)
-    assert time.monotonic() - start < 2
+        within(0.05, time.sleep, 60)
+    assert time.monotonic() - start < 30
     ran = []
     with pytest.raises(TimeoutError):
         within(0, ran.append, 1)

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from clock import shortest
 from pydantic import ValidationError
 
 from cabochon.errors import UserError
@@ -265,12 +266,14 @@ def test_text_that_is_no_unicode_is_sent_all_the_same(server):
 
 
 def test_the_deadline_covers_all_attempts(server):
-    start = time.monotonic()
     engine = engine_for(server, attempts=100, deadline_seconds=1.2)
-    (answer,) = engine.ask([Request(prompt="stall")])
-    assert answer.status == "timeout"
-    assert 2 <= answer.attempts <= 3
-    assert time.monotonic() - start < 2.5
+
+    def ask():
+        (answer,) = engine.ask([Request(prompt="stall")])
+        assert answer.status == "timeout"
+        assert 2 <= answer.attempts <= 3
+
+    assert shortest(2.5, ask) < 2.5
 
 
 def test_no_more_at_a_time_than_allowed(server):

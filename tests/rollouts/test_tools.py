@@ -5,6 +5,7 @@ import os
 import time
 
 import pytest
+from clock import shortest
 
 from cabochon.errors import MachineError, UserError
 from cabochon.rollouts.environment import Environment
@@ -39,10 +40,11 @@ def test_calls_are_read_in_order():
 
 
 def test_a_flood_of_openings_takes_no_time():
-    start = time.monotonic()
-    assert len(calls_in("<tool_call>" * 100_000)) == 1
-    assert len(calls_in("<tool_call></tool_call>" * 20_000)) == 20_000
-    assert time.monotonic() - start < 2
+    def read():
+        assert len(calls_in("<tool_call>" * 100_000)) == 1
+        assert len(calls_in("<tool_call></tool_call>" * 20_000)) == 20_000
+
+    assert shortest(2, read) < 2
 
 
 def test_thoughts_of_a_call_are_no_call():
@@ -87,7 +89,7 @@ def test_a_tool_that_fails_hangs_or_returns_something_else():
 
     tools = [
         Tool(name="fails", description="", parameters=ANY, run=fails),
-        Tool(name="hangs", description="", parameters=ANY, run=lambda: time.sleep(5), seconds=0.1),
+        Tool(name="hangs", description="", parameters=ANY, run=lambda: time.sleep(60), seconds=0.1),
         Tool(name="data", description="", parameters=ANY, run=lambda: {"a": [1, 2.5]}),
         Tool(name="exits", description="", parameters=ANY, run=lambda: [].pop()),
     ]
@@ -98,7 +100,7 @@ def test_a_tool_that_fails_hangs_or_returns_something_else():
         '{"a": [1, 2.5]}',
         "error: IndexError: pop from empty list",
     ]
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 30
 
 
 def test_a_machine_that_fails_is_not_an_observation():
