@@ -251,6 +251,7 @@ class RlConfig(StageConfig):
                 "reward.combine=gated orders right answers by a model or an environment, and there is none: name one "
                 "in models, or set reward.combine to route"
             )
+        self.reward.check_components(["verifier", *(["environment"] if self.environment else []), *self.models])
         self._check_lengths()
         self._check_shapes()
         return self

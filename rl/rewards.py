@@ -66,6 +66,11 @@ class RewardConfig(Frozen):
             raise ValueError(f"quality={self.quality} is not used by combine={self.combine}: set it to gated")
         return self
 
+    def check_components(self, names: Sequence[str]) -> None:
+        """Raises UserError for a weight of a component that is not among `names`."""
+        if unknown := sorted(set(self.weights) - set(names)):
+            raise UserError(f"reward.weights.{unknown[0]}: no such component; expected some of {', '.join(names)}")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Component:
@@ -138,8 +143,7 @@ def compose(
     for a weight of a component that is not there, a quality outside [0, 1], or a length reward without its number.
     """
     sources = {"verifier": verifier, **models}
-    if unknown := sorted(set(cfg.weights) - set(sources)):
-        raise UserError(f"reward.weights.{unknown[0]}: no such component; expected some of {', '.join(sources)}")
+    cfg.check_components([*sources])
     parts = {name: c.said_N for name, c in sources.items()}
     group_N = np.array([r.group for r in rollouts])
     reward_N = _combined(sources, group_N, cfg)

@@ -223,6 +223,14 @@ def test_phases_and_the_curriculum_go_on_as_if_nothing_had_happened(place, monke
         ({"phases": [{"name": "a", "start": 5, "thinking": {"max_tokens": 8}}]}, "leaves nothing for the answer"),
         ({"environment": {}}, "either tools or an address"),
         ({"models": {"environment": {"address": "x"}}}, "models.environment: that name is not a model's"),
+        (
+            {"models": {"judge": {"address": "x"}}, "reward": {"combine": "weighted", "weights": {"juge": 0.5}}},
+            r"reward\.weights\.juge: no such component; expected some of verifier, judge \[",
+        ),
+        (
+            {"reward": {"combine": "weighted", "weights": {"environment": 0.5}}},
+            r"reward\.weights\.environment: no such component; expected some of verifier \[",
+        ),
         ({"models": {"quality": {"address": "x"}}}, "models.quality: that name is not a model's"),
         ({"models": {"format": {"address": "x"}}}, "models.format: that name is not a model's"),
     ],
