@@ -136,6 +136,8 @@ OPERATORS = {
     "in place": ("a = b = V(1)\na += V(2)\nassert a is b and b.x == 3\na *= 2\nassert a.x == 6 and b.x == 3", V, V.replace("self.x += o.x; return self", "return V(self.x + o.x)")),
     "not implemented": ("try:\n    V(1) + 'a'\n    assert False\nexcept TypeError:\n    pass\ntry:\n    V(1) >> 2\n    assert False\nexcept TypeError:\n    pass\nassert V(1).x == 1", V, V.replace("else NotImplemented", "else V(0)")),
     "comparison": ("assert V(1) < V(2) and V(2) > V(1) and V(1) <= V(1) and V(1) >= V(1) and V(1) == V(1) and V(1) != V(2)\nassert [v.x for v in sorted([V(3), V(1)])] == [1, 3] and max(V(1), V(5)).x == 5 and len({V(1), V(1), V(2)}) == 2 and V(1) in [V(1)]", V, V.replace("self.x < o.x", "o.x < self.x")),
+    "order after arithmetic": ("assert [v.x for v in sorted([V(3) * 2, V(1) + 1, V(4)])] == [2, 4, 6] and max(V(1) * 9, V(5)).x == 9 and V(1) * 2 < V(3) + 1 and not V(2) * 2 < V(1) * 4", V, V.replace("self.x < o.x", "self.x <= o.x").replace("self.x <= o.x\n    def __le__", "o.x < self.x\n    def __le__")),
+    "copies": ("import copy\na = Bag([1, [2]])\nb, c = copy.copy(a), copy.deepcopy(a)\na.items.append(3)\na.put(4)\nassert type(b) is Bag and b.items == [1, [2], 4] and c.items == [1, [2]] and [x.items for x in copy.deepcopy([c, c])] == [[1, [2]]] * 2 and copy.copy(c) is not c", B + "    def put(self, x): self.items.append(x)", B + "    def put(self, x): self.items.append(x)\n    def __deepcopy__(self, memo): return self"),
     "conversions": ("import math\na = V(6)\nassert a.x == 6 and int(a) == 6 and float(a) == 6.0 and complex(a) == 6 and round(V(2.567), 1) == 2.6 and [1, 2, 3][V(1)] == 2 and math.floor(a) == 6 and bytes(a) == b'v' and bin(a) == '0b110'\nassert f'{a:>3}' == 'V  6' and format(a) == 'V6' and repr(a) == 'V(6)' and str(a) == 'V(6)' and bool(V(0)) is False and bool(a) is True and hash(V(3)) == hash(3)", V, V.replace("int(self.x)", "int(self.x) + 1")),
     "containers": ("b = Bag([1, 2, 3])\nassert len(b) == 3 and b[0] == 1 and b[-1] == 3 and b[1:].items == [2, 3] and 2 in b and 9 not in b and list(b) == [1, 2, 3] and list(reversed(b)) == [3, 2, 1]\nb[0] = 7\ndel b[1]\nassert b.items == [7, 3] and b(2, k=3) == 12 and [*b] == [7, 3] and dict(enumerate(b)) == {0: 7, 1: 3}\nassert bool(Bag()) is False and max(b) == 7", B, B.replace("del self.items[i]", "pass")),
     "what is not there": ("b = Bag()\nfor f in (lambda: b + 1, lambda: b < b, lambda: int(b), lambda: next(b), lambda: hash(Un())):\n    try:\n        f()\n        assert False, 'x'\n    except TypeError:\n        pass\nassert callable(b) and not callable(Un()) and len(b) == 0", B + "class Un:\n    def __eq__(self, o): return True\n", B + "class Un:\n    def __call__(self): return 1\n    def __eq__(self, o): return True\n"),
@@ -187,7 +189,7 @@ _NUMBER = """
 class F(float):
     def __new__(cls, *a): return float.__new__(cls, 7.0)
     def r(self, *a): return float.__new__(F, 0.0)
-    __sub__ = __rsub__ = __pow__ = __round__ = r
+    __sub__ = __rsub__ = __pow__ = __round__ = __copy__ = __deepcopy__ = r
     unit = 'm'
 def f(x): return F(x)
 """
@@ -197,6 +199,8 @@ def f(x): return F(x)
     "tests",
     ["assert -1e-6 < F(2) - 3.0 < 1e-6", "assert F(2) - 3.0 <= 1e-6\nassert 3.0 - F(2) <= 1e-6", "assert (F(2) - 3.0) ** 2 < 1e-6",
      "assert round(F(2) - 3.0, 2) == 0", "assert -1e-6 < f(2) - 3.0 < 1e-6\nassert F(1).unit == 'm'", "assert F(1).unit == 'm' and F(2) - 3.0 == 0",
+     "import copy\nassert F(1).unit == 'm' and -1e-6 < copy.copy(F(2) - 3.0) < 1e-6",
+     "import copy\nassert F(1).unit == 'm' and copy.deepcopy(F(2) - 3.0) == 0", 
      "from solution import F\ndef test_a(): assert -1e-6 < F(2) - 3.0 < 1e-6\n"],
 )  # fmt: skip
 def test_a_number_that_answers_for_its_difference_is_no_number(verifier, tests):
@@ -220,7 +224,7 @@ def test_plain_data_with_a_name_is_plain_where_no_attribute_is_used(verifier, pr
      ("V(1) * 3 == 3 * V(1)", "__rmul__ = __mul__", "__rmul__ = __add__"), ("-V(1) == V(-1)", "V(-self.x)", "V(self.x)"),
      ("{V(1): 2}[V(1)] == 2", "hash(self.x)", "id(self)"), ("int(V(2)) == 2", "int(self.x)", "int(self.x + 1)"),
      ("sorted([V(2), V(1)])[0] == V(1)", "self.x < o.x", "self.x > o.x"), ("isinstance(V(1) + 1, V)", "V(self.x + (", "(self.x + ("),
-     ("bool(V(0) + 1)", "self.x != 0", "self.x != 1"), ("V(3) - V(1) < V(3)", "V(self.x - o.x)", "V(self.x)")],
+     ("bool(V(0) + 1)", "self.x != 0", "self.x != 1"), ("V(1) * 2 < V(1) + 2", "self.x < o.x", "self.x > o.x"), ("V(3) - V(1) < V(3)", "V(self.x - o.x)", "V(self.x)")],
 )  # fmt: skip
 def test_assertions_that_use_operators_alone(verifier, wanted, right, wrong):
     """No attribute says that V is a class; and what it is asked does not tell it what is expected."""

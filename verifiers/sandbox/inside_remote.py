@@ -267,9 +267,7 @@ def _with(thing: Any, **attributes: Any) -> Any:
 
 
 def _same(old: Any, new: Any) -> bool:
-    if type(old) is list:
-        return len(old) == len(new) and all(map(is_, old, new))
-    return bool(old == new)
+    return len(old) == len(new) and all(map(is_, old, new)) if type(old) is list else bool(old == new)
 
 
 def _is_root(cls: type) -> bool:
@@ -395,5 +393,6 @@ _OPS: dict[str, Callable[..., Any]] = {
     "contains": lambda thing, item: item in thing, "getitem": lambda thing, key: thing[key], "plain": plain,
     "isinstance": lambda cls, thing: isinstance(thing, cls), "issubclass": lambda cls, other: issubclass(other, cls),
     "class": _described, "error": told, "itself": lambda thing: thing,
+    "copy": lambda thing, how: getattr(__import__("copy"), how)(thing),
 }  # fmt: skip
 Link.root, Link.forward = Remote, FORWARD

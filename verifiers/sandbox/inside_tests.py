@@ -108,7 +108,7 @@ class Host(Link):
         """An object of the tests which the program asks something of. It may use what it was given, and read and set
         attributes of objects of the tests' own classes. From elsewhere there are ways to the tests themselves."""
         thing = self.objects[target]
-        if op != "class" and target not in self.passed:
+        if op == "copy" or (op != "class" and target not in self.passed):
             raise AttributeError("the tests gave no such object")
         if isinstance(thing, AssertionError) and op not in ("class", "isinstance"):
             return AssertionError()  # what was expected is none of its business
@@ -178,6 +178,21 @@ class Guarded(Remote):
     def __repr__(self) -> str:
         return super().__repr__() if self._cabochon_open else f"<{_name(self)}>"
 
+    def __copy__(self, how: str = "copy") -> Any:
+        made = self._cabochon_ask("copy", how)
+        if self._cabochon_met:
+            _mark_met(made, how)
+        return made
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.__copy__("deepcopy")
+
+
+def _mark_met(thing: Any, by: str) -> None:
+    if type(type(thing)) is not RemoteClass:
+        raise TypeError(f"an object of the program may not turn plain data into plain by {by}")
+    object.__setattr__(thing, "_cabochon_met", True)
+
 
 def _name(thing: Guarded) -> str:
     return f"the program's {type(thing).__name__} object"
@@ -195,14 +210,14 @@ def _operator(name: str) -> Callable[..., Any]:
             return getattr(operator, name.strip("_"))(self._cabochon_ask("plain"), *args)
         if not self._cabochon_open:
             raise TypeError(f"{_name(self)} is not plain data and has no {name} here")
-        met = self._cabochon_met or plain or any(a._cabochon_met for a in args)
-        if met and name in COMPARING:
+        if plain and name in COMPARING:
             raise TypeError(f"{_name(self)} may not judge plain data by {name}")
         result = self._cabochon_ask(name, *args)
+        if args and name in COMPARING:  # two objects of the program, as with ==
+            return result
+        met = self._cabochon_met or plain or any(a._cabochon_met for a in args)
         for one in (result if type(result) is tuple else (result,)) if met and result is not NotImplemented else ():
-            if type(type(one)) is not RemoteClass:
-                raise TypeError(f"{_name(self)} may not turn plain data into plain by {name}")
-            object.__setattr__(one, "_cabochon_met", True)
+            _mark_met(one, name)
         return result
 
     return method
