@@ -20,7 +20,10 @@ import pytest
 from docs import PAGES, ROOT, blocks, commands, parsed
 
 SHORT_DEMO = (
-    "sft.steps=300 sft.optim.total_steps=300 rm.steps=8 judge.steps=8 rl.steps=10 rl.eval.tasks=50 "
+    "'tasks.puzzles=[{name: spell_backward, size: 14000, seed: 2, config: {min_word_len: 3, max_word_len: 8}}, "
+    "{name: basic_arithmetic, size: 8000, seed: 3, config: {min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}}, "
+    "{name: letter_counting, size: 3000, seed: 1, config: {min_words: 1, max_words: 2}}]' "
+    "'tasks.programs=[{size: 9000}]' sft.steps=300 sft.optim.total_steps=300 rm.steps=8 judge.steps=8 rl.steps=10 rl.eval.tasks=50 "
     "rl.update.algorithm.kind=grpo"
 )
 SHORT_GSM8K = "steps=1 step.batch_size=1 step.micro_batches=1 step.sequence_length=128 step.logit_chunk=0 lora.rank=4"
