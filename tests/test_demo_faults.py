@@ -17,6 +17,7 @@ SMALL = [
     "tasks.puzzles=[{name: letter_counting, size: 300, seed: 1, config: {min_words: 1, max_words: 2}}, "
     "{name: spell_backward, size: 100, seed: 1}, {name: basic_arithmetic, size: 100, seed: 1}]",
     "tasks.programs=[{size: 60}]", "tasks.gives_up=0.2",
+    "rl.tasks.shares={code: 1, spell_backward: 1, basic_arithmetic: 0.7, letter_counting: 0.5}",
     "sft.steps=60", "sft.optim.total_steps=60", "sft.run.save_every=10", "sft.step.batch_size=4",
     "rm.steps=6", "rm.run.save_every=2", "rm.step.batch_size=2", "rm.optim.total_steps=12",
     "judge.steps=8", "judge.optim.total_steps=20", "judge.run.save_every=2", "judge.step.batch_size=2",
