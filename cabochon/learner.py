@@ -101,6 +101,8 @@ class LearnerConfig:
     """of LoRA's A"""
     freeze_router: bool = False
     """routers keep their weights; gradients still pass through the gates"""
+    temperature: float = 1.0
+    """logits are divided by it, so that the policy that learns is the one that was sampled from"""
 
     @property
     def lora_matrices(self) -> tf.Lora | None:
@@ -224,7 +226,7 @@ class Learner:
             out.hidden_BTD,
             batch.tokens_BT,
             batch.segment_BT,
-            lambda h: tf.logits(cfg.model, cast, h),
+            lambda h: tf.logits(cfg.model, cast, h) / cfg.temperature,
             chunk=cfg.step.logit_chunk,
             entropy=cfg.entropy,
             candidates_BTK=batch.candidates_BTK,

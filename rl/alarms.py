@@ -205,8 +205,8 @@ RULES = (
           remedy="Updates are lost on their way to the sampler, or are too small for its number format"),
     _Rule(name="logprobs", after=2, said=_reads("w_kl", gt, lambda x: x.logprob_kl,
                                                "sampler and learner differ by {:.3f} nats per token (k3)"),
-          remedy="Stale or different weights, another sampling temperature, or unreplayed routes: "
-                 "update.router.replay=r3, sampling.temperature=1, a smaller rollout.max_lag"),
+          remedy="Stale or different weights, filtered samples, or unreplayed routes: "
+                 "update.router.replay=r3, no sampling.top_k, top_p or min_p, a smaller rollout.max_lag"),
     _Rule(name="logprob_outliers", after=2, said=_reads("w_large", gt, lambda x: x.logprob_large,
                                                         "sampler and learner differ by 2 nats on {:.2%} of tokens"),
           remedy="As for log-probs; single tokens point to routes that were not replayed"),

@@ -23,12 +23,14 @@ class ThinkingConfig(Frozen):
 
 
 class SamplingConfig(Frozen):
-    """How completions are drawn. Anything but temperature 1 without filters trains on another distribution than it
-    samples from, which the mismatch weights then have to bridge."""
+    """How completions are drawn. Filters (top_k, top_p, min_p) train on another distribution than they sample from,
+    which the mismatch weights then have to bridge."""
 
     max_tokens: int = Field(64, ge=1)
     """new tokens of a completion, thinking included"""
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, ge=1e-6, le=1e6)
+    """of the samples, and of the policy that learns from them (algorithms.md section 11): log-probs, entropy and KL
+    are at this temperature, as in TRL and verl"""
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, lt=1)

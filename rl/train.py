@@ -272,8 +272,9 @@ def verifiers_of(cfg: RlConfig, tasks: Sequence[Task]) -> VerifierPool:
 def learners_of(cfg: RlConfig, update: Update, mesh: Mesh | None) -> Learners:
     """The policy's step, and that of a critic with a trunk of its own."""
     shape = replace(
-        learner_config(cfg, entropy=True), value=update.critic == "shared", freeze_router=cfg.update.router.freeze
-    )
+        learner_config(cfg, entropy=True), value=update.critic == "shared", freeze_router=cfg.update.router.freeze,
+        temperature=cfg.sampling.temperature,
+    )  # fmt: skip
     critic = None
     if update.critic == "own":
         assert update.critic_loss is not None

@@ -117,6 +117,13 @@ def metrics(directory):
     return [{k: v for k, v in row.items() if k != "clock"} for row in rows]
 
 
+def test_the_policy_that_learns_has_the_temperature_it_is_sampled_at(place):
+    cfg = config(place, steps=2, sampling={"max_tokens": 8, "temperature": 0.6})
+    main(cfg)
+    rows = metrics(place / "run")
+    assert all(r["w_gap"] < 1e-4 and r["entropy"] > 0 for r in rows)
+
+
 def test_it_learns_and_writes_what_was_decided(place):
     cfg = config(place, steps=25)
     final = main(cfg)

@@ -35,6 +35,7 @@ CASES = {
     "gspo": (Gspo(clip=Clip(low=0.02, high=0.03)), {"loss_type": "grpo", "importance_sampling_level": "sequence",
              "epsilon": 0.02, "epsilon_high": 0.03}, KlConfig()),
     "cispo": (Cispo(ratio_cap=1.1), {"loss_type": "cispo", "epsilon_high": 1.1}, KlConfig()),
+    "temperature": (Grpo(), {"loss_type": "grpo", "temperature": 0.7}, KlConfig()),
     "rloo": (Rloo(clip=Clip(low=0.3, high=0.3)), {"epsilon": 0.3}, KlConfig()),
 }  # fmt: skip
 PROMPTS, COMPLETIONS = [3, 2, 4, 2], [5, 7, 2, 6]
@@ -59,7 +60,7 @@ def model(request, tmp_path_factory):
     return theirs, *convert.load(place)
 
 
-def ours(config, params, algorithm, kl):
+def ours(config, params, algorithm, kl, temperature):
     """(loss, gradients, log-probs per completion) with proximal and reference log-probs at a fixed distance."""
     free = MismatchConfig(weight="none", token_band=None, veto=0)
     cfg = UpdateConfig(algorithm=algorithm, kl=kl, mismatch=free, minibatches=2)
@@ -74,7 +75,8 @@ def ours(config, params, algorithm, kl):
         )
         for i, (p, c) in enumerate(TOKENS)
     ]  # fmt: skip
-    learner = Learner(LearnerConfig(model=config, step=StepConfig(batch_size=3, sequence_length=16)), update.loss)
+    step = StepConfig(batch_size=3, sequence_length=16)
+    learner = Learner(LearnerConfig(model=config, step=step, temperature=temperature), update.loss)
     per_token = [np.full(n, a, np.float32) for n, a in zip(COMPLETIONS, ADVANTAGES, strict=True)]
     advantages = Advantages(tokens=per_token, keep_N=np.ones(4, bool))
     (made,) = minibatches(rollouts, advantages, update, learner.cfg.step, 1, np.random.default_rng(0))
@@ -153,7 +155,7 @@ def test_loss_and_gradient_equal_trl_s(model, name, tmp_path):
 
     torch_model, config, params = model
     algorithm, keys, kl = CASES[name]
-    value, grads, old, reference = ours(config, params, algorithm, kl)
+    value, grads, old, reference = ours(config, params, algorithm, kl, keys.get("temperature", 1.0))
     patched = copy.deepcopy(torch_model)
     want, their_grads = theirs(patched, name, keys, old, reference, tmp_path)
     assert value == pytest.approx(want, abs=1e-5)
