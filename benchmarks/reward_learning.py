@@ -1,10 +1,11 @@
 """Do reward models learn here? Scalar, judge, judge with a rationale, on reasoning-gym's chain_sum, from one start.
 
-    python benchmarks/reward_learning.py OUT [--seeds 0,1,2] [--steps 400]
+    python benchmarks/reward_learning.py OUT [--seeds 0,1,2] [--steps 400] [--rl-steps 60] [--only scalar,...]
 
 1. A tiny mixture of experts learns to solve the sums (SFT from scratch, bytes). 2. From there, on right and wrong
 answers of equal length (the wrong one is near the right one): a scalar reward model, a judge that says Yes or No at
-once, and one that works the sum out, subtracts what the response says, and then gives its verdict.
+once, and one that works the sum out, subtracts what the response says, and then gives its verdict; then that one after
+RL, for which a judgement is a task: its verdict is right or wrong.
 3. Held-out sums: accuracy on pairs and on single answers, attacks, time. One seed is one training of each from the
 same start; nothing of the held-out sums is seen before.
 """
@@ -25,9 +26,11 @@ from cabochon.overrides import load
 from cabochon.reward.config import RewardModelConfig
 from cabochon.reward.evaluate import evaluate
 from cabochon.reward.open import JudgeRun, judge_of, local_asker
-from cabochon.reward.rows import Labelled, preference_rows, sft_rows
+from cabochon.reward.rows import Labelled, preference_rows, sft_rows, task_rows
 from cabochon.reward.scorer import ModelReward
 from cabochon.reward.train import main as train_rm
+from cabochon.rl.recipe import RlConfig
+from cabochon.rl.train import main as train_rl
 from cabochon.sft.config import SftConfig
 from cabochon.sft.train import main as train_sft
 
@@ -88,6 +91,14 @@ def started(out: Path, train: list[tuple[str, int, str]], steps: int) -> str:
     return sft(out / "start", SHAPE, write(out / "start.jsonl", rows), steps, 0, 3e-3)
 
 
+def after_rl(out: Path, judge: str, rows: str, steps: int, seed: int) -> str:
+    """The judge after GRPO on its verdicts."""
+    settings = [f"model.address={judge}", f"tasks.train=[{rows}]", f"steps={steps}", f"seed={seed}", f"run.dir={out}",
+                "engine.length=256", "sampling.max_tokens=64", "step.batch_size=64", "rollout.prompts=16",
+                "update.minibatches=2", "eval.every=0", "run.tensorboard=false"]  # fmt: skip
+    return str(train_rl(load(RlConfig, ["tiny-rl"], settings)))
+
+
 def judge_run(reason: bool) -> JudgeRun:
     settings = [f"judge.reason={str(reason).lower()}", "max_tokens=64", "temperature=0", "length=256"]
     return load(JudgeRun, ["judge-terse"], settings)
@@ -124,7 +135,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--start-steps", type=int, default=700)
-    parser.add_argument("--only", default="scalar,verdict,rationale")
+    parser.add_argument("--rl-steps", type=int, default=60)
+    parser.add_argument("--only", default="scalar,verdict,rationale,rl", help="rl goes on from rationale")
     args = parser.parse_args()
     items = problems(16_000)
     train, held = items[600:], labelled(items[:600], 99)
@@ -148,10 +160,14 @@ def main() -> None:
                 score = lambda tasks, texts, r=reward: r.score_texts([t.prompt for t in tasks], texts)  # noqa: E731
                 report = measured(score, test, False)
             else:
-                run = judge_run(kind == "rationale")
-                asked = judge_of(_Rows(), run)
-                rows = write(args.out / f"{kind}{seed}.jsonl", sft_rows(asked, [x for pair in pairs for x in pair]))  # type: ignore[arg-type]
-                final = sft(place, model, rows, args.steps, seed, 2e-3)
+                run = judge_run(kind != "verdict")
+                make = task_rows if kind == "rl" else sft_rows
+                made = make(judge_of(_Rows(), run), [x for pair in pairs for x in pair])  # type: ignore[arg-type]
+                rows = write(args.out / f"{kind}{seed}.jsonl", made)
+                if kind == "rl":
+                    final = after_rl(place, str(args.out / f"rationale{seed}/final"), rows, args.rl_steps, seed)
+                else:
+                    final = sft(place, model, rows, args.steps, seed, 2e-3)
                 trained = time.perf_counter() - began
                 judge = judge_of(local_asker(final, run, make_engine), run)
                 report = measured(judge.score_texts, test, True)  # type: ignore[union-attr]
