@@ -13,7 +13,7 @@ import sympy
 from sympy import Expr
 from sympy.core.function import AppliedUndef
 
-from cabochon.verifiers.math_labels import by_name, distributed, same_parameter, unnamed, unnumbered
+from cabochon.verifiers.math_labels import by_name, distributed, same_arguments, same_parameter, unnamed, unnumbered
 from cabochon.verifiers.math_numbers import same_formula, same_leaf
 from cabochon.verifiers.math_sets import FLIPPED, region, same_region, same_relation
 from cabochon.verifiers.math_values import DEGREE, Based, Chain, Grid, Items, Leaf, NamedSet, SetOperation, Value, Words
@@ -28,17 +28,20 @@ _SAME_WORDS = (
     {"true", "t"}, {"false", "f"}, {"yes", "y"}, {"no", "n"},
     {"all real numbers", "all reals", "all real"}, {"infinitely many", "infinitely many solutions", "infinite"},
 )
+_SETS_IN_WORDS = {"R": ("all real numbers", "all reals"), "Z": ("all integers", "the integers", "integers")}
 
 
 def equal(gold: Value, answer: Value) -> bool:
     """Whether `answer` is the same value as `gold`."""
     gold = distributed(gold)
-    answer = same_parameter(gold, distributed(answer))
+    answer = same_arguments(gold, same_parameter(gold, distributed(answer)))
     if not isinstance(gold, Chain | Words) and (said := unnamed(answer)) is not None:
         return equal(gold, said)
     named = isinstance(gold, Items) and any(isinstance(item, Chain) for item in gold.items)
-    answer = by_name(answer) if named else unnumbered(answer)
     gold_label, gold_bare = unlabel(gold)
+    answer = by_name(answer) if named and gold_label is None else unnumbered(answer)
+    if isinstance(answer, Items) and answer.brackets == "or" and isinstance(gold_bare, Leaf):
+        return all(equal(gold, item) for item in answer.items)  # 1/2 or 0.5
     label, bare = unlabel(answer)
     if gold_bare == _FALSE or bare == _FALSE:
         return False
@@ -186,8 +189,8 @@ def _same(gold: Value, answer: Value) -> bool:
             return same_words(gold.text, answer.text)
         case (Words(text=text), (NamedSet(name="empty"))) | (NamedSet(name="empty"), Words(text=text)):
             return text in _SAME_WORDS[1]
-        case (Words(text=text), (NamedSet(name="R"))) | (NamedSet(name="R"), Words(text=text)):
-            return text in ("all real numbers", "all reals")
+        case (Words(text=text), (NamedSet(name=name))) | (NamedSet(name=name), Words(text=text)):
+            return text in _SETS_IN_WORDS.get(name, ())
         case Items(kind="tuple", brackets="::"), Items(kind="tuple", brackets="::"):
             return _same_ratio(gold, answer)
         case Items(kind="tuple", brackets="::", items=(Leaf(expr=top), Leaf(expr=bottom))), Leaf(expr=value):
@@ -217,6 +220,10 @@ def _same(gold: Value, answer: Value) -> bool:
             return all(isinstance(row, Items) and row.kind == "tuple" for row in rows) and _same_grids(
                 tuple(row.items for row in rows if isinstance(row, Items)), answer.rows
             )
+        case (Grid(rows=rows), Items(kind="tuple", brackets="()", items=cells)) | (
+            Items(kind="tuple", brackets="()", items=cells), Grid(rows=rows)
+        ):  # a vector as a column and as <1, 2>
+            return all(len(row) == 1 for row in rows) and _same_grids(rows, tuple((cell,) for cell in cells))
         case NamedSet(), NamedSet():
             return gold.name == answer.name
         case Chain(), Chain():
@@ -311,11 +318,17 @@ def _same_collections(gold: Items, answer: Items) -> bool:
     if len(wanted) != len(given):
         return False
     for item in wanted:
-        partner = next((place for place, other in enumerate(given) if _same(item, other)), None)
+        partner = next(
+            (place for place, other in enumerate(given) if _is_set(item) == _is_set(other) and _same(item, other)), None
+        )
         if partner is None:
             return False
         given.pop(partner)
     return True
+
+
+def _is_set(value: Value) -> bool:
+    return isinstance(value, Items) and value.kind == "set"
 
 
 def _distinct(items: list[Value]) -> list[Value]:

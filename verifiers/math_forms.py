@@ -57,8 +57,56 @@ _RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
     (re.compile(r"(?<=\d)\s?(?:¢|\\textcent|\\cent)$"), " cents"),
     (re.compile(rf"({_TEXT})\s?\{{([^{{}}]{{1,40}})\^\{{(\d)\}}\s?\}}"), r"\1{\2}^{\3}"),
     (re.compile(rf"\\[dt]?frac{_UNIT}{_UNIT}$"), r"\\text{ \1 per \2}"),
+    # `f(x) = x \text{ for all } x`: an identity holds for all of its variable as it stands
+    (re.compile(
+        rf"^([^=]{{1,40}}=[^=]{{1,200}}?(?<=[\w)}}]))[,\s]{{0,3}}(?:{_TEXT}\s?\{{\s?)?"
+        r"(?:for (?:all|every|any)|\\forall)(?:\sreal|\sinteger)?s?(?:\snumbers?)?\s?\}?\s?\$?\s?[a-z]"
+        r"(?:\s?\\in\s?(?:\\mathbb\s?\{?\s?)?\\?[RZNQ]\s?\}?)?\s?\$?$"
+    ), r"\1"),
     (re.compile(r"\\begin\s?\{cases\}.*?\\end\s?\{cases\}", re.DOTALL), _plain_cases),
 )
+
+_DIGIT = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+_TEEN = ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_WORTH = {word: place for place, word in enumerate(_DIGIT + _TEEN, start=1)}
+_WORTH |= {word: 10 * place for place, word in enumerate(_TENS, start=2)}
+_BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?: (?:{'|'.join(_DIGIT)}))?|{'|'.join(_TEEN + _DIGIT)})"
+_BELOW_1000 = rf"(?:(?:{'|'.join(_DIGIT)}) hundred(?: (?:and )?{_BELOW_100})?|{_BELOW_100})"
+_SPELLED = re.compile(
+    rf"zero|(?=\w)(?:({_BELOW_1000}) million)?(?:(?:^| )({_BELOW_1000}) thousand)?(?:(?:^| (?:and )?)({_BELOW_1000}))?"
+)
+_AS_WORDS = re.compile(rf"(?:{_TEXT}\s?\{{)?\s?([A-Za-z][A-Za-z -]{{2,99}}?)\s?\}}?")
+
+
+def spelled(text: str) -> str:
+    """`twenty-one` as `21` where nothing else is said, and a number is said as it is in English: not `one two`."""
+    words = _AS_WORDS.fullmatch(text)
+    said = _SPELLED.fullmatch(" ".join(words.group(1).casefold().replace("-", " ").split())) if words else None
+    if said is None:
+        return text
+    total = 0
+    for part, scale in zip(said.groups(), (10**6, 1000, 1), strict=True):
+        value = 0
+        for word in (part or "").split():
+            value = value * 100 if word == "hundred" else value + _WORTH.get(word, 0)
+        total += value * scale
+    return str(total)
+
+
+_TIME = re.compile(r"(0?[1-9]|1[0-2])(?::([0-5]\d))? ?([ap])\.? ?m\.?|(1[3-9]|2[0-3]):([0-5]\d)", re.IGNORECASE)
+
+
+def time_of_day(text: str) -> tuple[int, int] | None:
+    """Hour and minute of `2:30 \\text{ PM}`, `10 a.m.` and `14:30`; None where the half of the day is left open."""
+    bare = " ".join(re.sub(rf"{_TEXT}\s?\{{([^{{}}]{{0,20}})\}}", r"\1", text.replace("{:}", ":")).split())
+    if (said := _TIME.fullmatch(bare)) is None:
+        return None
+    hour, minute, half, late, past = said.groups()
+    if late:
+        return int(late), int(past)
+    return int(hour) % 12 + (12 if half in "pP" else 0), int(minute or 0)
+
 
 _FRENCH = re.compile(r"([\[\]])([^][(),;]{1,80})[,;]([^][(),;]{1,80})([\[\]])")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING
 
@@ -245,22 +246,30 @@ def as_literal(value: Leaf, written: list[Token]) -> Leaf:
     return Leaf(value.expr, ulp, literal.digits or len(match.group(1).strip("0")))
 
 
-def signed(sign: str | None, expr: Expr) -> Expr:
-    match sign:
-        case "-":
-            return -expr
-        case r"\pm":
-            return PM * expr
-        case r"\mp":
-            return -PM * expr
-    return expr
+def signed(parser: _Parser, sign: str | None, expr: Expr) -> Expr:
+    """The expression with the sign that was read before it. Each `\\pm` is free of the others, so that `\\pm 1 \\pm i`
+    are four numbers; where there is a `\\mp`, all of them go together.
+    """
+    if sign not in (r"\pm", r"\mp"):
+        return -expr if sign == "-" else expr
+    if any(token.value == r"\mp" for token in parser.tokens):
+        together = sympy.Symbol(PM)
+        return together * expr if sign == r"\pm" else -together * expr
+    parser.signs += 1
+    return sympy.Symbol(f"{PM}_{parser.signs}") * expr
+
+
+_SIGNS_LIMIT = 4
 
 
 def both_signs(value: Value) -> Value:
     """`1 \\pm x` as the list of both, wherever it stands in a value."""
     match value:
-        case Leaf(expr=expr) if expr.has(PM):
-            return Items("list", (Leaf(expr.subs(PM, Integer(1))), Leaf(expr.subs(PM, Integer(-1)))), ",")
+        case Leaf(expr=expr) if signs := [symbol for symbol in expr.free_symbols if symbol.name.startswith(PM)]:
+            if len(signs) > _SIGNS_LIMIT:
+                raise MathSyntaxError("too many signs are left open")
+            choices = itertools.product((Integer(1), Integer(-1)), repeat=len(signs))
+            return Items("list", tuple(Leaf(expr.subs(dict(zip(signs, one, strict=True)))) for one in choices), ",")
         case Items(kind="list", items=items):
             return Items("list", tuple(part for item in items for part in _parts(both_signs(item))), value.brackets)
         case Items(items=items):

@@ -12,6 +12,7 @@ from sympy import Rational, pi
 
 from cabochon.verifiers.math_equal import contradicts, equal, same_words
 from cabochon.verifiers.math_extract import Extraction, extract, last_box
+from cabochon.verifiers.math_forms import spelled, time_of_day
 from cabochon.verifiers.math_lex import BASE_NAMES, LENGTH_LIMIT, MathSyntaxError, clean
 from cabochon.verifiers.math_parse import parse
 from cabochon.verifiers.math_units import Split, Unit, compound, conversion, parse_unit, split_unit
@@ -47,7 +48,7 @@ def read(answer: str) -> Reading:
     if "\x00" in text:
         return Reading(text=text, split=Split(text), value=None, problem="a NUL byte")
     split = compound(text) or split_unit(text)
-    core = _SPACED.sub(lambda found: found.group().replace(" ", ""), split.core)
+    core = _SPACED.sub(lambda found: found.group().replace(" ", ""), spelled(split.core))
     if _GROUPED.fullmatch(core):
         core = core.replace(",", "")
     elif not _UNGROUPED.search(core) and not core.startswith(("(", "[", r"\{")):
@@ -91,7 +92,8 @@ def chosen(text: str, *, alone: bool = False) -> str | None:
 
     `alone`: nothing may follow the letter.
     """
-    match = _CHOICE.fullmatch(text.strip().strip("$*").strip())
+    text = re.sub(r"^\(\\(?:text|textbf|mathrm|mathbf)\s?\{([A-J])\}\)", r"(\1)", text.strip().strip("$*").strip())
+    match = _CHOICE.fullmatch(text)
     if match is None:
         return None
     opening, letter, closing, delimiter, spaced, rest = match.groups()
@@ -149,7 +151,10 @@ _CAPITALS = re.compile(r"[A-Z]{3,}|[IVXLC]{2,}")
 
 def _as_written(gold: str, answer: str, prompt: str) -> tuple[bool, str] | None:
     """Times and names in capitals are compared as they are written: 2:30 is no ratio here, SAS no product."""
-    if (time := _CLOCK.fullmatch(gold)) and not re.search(r"ratio|scale|proportion|odds", prompt.casefold()):
+    ratio = re.search(r"ratio|scale|proportion|odds", prompt.casefold()) is not None
+    if not ratio and (moment := time_of_day(gold)) is not None and (said := time_of_day(answer)) is not None:
+        return moment == said, "compared as times"
+    if not ratio and (time := _CLOCK.fullmatch(gold)):
         given = _CLOCK.fullmatch(answer)
         return given is not None and given.group(1) == time.group(1), "compared as times"
     if _CAPITALS.fullmatch(name := _plain(gold).replace(" ", "")):
@@ -174,7 +179,8 @@ def _restates(gold: str, answer: str, prompt: str) -> bool:
 
 def _unbound(text: str) -> str:
     """Without spaces, brackets and the several ways to write a product or a fraction."""
-    part = r"\s?(?:\{(\w{1,20})\}|(\w))"
+    part = r"\s?(?:\{([^{}]{1,60})\}|(\w))"
+    text = re.sub(r"\^\s?\{(\w{1,9})\}", r"^\1", text)
     text = re.sub(rf"\\frac{part}{part}", r"\1\2/\3\4", text)
     return re.sub(r"[\s{}()]", "", re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "*", text))
 
@@ -186,7 +192,8 @@ def same_text(one: str, two: str) -> bool:
 
 def _tight(text: str) -> str:
     """Without the spaces that no reading depends on."""
-    return re.sub(r"\s+(?=\\[A-Za-z])|\s*([^\w\s\\])\s*", r"\1", " ".join(text.split()))
+    text = re.sub(r"\\(?:[lc]?dots|dotsc)(?![A-Za-z])|…", "...", " ".join(text.split()))
+    return re.sub(r"\s+(?=\\[A-Za-z])|\s*([^\w\s\\])\s*|(?<=\\)([A-Za-z]+)\s+(?![A-Za-z])", r"\1\2", text)
 
 
 def _plain(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 import sympy
+from sympy.core.function import AppliedUndef
 
 from cabochon.verifiers.math_values import DEGREE, Chain, Items, Leaf, NamedSet, SetOperation, Value, Words
 
@@ -82,11 +83,14 @@ def unnamed(value: Value) -> Value | None:
 
 
 def _is_quantity(expr: sympy.Expr) -> bool:
-    """`x + y`, the sum of lengths `AB + BC`, the length `|AB|`, the angle `m\\angle A`; `|x| = 5` is an equation."""
+    """`x + y`, the sum of lengths `AB + BC`, the length `|AB|`, the size `|S|`, the angle `m\\angle A`; `|x| = 5` is an
+    equation.
+    """
     if expr.is_Add:
         return all(part.is_Symbol or _is_length(part) for part in expr.args)
     if isinstance(expr, sympy.Abs):
-        return _is_length(expr.args[0])
+        inside = expr.args[0]
+        return _is_length(inside) or (bool(inside.is_Symbol) and inside.name.isupper())
     if not expr.is_Mul or not all(part.is_Symbol for part in expr.args):
         return False
     return sorted(part.name.partition("_")[0] for part in expr.args) == ["angle", "m"]
@@ -105,7 +109,26 @@ def same_parameter(gold: Value, answer: Value) -> Value:
     wanted, given = _integer(gold), _integer(answer)
     if wanted is None or given is None or wanted == given or wanted in _named(answer):
         return answer
-    return _renamed(answer, given, wanted)
+    return _renamed(answer, {given: wanted})
+
+
+def same_arguments(gold: Value, answer: Value) -> Value:
+    """The answer with its function's arguments named as in the gold: `f(t) = 2t` for `f(x) = 2x`."""
+    match gold, answer:
+        case (
+            Chain(relations=("=",), items=(Leaf(expr=AppliedUndef() as wanted), _)),
+            Chain(relations=("=",), items=(Leaf(expr=AppliedUndef() as given), _)),
+        ) if wanted.func == given.func and _all_names(wanted.args) and _all_names(given.args):
+            if wanted == given or len(wanted.args) != len(given.args):
+                return answer
+            if (_named(answer) - set(given.args)) & set(wanted.args):
+                return answer  # f(x) = x + n is not f(n) = 2n
+            return _renamed(answer, dict(zip(given.args, wanted.args, strict=True)))
+    return answer
+
+
+def _all_names(arguments: tuple[sympy.Basic, ...]) -> bool:
+    return all(argument.is_Symbol for argument in arguments) and len(set(arguments)) == len(arguments)
 
 
 def _integer(value: Value) -> sympy.Symbol | None:
@@ -127,12 +150,12 @@ def _named(value: Value) -> set[sympy.Symbol]:
     return set()
 
 
-def _renamed(value: Value, old: sympy.Symbol, new: sympy.Symbol) -> Value:
+def _renamed(value: Value, names: dict[sympy.Symbol, sympy.Symbol]) -> Value:
     match value:
         case Leaf(expr=expr):
-            return Leaf(expr.subs(old, new), value.ulp, value.digits)
+            return Leaf(expr.subs(names, simultaneous=True), value.ulp, value.digits)
         case Items(items=items):
-            return Items(value.kind, tuple(_renamed(item, old, new) for item in items), value.brackets)
+            return Items(value.kind, tuple(_renamed(item, names) for item in items), value.brackets)
         case Chain(items=items):
-            return Chain(tuple(_renamed(item, old, new) for item in items), value.relations)
+            return Chain(tuple(_renamed(item, names) for item in items), value.relations)
     return value

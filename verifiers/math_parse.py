@@ -65,6 +65,7 @@ class _Parser:
         self.at = 0
         self.depth = 0
         self.bars = 0
+        self.signs = 0
 
     # -------------------------------------------------------------------------------------------- token helpers
 
@@ -154,9 +155,9 @@ class _Parser:
             return first
         if sign == "-" and isinstance(first, Grid) and not more:
             return functions.product(Leaf(sympy.Integer(-1)), first)
-        total = functions.signed(sign, _expr(first))
+        total = functions.signed(self, sign, _expr(first))
         while (sign := self.accept("+", "-", r"\pm", r"\mp")) is not None:
-            total = total + functions.signed(sign, _expr(self.term()))
+            total = total + functions.signed(self, sign, _expr(self.term()))
         return Leaf(total)
 
     def term(self) -> Value:

@@ -83,9 +83,15 @@ def _solved(chain: Chain, depth: int) -> tuple[sympy.Set, str] | None:
         return None
     if any(relation in ("in", "~") for relation in chain.relations) or len(leaves) > 4:
         return None
-    if isinstance(leaves[0], sympy.Abs) and leaves[0].args[0].is_Symbol and chain.relations in (("<",), ("<=",)):
+    if len(leaves) == 2 and isinstance(leaves[1], sympy.Abs) and not isinstance(leaves[0], sympy.Abs):
+        chain, leaves = Chain(chain.items[::-1], (FLIPPED[chain.relations[0]],)), leaves[::-1]  # type: ignore[arg-type]
+    if isinstance(leaves[0], sympy.Abs) and chain.relations in (("<",), ("<=",)):
         leaves = [-leaves[1], leaves[0].args[0], leaves[1]]  # |x| < 2 is -2 < x < 2
         chain = Chain(tuple(map(Leaf, leaves)), chain.relations * 2)
+    elif isinstance(leaves[0], sympy.Abs) and chain.relations in ((">",), (">=",)):
+        inside, bound = leaves[0].args[0], Leaf(leaves[1])  # |x| > 2 is x > 2 or -x > 2
+        sides = tuple(Chain((Leaf(side), bound), chain.relations) for side in (inside, -inside))
+        return region(Items("list", sides, "or"), depth + 1)
     variables = set().union(*(leaf.free_symbols for leaf in leaves))
     if len(variables) != 1:
         return None

@@ -29,6 +29,7 @@ _define("yen", yen=1)
 _define("rupee", rupee=1)
 _define("volume", ml_mL_milliliter_millilitre="1/1000", l_L_liter_litre=1)
 _define("angle", degree_deg=1)
+_define("unit", unit=1)
 _define("energy", J_joule=1, kJ_kilojoule=1000)
 _define("force", N_newton=1)
 _define("power", W_watt=1, kW_kilowatt=1000)
@@ -53,7 +54,8 @@ _NEVER = frozenset(
      "increased", "decreased", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
      "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty",
      "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "zero", "only", "without", "nope", "halfs", "thou",
-     "grand", "myriad", "milliard", "milliards", "against", "negated", "inverted", "raised", "mille", "ppm"]
+     "grand", "myriad", "milliard", "milliards", "against", "negated", "inverted", "raised", "mille", "ppm",
+     "approx"]
 )
 """What makes another number of the one before it, takes it back or offers a second: no unit."""
 _SHORT_UNITS = frozenset(
@@ -82,6 +84,8 @@ class Unit:
     factor: Fraction = Fraction(1)
     sense: str = ""
     """which way it counts: north, ago, loss"""
+    money: bool = False
+    """said as "pounds", which may be money; lbs are not"""
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,8 @@ _ABBREVIATED = re.compile(r"(?<=[A-Za-z])\.")
 _NUMERIC_CORE = re.compile(
     r"(?:[\d.,\s/+*^{}()-]|\\frac(?![A-Za-z])|\\pi(?![A-Za-z])|\\sqrt(?![A-Za-z])|\\times|\\cdot)+"
 )
-_SIGNS = {"£": "sterling", "€": "euro", "¥": "yen", "₹": "rupee"}
-_CURRENCY = re.compile(r"([-+]?)\s*(\\\$|\$|£|€|¥|₹|USD|US\\?\$)\s*(?=[-\d.(\\])")
+_SIGNS = {"£": "sterling", r"\pounds": "sterling", "€": "euro", "¥": "yen", "₹": "rupee"}
+_CURRENCY = re.compile(r"([-+]?)\s*(\\\$|\$|£|\\pounds|€|¥|₹|USD|US\\?\$)\s*(?=[-\d.(\\])")
 
 
 def split_unit(text: str, *, numeric_only: bool = True) -> Split:
@@ -257,7 +261,8 @@ def parse_unit(words: str) -> Unit:
         count = powers.pop("volume")
         powers["length"] = powers.get("length", 0) + 3 * count
         factor *= Fraction(1, 1000) ** count
-    return Unit(tuple(sorted((name, power) for name, power in powers.items() if power)), factor)
+    dimension = tuple(sorted((name, power) for name, power in powers.items() if power))
+    return Unit(dimension, factor, money=words.casefold() in ("pound", "pounds"))
 
 
 def _unknown(words: str) -> Unit:
@@ -272,7 +277,7 @@ def conversion(gold: Unit | None, answer: Unit | None) -> Fraction | None:
     """By what the answer must be multiplied to be in the gold's unit; None where the units cannot be the same thing."""
     if gold is None or answer is None:
         return Fraction(1)
-    if {gold, answer} == {parse_unit("sterling"), parse_unit("pound")}:
+    if any(one == parse_unit("sterling") and two.money for one, two in ((gold, answer), (answer, gold))):
         return Fraction(1)  # £5 is 5 pounds
     if gold.dimension != answer.dimension or (gold.sense and answer.sense and gold.sense != answer.sense):
         return None

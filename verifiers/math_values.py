@@ -18,7 +18,8 @@ from cabochon.verifiers.math_lex import MathSyntaxError
 BITS_LIMIT = 20_000
 """Exact integers up to about 6,000 digits are worked out."""
 
-PM = sympy.Symbol("plus_or_minus")
+PM = "plus_or_minus"
+"""What the names of signs that a value leaves open begin with."""
 DEGREE = sympy.Symbol("degree_of_arc")
 Relation = Literal["=", "!=", "<", "<=", ">", ">=", "in", "~"]
 
