@@ -1,7 +1,8 @@
 """Finding the final answer in a completion. Linear in the text, standard library only, and it never raises.
 
 Order matters more than cleverness: the *last* box of the final part wins, and text inside the thinking part does not
-count when something follows it, so that a model cannot score by listing candidates on the way.
+count when something follows it, so that a model cannot score by listing candidates on the way. Boxes that are joined
+(`\\boxed{2} or \\boxed{3}`) are one answer.
 """
 
 from __future__ import annotations
@@ -104,9 +105,25 @@ _DENIED = re.compile(
     r"(?:\b(?:not|than|instead of|never|cannot be)|n't(?: be)?)\s*(?:\$|\\\(|\*\*|\s){0,4}$", re.IGNORECASE
 )
 _TAKEN_BACK = re.compile(
-    r"\s?(?:\$|\\\))?\s{1,3}(?:is|was)\s(?:wrong|incorrect|false|not (?:right|correct|the answer))\b"
+    r"\s?(?:\$|\\\))?\s{1,3}(?:(?:is|was)\s(?:wrong|incorrect|false|not (?:right|correct|the answer)"
+    r"|too (?:big|small|large|little|high|low|many|few|much))|(?:cannot|can't|can not) be (?:right|correct|true|it))\b"
+    r"|\s?(?:\$|\\\))?\s?\?\s{1,3}No\b"
 )
 """What says that a box is not the answer, before it and behind it."""
+_BETWEEN = re.compile(r"\\(?:text\s?\{|q?quad|[()\[\],;:! ])|[\s${}*()\\]")
+_JOINTS = re.compile(
+    r"(?P<or>,?(?:and/)?or(?:maybe|perhaps|possibly|even)?(?:[a-z](?:_\d)?=)?"
+    r"|,?(?:maybe|perhaps|possibly|alternatively)|/|\||lor|vee|vs\.?|versus)|,?and|[,;]"
+)
+_OR_ELSE = re.compile(
+    r"(?:[\s$,(*]|\\\)){0,6}"
+    r"(?:or(?:\s(?:maybe|perhaps|possibly|even))?|maybe|perhaps|possibly|alternatively|vs\.?|versus)\s{1,3}"
+    r"(?:\$([^$\n]{1,60})\$|\\\(([^\n]{1,60}?)\\\)|(-?\d(?:[\d.,]{0,20}\d)?(?:\\?%)?)"
+    r"(?=\s{0,3}(?:[.,;?!)](?!\d)|[A-Za-z]|\n|\Z)))"
+)
+"""What stands between the boxes of one answer, `\\boxed{2} or \\boxed{3}`, and a second one behind, `\\boxed{2} or 3`.
+"""
+_BESIDE_LIMIT = 20
 
 
 def last_box(text: str) -> Found | None:
@@ -125,12 +142,33 @@ def last_box(text: str) -> Found | None:
         elif _BARE.match(text, position):
             boxes.append((start.start(), position, -1))
     denied = None
-    for box in reversed(boxes):
-        found = _content(text, *box)
+    while boxes:
+        found = _content(text, *boxes[-1])
         if found is not None:
-            return found
+            return _with_others(text, boxes, found)
+        boxes.pop()
         denied = Found(method="boxed", problem="the box is what the answer is not")
     return denied
+
+
+def _with_others(text: str, boxes: list[tuple[int, int, int]], found: Found) -> Found:
+    """The last box with what was offered beside it: two answers are not the one that happens to be right."""
+    if found.problem or boxes[-1][2] < 0 or not found.answer:
+        return found
+    answer = found.answer
+    if other := _OR_ELSE.match(text, boxes[-1][2] + 1):
+        answer += rf" \text{{ or }} {next(filter(None, other.groups()))}"
+    boxes = boxes[-_BESIDE_LIMIT:]
+    for (start, _, _), before in zip(boxes[:0:-1], boxes[-2::-1], strict=True):
+        if before[2] < 0 or start - before[2] > 40:
+            break
+        joint = _JOINTS.fullmatch(_BETWEEN.sub("", text[before[2] + 1 : start]).casefold())
+        other_box = _content(text, *before)
+        if joint is None or other_box is None or not other_box.answer:
+            break
+        if other_box.answer != found.answer:
+            answer = rf"{other_box.answer} \text{{ {'or' if joint['or'] else 'and'} }} {answer}"
+    return Found(answer=answer, method="boxed")
 
 
 def _content(text: str, start: int, inside: int, close: int) -> Found | None:
@@ -146,7 +184,8 @@ def _content(text: str, start: int, inside: int, close: int) -> Found | None:
         content = f"({content}){power.group()}"
     elif scale := _BEHIND.match(text, behind):
         content += " " + (scale["word"] or scale.group().strip())
-    if content and (_PART.match(text, behind) or _PART_BEFORE.search(before)):
+    said_twice = content.isdigit() and before.endswith(f" {content} ")  # = 42 \\boxed{42}
+    if content and (_PART.match(text, behind) or (not said_twice and _PART_BEFORE.search(before))):
         return Found(method="boxed", problem="the box is a part of an expression")
     return Found(answer=f"-({content})" if _MINUS.search(before[-4:]) else content, method="boxed")
 
@@ -169,18 +208,20 @@ def _closing_brace(text: str, start: int) -> int:
 
 _HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(.*)$", re.MULTILINE)
 _PHRASE = re.compile(
-    r"\b(?:answer|result|solution|(?:correct|right|best)\s(?:option|choice))\b(?:\s+(?:to|for)\s+[^.:\n]{1,80}?)?\s{0,3}(?:\*\*)?\s{0,3}(?:is|are|:|=)"
+    r"\b(?:answers?|result|solutions?|(?:correct|right|best)\s(?:option|choice))\b"
+    r"(?:\s+(?:to|for)\s+[^.:\n]{1,80}?)?\s{0,3}(?:\*\*)?\s{0,3}(?:is|are|:|=)"
     r"(?:\s{1,3}(?:therefore|then|thus|hence|simply)\b)?\s{0,3}(?:\*\*)?[:=]?[ \t]{0,3}",
     re.IGNORECASE,
 )
 _NAMED_OPTION = re.compile(
     r"(?:^|[.:\n]\s{0,3}|\b(?:[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore|[Tt]hat),?\s{1,3})(?:\*\*)?(?:(?:[Tt]he\s)?"
-    r"(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s{1,3}(?:\*\*)?\(?([A-J])\)?|\((?=[A-J]\)))(?:(?<=\()([A-J])\))?"
+    r"(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s{1,3}(?:\*\*)?\(?([A-J])\)?|\((?=[A-J]\))"
+    r"|([A-J])(?=(?:\*\*)?\sis\sthe\s(?:correct|right|best)\s(?:answer|option|choice)\b))(?:(?<=\()([A-J])\))?"
     r"(?:\*\*)?\sis\s(?:the\s)?(?:correct|right|best|answer)(?:\s(?:answer|option|choice|one))?(?:\*\*)?"
     r"(?=[.!]?\s{0,3}(?:\n|$|because|since))"
 )
 """`Option B is correct`, `(B) is the answer`, where a sentence says no more."""
-_SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|(?<=\S)\s+(?:because|since|so|which|as)\b")
+_SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|(?<=\S)\s+\(?(?:because|since|so|which|as)\b")
 
 
 def _after_hashes(text: str) -> Found | None:
@@ -196,7 +237,7 @@ def _after_phrase(text: str) -> Found | None:
     tail = text[-20_000:]
     last, named = _last(_PHRASE, tail), _last(_NAMED_OPTION, tail)
     if named is not None and (last is None or named.start() >= last.start()):
-        return Found(answer=named.group(1) or named.group(2), method="answer_is")
+        return Found(answer=next(filter(None, named.groups())), method="answer_is")
     if last is None:
         return None
     rest = tail[last.end() :].lstrip()[:2000]
