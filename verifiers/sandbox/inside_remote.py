@@ -393,6 +393,6 @@ _OPS: dict[str, Callable[..., Any]] = {
     "contains": lambda thing, item: item in thing, "getitem": lambda thing, key: thing[key], "plain": plain,
     "isinstance": lambda cls, thing: isinstance(thing, cls), "issubclass": lambda cls, other: issubclass(other, cls),
     "class": _described, "error": told, "itself": lambda thing: thing,
-    "copy": lambda thing, how: getattr(__import__("copy"), how)(thing),
+    "copy": lambda thing: __import__("copy").copy(thing), "deepcopy": lambda thing: __import__("copy").deepcopy(thing),
 }  # fmt: skip
 Link.root, Link.forward = Remote, FORWARD

@@ -108,7 +108,7 @@ class Host(Link):
         """An object of the tests which the program asks something of. It may use what it was given, and read and set
         attributes of objects of the tests' own classes. From elsewhere there are ways to the tests themselves."""
         thing = self.objects[target]
-        if op == "copy" or (op != "class" and target not in self.passed):
+        if op in ("copy", "deepcopy") or (op != "class" and target not in self.passed):
             raise AttributeError("the tests gave no such object")
         if isinstance(thing, AssertionError) and op not in ("class", "isinstance"):
             return AssertionError()  # what was expected is none of its business
@@ -179,7 +179,7 @@ class Guarded(Remote):
         return super().__repr__() if self._cabochon_open else f"<{_name(self)}>"
 
     def __copy__(self, how: str = "copy") -> Any:
-        made = self._cabochon_ask("copy", how)
+        made = self._cabochon_ask(how)
         if self._cabochon_met:
             _mark_met(made, how)
         return made
