@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from cabochon.verifiers.math_forms import NUMBER_WORD, spelled
+
 Method = Literal["boxed", "hashes", "answer_is", "last_expression"]
 
 TEXT_LIMIT = 400_000
@@ -113,13 +115,16 @@ _TAKEN_BACK = re.compile(
 _BETWEEN = re.compile(r"\\(?:text\s?\{|q?quad|[()\[\],;:! ])|[\s${}*()\\]")
 _JOINTS = re.compile(
     r"(?P<or>,?(?:and/)?or(?:maybe|perhaps|possibly|even)?(?:[a-z](?:_\d)?=)?"
-    r"|,?(?:maybe|perhaps|possibly|alternatively)|/|\||lor|vee|vs\.?|versus)|,?and|[,;]"
+    r"|,?(?:maybe|perhaps|possibly|alternatively)|/|\||lor|vee|vs\.?|versus"
+    r"|[.,;]?(?:option|candidate|guess|possibility)[\da-z][.:]?)|,?and|[,;]"
 )
 _OR_ELSE = re.compile(
-    r"(?:[\s$,(*]|\\\)){0,6}"
-    r"(?:or(?:\s(?:maybe|perhaps|possibly|even))?|maybe|perhaps|possibly|alternatively|vs\.?|versus)\s{1,3}"
+    r"(?:\^\{?\\circ\}?\s?[CFK]?)?(?:[\s$,;.(*]|\\\)){0,6}"
+    r"(?i:or(?:\s(?:maybe|perhaps|possibly|even))?|maybe|perhaps|possibly|alternatively|vs\.?|versus)[\s:,]{1,3}"
     r"(?:\$([^$\n]{1,60})\$|\\\(([^\n]{1,60}?)\\\)|(-?\d(?:[\d.,]{0,20}\d)?(?:\\?%)?)"
-    r"(?=\s{0,3}(?:[.,;?!)](?!\d)|[A-Za-z]|\n|\Z)))"
+    r"(?=\s{0,3}(?:[.,;?!)](?!\d)|[A-Za-z]|\n|\Z))"
+    rf"|((?i:(?!one\s){NUMBER_WORD}))(?=[\s.,;?!)]|\Z))"
+    r"|[\s$]{1,3}to\s\$?(-?\d{1,20})\$?(?=\s{0,3}(?:[.;?!)](?!\d)|\n|\Z))"
 )
 """What stands between the boxes of one answer, `\\boxed{2} or \\boxed{3}`, and a second one behind, `\\boxed{2} or 3`.
 """
@@ -157,7 +162,7 @@ def _with_others(text: str, boxes: list[tuple[int, int, int]], found: Found) -> 
         return found
     answer = found.answer
     if other := _OR_ELSE.match(text, boxes[-1][2] + 1):
-        answer += rf" \text{{ or }} {next(filter(None, other.groups()))}"
+        answer += rf" \text{{ or }} {spelled(next(filter(None, other.groups())))}"
     boxes = boxes[-_BESIDE_LIMIT:]
     for (start, _, _), before in zip(boxes[:0:-1], boxes[-2::-1], strict=True):
         if before[2] < 0 or start - before[2] > 40:

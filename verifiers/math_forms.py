@@ -76,6 +76,8 @@ _BELOW_1000 = rf"(?:(?:{'|'.join(_DIGIT)}) hundred(?: (?:and )?{_BELOW_100})?|{_
 _SPELLED = re.compile(
     rf"zero|(?=\w)(?:({_BELOW_1000}) million)?(?:(?:^| )({_BELOW_1000}) thousand)?(?:(?:^| (?:and )?)({_BELOW_1000}))?"
 )
+NUMBER_WORD = rf"(?:zero|(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_DIGIT)}))?|{'|'.join(_TEEN + _DIGIT)})"
+"""A number below a hundred in words."""
 _AS_WORDS = re.compile(rf"(?:{_TEXT}\s?\{{)?\s?([A-Za-z][A-Za-z -]{{2,99}}?)\s?\}}?")
 
 
