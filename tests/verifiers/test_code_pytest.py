@@ -50,6 +50,25 @@ def test_what_is_run(verifier, name):
 
 @pytest.mark.parametrize(
     "tests",
+    ["@pytest.mark.skip(reason='n')\ndef test_f(): assert f(2) == 4\n",
+     "import unittest\nclass T(unittest.TestCase):\n    @unittest.skip('n')\n    def test_f(self): self.assertEqual(f(2), 4)\n"],
+)  # fmt: skip
+def test_a_task_whose_tests_are_all_skipped_is_unusable(verifier, tests):
+    task = Task(id="t", prompt="", verifier="code", payload={"tests": HEAD + tests, "kind": "unittest"})
+    with pytest.raises(ValueError, match="are all of them skipped"):
+        verifier.verify(task, f"```python\n{RIGHT}\n```")
+
+
+@pytest.mark.parametrize("source", [WRONG, "def g(x): return x"])
+def test_a_program_that_makes_its_tests_skip_is_wrong(verifier, source):
+    tests = HEAD + "def test_f():\n    if f(2) != 4: pytest.skip('n')\n    assert f(3) == 9\n"
+    task = Task(id="t", prompt="", verifier="code", payload={"tests": tests, "kind": "unittest"})
+    assert verifier.verify(task, f"```python\n{source}\n```").status == "wrong"
+    assert verifier.verify(task, f"```python\n{RIGHT}\n```").status == "ok"
+
+
+@pytest.mark.parametrize(
+    "tests",
     ["@pytest.mark.asyncio\nasync def test_f():\n    assert await f(2) == 4\n",
      "class TestF:\n    async def test_f(self):\n        assert await f(2) == 4\n",
      "import unittest\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_f(self): self.assertEqual(await f(2), 4)\n"],

@@ -346,7 +346,6 @@ def _judge(order: dict[str, Any], host: Host) -> None:
     recorder = Recorder(host)
     module, solution = ModuleType(MODULE), ModuleType(order["module"])
     space = module.__dict__
-    space["__builtins__"] = builtins
     missing: list[str] = []
     try:
         names = unpack(loaded, host.resolve)
@@ -369,7 +368,7 @@ def _judge(order: dict[str, Any], host: Host) -> None:
     else:
         sys.modules[order["module"]] = solution
         sys.modules[MODULE] = module
-    space["_cabochon_"] = recorder
+    space.update(__builtins__=builtins, _cabochon_=recorder)
     if order["collect"] or any("pytest" in source for _, source, _ in order["units"]):
         from cabochon.verifiers.sandbox.inside_pytest import install
 
@@ -380,6 +379,8 @@ def _judge(order: dict[str, Any], host: Host) -> None:
         from cabochon.verifiers.sandbox.inside_pytest import collect
 
         collect(module, recorder)
+    if not (recorder.total or host.asked or missing):
+        host.verdict("unusable", "none of the tests was run: are all of them skipped?")
     host.channel.send(b"V" + pack((host.nonce, "done", "", recorder.passed, recorder.total, missing)))
 
 
