@@ -55,12 +55,12 @@ def _yaml(settings: list[str]) -> list[str]:
 def ours(kind: str, start: Path, out: Path, work: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     lag = 1 if kind == "ray" else 0
     recipe = out.with_suffix(".yaml")
-    recipe.write_text("stage: rl\nengine: {slots: 64, length: 160}\nstep: {sequence_length: 512}\n")
+    recipe.write_text("stage: rl\nengine: {slots: 128, length: 160}\nstep: {sequence_length: 512}\n")
     cabochon(
         "rl", recipe, f"model.address={start}", f"tasks.train=[{start.parents[1]}/tasks/train.jsonl]",
         "tasks.held_out=[]", f"engine.kind={kind}",
         f"rollout.max_lag={lag}", f"rollout.prompts={work['prompts']}", f"rollout.group_size={work['group_size']}",
-        f"sampling.max_tokens={work['max_tokens']}", f"steps={work['steps']}", "step.batch_size=96",
+        f"sampling.max_tokens={work['max_tokens']}", f"steps={work['steps']}", "step.batch_size=48",
         "step.micro_batches=48", "optim.schedule=constant", "optim.warmup_steps=0", "update.minibatches=1",
         f"optim.learning_rate={work['learning_rate']}", "update.algorithm={kind: grpo}", "samples_every=0",
         f"seed={seed}", f"run.dir={out}", f"run.save_every={work['steps']}",

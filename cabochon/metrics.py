@@ -102,7 +102,9 @@ def plain(value: Any) -> Any:
         case list() | tuple():
             return [plain(v) for v in value]
         case np.generic() | np.ndarray() | jax.Array():
-            return plain(np.asarray(value).tolist())
+            array = np.asarray(value)
+            at_once = array.dtype.kind in "biu" or (array.dtype.kind == "f" and np.isfinite(array).all())
+            return array.tolist() if at_once else plain(array.tolist())
     raise TypeError(f"a row of metrics holds numbers, text, lists and mappings; got {type(value).__name__}")
 
 

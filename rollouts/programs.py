@@ -29,7 +29,7 @@ from cabochon.model.layers import RMSNorm, rope_tables
 from cabochon.rollouts import thinking
 from cabochon.rollouts.engine_params import EngineParams
 from cabochon.rollouts.filters import draw
-from cabochon.rollouts.slots import Prefix, Row, SlotConfig, Slots, cache_sharding
+from cabochon.rollouts.slots import Prefix, Row, SlotConfig, Slots, cache_sharding, sample_keys
 
 _LOW = -1e30
 
@@ -221,21 +221,29 @@ def _prefill(
     return prefix, routes[0]
 
 
-def _start(model: ModelConfig, cfg: SlotConfig, slots: Slots, prefix: Prefix, slot: Array, row: Row) -> Slots:
-    """Put one sample in a slot: copy the blocks of the prompt's keys and values that are filled, and its row."""
+def _start(
+    model: ModelConfig, cfg: SlotConfig, slots: Slots, prefix: Prefix, slot_N: Array, count: Array, row: Row,
+    first: Array,
+) -> Slots:  # fmt: skip
+    """Put `count` samples of one prompt in slots, the `first` of them and those after it: copy the blocks of the
+    prompt's keys and values that are filled, and the row they share but for its key. `slot_N` is padded with slots that
+    are none; `row` has the words of the seed in the key's place."""
     blocks = -(-row.position_B // cfg.block)
 
     def copied(to: Array, source: Array) -> Array:
         def one(i: Array, to: Array) -> Array:
-            piece = jax.lax.dynamic_slice_in_dim(source, i * cfg.block, cfg.block, axis=2)
-            return jax.lax.dynamic_update_slice(to, piece, (slot, 0, i * cfg.block, 0))
+            at = (i % blocks) * cfg.block
+            piece = jax.lax.dynamic_slice_in_dim(source, at, cfg.block, axis=2)
+            return jax.lax.dynamic_update_slice(to, piece, (slot_N[i // blocks], 0, at, 0))
 
-        return jax.lax.fori_loop(0, blocks, one, to)
+        return jax.lax.fori_loop(0, count * blocks, one, to)
 
+    keys_N2 = sample_keys(row.key_B2, first, slot_N.shape[0])
+    rows = jax.tree.map(lambda all_B, one: all_B.at[slot_N].set(one, mode="drop"), slots.row, row)
     return Slots(
         k=tuple(copied(a, b) for a, b in zip(slots.k, prefix.k, strict=True)),
         v=tuple(copied(a, b) for a, b in zip(slots.v, prefix.v, strict=True)),
-        row=jax.tree.map(lambda all_B, one: all_B.at[slot].set(one), slots.row, row),
+        row=rows._replace(key_B2=slots.row.key_B2.at[slot_N].set(keys_N2, mode="drop")),
     )
 
 

@@ -27,9 +27,12 @@ from cabochon.rollouts.engine_params import EngineParams, engine_params
 from cabochon.rollouts.filters import Knobs
 from cabochon.rollouts.programs import Programs, Steps, programs
 from cabochon.rollouts.prompts import Prepared, pieces, prepare, stopped, text_of
-from cabochon.rollouts.slots import SlotConfig, empty_prefix, empty_slots, make_knobs, make_row, sample_key
+from cabochon.rollouts.slots import SlotConfig, empty_prefix, empty_slots, make_knobs, make_row, seed_words
 from cabochon.tokenizer import Tokenizer
 from cabochon.types import Completion, Request, Timings
+
+_TOGETHER = 8
+"""Samples of one prompt that one call of a program puts in their slots."""
 
 
 class SamplerError(ArithmeticError):
@@ -205,9 +208,10 @@ class Sampler:
             job = self._queue[0]
             if not job.read:
                 self._read(job)
-            slot = min(free, key=lambda slot: self._worth(slot, job))
-            free.remove(slot)
-            self._begin(job, slot)
+            free.sort(key=lambda slot: self._worth(slot, job))
+            count = min(len(free), job.work.sampling.n - job.started, _TOGETHER)
+            self._begin(job, free[:count])
+            del free[:count]
             if job.started == job.work.sampling.n:
                 self._queue.popleft()
 
@@ -243,7 +247,8 @@ class Sampler:
         job.routes = np.concatenate(parts) if parts else None
         job.read, job.prefill_seconds = True, time.monotonic() - begin
 
-    def _begin(self, job: _Job, slot: int) -> None:
+    def _begin(self, job: _Job, slots: list[int]) -> None:
+        """The job's next samples, one in each of these slots, at most _TOGETHER."""
         work, s = job.work, job.work.sampling
         if s.thinking is not None and work.tags is not None:
             thought = thinking.initial(self.tokenizer, s.thinking, work.tags, work.tokens)
@@ -253,20 +258,24 @@ class Sampler:
             token=int(work.tokens[-1]),
             position=len(work.tokens) - 1,
             left=s.max_tokens,
-            key=sample_key(work.seed, job.started),
+            key=seed_words(work.seed),
             stop_ids=work.stop_ids,
             knobs=job.knobs,
             thought=thought,
         )
-        self._slots = self._programs.start(self._slots, self._prefix, np.int32(slot), row)
-        self._stopped[slot] = False
-        self._kept.pop(slot, None)
-        phase = int(np.asarray(thought.phase_B))
-        self._running[slot] = _Running(
-            job=job, sample=job.started, phase=phase, since=time.monotonic(), loads=self._loads,
-            prompt_routes=job.routes,
-        )  # fmt: skip
-        job.started += 1
+        slot_N = np.full(_TOGETHER, self.cfg.slots, np.int32)
+        slot_N[: len(slots)] = slots
+        self._slots = self._programs.start(
+            self._slots, self._prefix, slot_N, np.int32(len(slots)), row, np.int32(job.started)
+        )
+        phase, now = int(np.asarray(thought.phase_B)), time.monotonic()
+        for slot in slots:
+            self._stopped[slot] = False
+            self._kept.pop(slot, None)
+            self._running[slot] = _Running(
+                job=job, sample=job.started, phase=phase, since=now, loads=self._loads, prompt_routes=job.routes,
+            )  # fmt: skip
+            job.started += 1
 
     def _keep(self, slot: int, run: _Running) -> None:
         """Note what an ended sequence leaves in its slot, where one set of weights computed all of it."""

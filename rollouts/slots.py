@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
+from jaxtyping import Array
 
 from cabochon import parallel, target
 from cabochon.config import MeshConfig
@@ -195,7 +196,12 @@ def make_knobs(sampling: Sampling, vocab: int) -> Knobs:
     )  # fmt: skip
 
 
-def sample_key(seed: int, sample: int) -> np.ndarray:
-    """[2] uint32: fold_in(key(seed), sample). The seed is taken modulo 2^64."""
-    key = jax.random.wrap_key_data(jnp.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], jnp.uint32))
-    return np.asarray(jax.random.key_data(jax.random.fold_in(key, sample)))
+def seed_words(seed: int) -> np.ndarray:
+    """[2] uint32: the seed modulo 2^64, upper half first."""
+    return np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+
+
+def sample_keys(seed_2: Array, first: Array, count: int) -> Array:
+    """[count, 2] uint32: fold_in(key(seed), sample) of the samples from `first` on."""
+    key = jax.random.wrap_key_data(seed_2)
+    return jax.vmap(lambda n: jax.random.key_data(jax.random.fold_in(key, n)))(first + jnp.arange(count))

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers
 from cabochon.errors import UserError
 from cabochon.rollouts.filters import draw
 from cabochon.rollouts.prompts import encode_prompt, pieces, prepare, stopped, text_of
-from cabochon.rollouts.slots import SlotConfig, make_knobs, sample_key
+from cabochon.rollouts.slots import SlotConfig, make_knobs, sample_keys, seed_words
 from cabochon.testing import tiny_config
 from cabochon.tokenizer import ByteTokenizer, Tokenizer
 from cabochon.types import Request, Sampling, Thinking
@@ -163,10 +163,13 @@ def test_a_completion_keeps_the_space_it_begins_with():
 
 
 def test_keys_differ_by_seed_and_sample_and_take_any_seed():
-    keys = {tuple(sample_key(seed, i).tolist()) for seed in (0, 1, 2**32, 2**64 - 1) for i in range(4)}
-    assert len(keys) == 16
+    def keys_of(seed, first):
+        return sample_keys(jnp.asarray(seed_words(seed)), jnp.int32(first), 4)
+
+    keys = [np.asarray(keys_of(seed, 0)) for seed in (0, 1, 2**32, 2**64 - 1)]
+    assert len({tuple(key) for some in keys for key in some.tolist()}) == 16
     same = jax.random.key_data(jax.random.fold_in(jax.random.key(5), 3))
-    np.testing.assert_array_equal(sample_key(5, 3), same)
+    np.testing.assert_array_equal(keys_of(5, 3)[0], same)
 
 
 def test_requests_are_frozen():

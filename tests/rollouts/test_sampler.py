@@ -255,6 +255,30 @@ def test_a_free_slot_is_filled_before_the_longest_ends(engine):
     assert engine.sampler.counters.steps - before == 40
 
 
+def test_samples_begin_many_at_once_or_few(params):
+    """19 samples of one prompt in 16 slots begin eight, eight and, as slots get free, one or two at a time; beside
+    others, which leave three slots, by threes. A prompt of one token has nothing to copy."""
+    sampler = Sampler(DENSE, params["dense"], TOK, dataclasses.replace(SLOTS, slots=16))
+    for prompt in ("The quick brown fox", np.array([65], np.int32)):
+        asked = Request(prompt=prompt, sampling=Sampling(max_tokens=9, n=19), seed=3)
+
+        def drawn(*others, asked=asked):
+            for other in others:
+                sampler.submit(sampler.prepare(other))
+            ticket, found = sampler.submit(sampler.prepare(asked)), {}
+            while sampler.busy:
+                found |= {f.sample: f.completion for f in sampler.step() if f.ticket == ticket}
+            return [found[i] for i in range(19)]
+
+        free = drawn()
+        crowded = drawn(Request(prompt="other words", sampling=Sampling(max_tokens=30, n=13), seed=8))
+        assert len({c.text for c in free}) > 9
+        for one, other in zip(free, crowded, strict=True):
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            np.testing.assert_array_equal(one.logprobs, other.logprobs)
+    assert sampler.compiled["start"] == 1
+
+
 def test_steps_end_when_every_slot_is_done(engine):
     before = engine.sampler.counters.steps
     engine.generate([Request(prompt="ab", sampling=Sampling(max_tokens=5, ignore_eos=True))])
