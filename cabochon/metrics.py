@@ -108,6 +108,16 @@ def plain(value: Any) -> Any:
     raise TypeError(f"a row of metrics holds numbers, text, lists and mappings; got {type(value).__name__}")
 
 
+def idle(row: Mapping[str, Any], step: int) -> str:
+    """Why a step changed nothing; "" where it may have. A warm-up may begin at a rate of 0."""
+    if row["grad_norm"] == 0:
+        return "every gradient is zero: nothing is learnt"
+    if row["learning_rate"] == 0 and step > 1:
+        return ("the learning rate is 0: nothing is learnt; set optim.learning_rate, or optim.total_steps such that the "
+                "schedule does not end before the run")  # fmt: skip
+    return ""
+
+
 def scalars(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """The numbers of a row, nested names joined by `/`."""
     for name, value in row.items():

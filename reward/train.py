@@ -66,6 +66,7 @@ def main(cfg: RewardModelConfig, *, resume_anyway: bool = False) -> Path:
 
         # -- the loop --------------------------------------------------------------------------------------------------
         batch, rows, following = feed.take(position)
+        alarmed = ""
         for step in run.steps(done, cfg.steps):
             start = time.perf_counter()
             state, report = learner.step(state, parallel.place(batch, mesh))
@@ -76,8 +77,9 @@ def main(cfg: RewardModelConfig, *, resume_anyway: bool = False) -> Path:
             report = jax.device_get(report)
             row |= report_row(report)
             speed = row["tokens"] / (time.perf_counter() - start)
-            if row["grad_norm"] == 0:
-                run.event("alarm", "every gradient is zero: nothing is learnt", step=step)
+            if (why := metrics.idle(row, step)) and why != alarmed:
+                run.event("alarm", why, step=step)
+            alarmed = why
             if held.groups and (step == cfg.steps or (cfg.eval.every and step % cfg.eval.every == 0)):
                 row |= eval_row(report_of(score_pairs(values, state.params, held_feed, mesh)))
             run.log(step, row, clock={"tokens_per_second": speed}, experts=metrics.expert_row(report.router))

@@ -155,6 +155,7 @@ def fit(cfg: ExamplesConfig, run: Run, job: Job) -> Path:
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     batch, examples, following = feed.take(progress.position)
+    alarmed = ""
     for step in run.steps(done, done if progress.stopped else cfg.steps):
         start = time.perf_counter()
         state, report, row = job.update(step, state, batch, examples)
@@ -165,8 +166,9 @@ def fit(cfg: ExamplesConfig, run: Run, job: Job) -> Path:
         report = jax.device_get(report)
         row |= report_row(report)
         speed = row["tokens"] / (time.perf_counter() - start)
-        if row["grad_norm"] == 0:
-            run.event("alarm", "every gradient is zero: nothing is learnt", step=step)
+        if (why := metrics.idle(row, step)) and why != alarmed:
+            run.event("alarm", why, step=step)
+        alarmed = why
         rated = cfg.eval.every > 0 and (step % cfg.eval.every == 0 or step == cfg.steps)
         if rated:
             row |= evaluated(job, state, step, eval_batches)

@@ -11,7 +11,7 @@ from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from cabochon.errors import UserError
-from cabochon.metrics import EventFile, Journal, expert_row, flops_per_token, measured_peak, plain, scalars
+from cabochon.metrics import EventFile, Journal, expert_row, flops_per_token, idle, measured_peak, plain, scalars
 from cabochon.model import flash, moe
 from cabochon.model import transformer as tf
 from cabochon.testing import tiny_config, tiny_moe
@@ -113,3 +113,16 @@ def test_loads_by_layer_and_expert_and_agreement_only_where_routes_were_replayed
     assert expert_row(stats) == {"used": [[4, 2, 0], [2, 2, 2]]}
     assert expert_row(stats, replayed=True)["agreement"] == [1.0, 0.5]
     assert expert_row(None) is None, "a dense model has no experts"
+
+
+@pytest.mark.parametrize(
+    ("row", "step", "said"),
+    [({"grad_norm": 0.0, "learning_rate": 1e-3}, 1, "every gradient is zero"),
+     ({"grad_norm": 1.0, "learning_rate": 0.0}, 2, "set optim.learning_rate"),
+     ({"grad_norm": 1.0, "learning_rate": 0.0}, 1, ""),
+     ({"grad_norm": 1.0, "learning_rate": 1e-9}, 5, "")],
+)  # fmt: skip
+def test_a_step_that_changed_nothing_says_why(row, step, said):
+    why = idle(row, step)
+    assert said in why
+    assert bool(said) == bool(why)

@@ -99,6 +99,15 @@ def test_scores_are_centred_on_the_held_out_answers_and_carry_the_models_id(trai
     other.write_text(before)
 
 
+def test_a_learning_rate_of_0_is_told_once(tmp_path):
+    write_rows(tmp_path / "train.jsonl")
+    write_rows(tmp_path / "eval.jsonl", 8, seed=1)
+    main(config(tmp_path, steps=4, optim={"learning_rate": 0.0}))
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    alarms = [e for e in events if e["event"] == "alarm"]
+    assert [(e["step"], "the learning rate is 0" in e["message"]) for e in alarms] == [(2, True)]
+
+
 def rollout(text, finish="stop", prompt="0.1:"):
     none = np.zeros(0, np.int32)
     completion = Completion(tokens=none, logprobs=none, mask=none, text=text, finish=finish, policy_version=none)

@@ -200,6 +200,13 @@ def test_more_steps_go_on_from_the_end(tmp_path, sums, trained):
     assert found[:10] == trained[1]
 
 
+def test_a_learning_rate_of_0_is_told_once(tmp_path, sums):
+    main(config(tmp_path / "run", sums, optim={"learning_rate": 0.0}, eval={"every": 0}, steps=4))
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    alarms = [e for e in events if e["event"] == "alarm"]
+    assert [(e["step"], "the learning rate is 0" in e["message"]) for e in alarms] == [(2, True)]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path, sums):
     cfg = config(tmp_path / "run", sums, optim={"learning_rate": 1e38, "clip_norm": 0.0}, aux={})
     with pytest.raises(NonFiniteError, match=r"step \d+: .* not finite"):
