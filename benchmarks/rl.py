@@ -3,11 +3,12 @@
     python -P benchmarks/rl.py OUT [--rounds 2] [--only local,ray,trl] [--workload benchmarks/rl_workload.json]
                                    [--tunix PYTHON]     the interpreter of an environment with google-tunix
 
-A dense model learns the tasks from bytes (SFT); from there each trainer does the same number of steps of the same size
-(on-policy, one update each, no KL, AdamW, f32, one reward function on both sides). A round is each of them once, with
-the round's seed; the order turns about. Reported: seconds per step (median, without the first ones, which compile),
-where ours go, the reward of the first and last five steps, and held-out accuracy by `cabochon eval`, which opens the
-peers' results as they are. `local` samples and learns in turn, `ray` is one step off (max_lag 1).
+A dense model learns the tasks from bytes (SFT); where the workload's `model` is an address it is taken as it is, and
+only seconds are compared (`--workload benchmarks/rl_workload_smollm2.json`). From there each trainer does the same number
+of steps of the same size (on-policy, one update each, no KL, AdamW, f32, one reward function on both sides). A round is
+each of them once, with the round's seed; the order turns about. Reported: seconds per step (median, without the first
+ones, which compile), where ours go, the reward of the first and last five steps, and held-out accuracy by `cabochon
+eval`, which opens the peers' results as they are. `local` samples and learns in turn, `ray` is one step off (max_lag 1).
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ def prepared(out: Path, work: dict[str, Any]) -> Path:
         for row in rows:
             row |= {"verifier": f"{HERE}/rl_reward.py:exact", "payload": {"answer": row["completion"]}}
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if isinstance(work["model"], str):
+        cabochon("export", work["model"], out / "start" / "final")
+        return out / "start" / "final"
     steps = work["start_steps"]
     cabochon("sft", "demo-sft", *work["model"], f"data.train={out}/tasks/train.jsonl", f"run.dir={out}/start",
              "aux.balance=0", "aux.router_z=0", f"steps={steps}", f"optim.total_steps={steps}")  # fmt: skip
@@ -55,7 +59,8 @@ def _yaml(settings: list[str]) -> list[str]:
 def ours(kind: str, start: Path, out: Path, work: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     lag = 1 if kind == "ray" else 0
     recipe = out.with_suffix(".yaml")
-    recipe.write_text("stage: rl\nengine: {slots: 128, length: 160}\nstep: {sequence_length: 512}\n")
+    slots, length = work["prompts"] * work["group_size"], work["length"]
+    recipe.write_text(f"stage: rl\nengine: {{slots: {slots}, length: {length}}}\nstep: {{sequence_length: 512}}\n")
     cabochon(
         "rl", recipe, f"model.address={start}", f"tasks.train=[{start.parents[1]}/tasks/train.jsonl]",
         "tasks.held_out=[]", f"engine.kind={kind}",
@@ -125,10 +130,12 @@ def main() -> None:
         for kind in [kind for kind in kinds if kind not in peers]:
             ratios = [p / o for p, o in zip(timed[name], timed[kind], strict=True)]
             print(json.dumps({f"{name}_over": kind, "rounds": [round(r, 2) for r in ratios]}), flush=True)
+    if not work["eval_tasks"]:
+        return
     finals = [out / f"{kind}{r}" / "final" for r in range(args.rounds) for kind in kinds]
     subprocess.run([sys.executable, "-P", "-m", "cabochon", "eval", str(start), *map(str, finals), "--tasks",
-                    str(out / "tasks" / "test.jsonl"), "--most", "300", "--samples", "4", "--max-tokens",
-                    str(work["max_tokens"]), "--slots", "64"], check=True)  # fmt: skip
+                    str(out / "tasks" / "test.jsonl"), "--most", str(work["eval_tasks"]), "--samples", "4",
+                    "--max-tokens", str(work["max_tokens"]), "--slots", "64"], check=True)  # fmt: skip
 
 
 if __name__ == "__main__":

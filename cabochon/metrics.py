@@ -113,7 +113,7 @@ def idle(row: Mapping[str, Any], step: int) -> str:
     if row["grad_norm"] == 0:
         return "every gradient is zero: nothing is learnt"
     if row["learning_rate"] == 0 and step > 1:
-        return ("the learning rate is 0: nothing is learnt; set optim.learning_rate, or optim.total_steps such that the "
+        return ("the learning rate is 0: nothing is learnt; set optim.learning_rate, or optim.total_steps so that the "
                 "schedule does not end before the run")  # fmt: skip
     return ""
 
