@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,8 @@ from cabochon.types import Completion, Request, Sampling
 
 MAX_BYTES = 64 << 20
 """of one reply"""
+ROUNDING = 1e-2
+"""how far above 0 a log-prob may be"""
 
 
 class Endpoint(Frozen):
@@ -216,7 +218,7 @@ class OpenAIEngine:
             reply = json.loads(text)
             usage = reply.get("usage") or {}
             prompt, completion = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        except (ValueError, AttributeError, TypeError, RecursionError):
+        except (ValueError, AttributeError, TypeError, RecursionError, OverflowError):
             raise _Failure("malformed", f"not a reply of this API: {text[:300]!r}") from None
         self.usage.prompt_tokens += prompt
         self.usage.completion_tokens += completion
@@ -281,7 +283,7 @@ def _answers(reply: dict[str, Any], n: int, top: int, attempt: int, seconds: flo
         if len(choices) != n:
             raise _Failure("malformed", f"{len(choices)} choices where {n} were asked for")
         return [_answer(choice, top, attempt, seconds) for choice in choices]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise _Failure("malformed", f"{type(error).__name__} {error} in {json.dumps(reply)[:300]}") from None
 
 
@@ -313,11 +315,21 @@ def _answer(choice: dict[str, Any], top: int, attempt: int, seconds: float) -> A
 
 def _chat_tokens(logprobs: dict[str, Any]) -> tuple[TokenChoice, ...]:
     return tuple(
-        TokenChoice(t["token"], float(t["logprob"]), {o["token"]: float(o["logprob"]) for o in t["top_logprobs"]})
+        _token(t["token"], t["logprob"], [(o["token"], o["logprob"]) for o in t["top_logprobs"]])
         for t in logprobs["content"]
     )
 
 
 def _text_tokens(logprobs: dict[str, Any]) -> tuple[TokenChoice, ...]:
     rows = zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
-    return tuple(TokenChoice(t, float(p), {k: float(v) for k, v in (others or {}).items()}) for t, p, others in rows)
+    return tuple(_token(t, p, (others or {}).items()) for t, p, others in rows)
+
+
+def _token(text: Any, logprob: Any, top: Iterable[tuple[Any, Any]]) -> TokenChoice:
+    """Raises ValueError or TypeError for what is no text, or no logarithm of a probability: Python's JSON knows NaN and
+    Infinity, and a judge would make a score of them."""
+    rows = [(text, float(logprob)), *((t, float(p)) for t, p in top)]
+    for each, nats in rows:
+        if not isinstance(each, str) or not nats < ROUNDING:
+            raise ValueError(f"token {each!r} with log-prob {nats}")
+    return TokenChoice(text, rows[0][1], dict(rows[1:]))

@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
         elif word == "nologprobs":
             self.send(200, json.dumps(answer("Verdict: Yes", [], logprobs=False)).encode())
         else:
-            self.send(200, good)
+            self.send(200, self.server.reply or good)
 
     def send(self, code, content, length=None):
         self.send_response(code)
@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
-    http.asked, http.over = [], threading.Event()
+    http.asked, http.over, http.reply = [], threading.Event(), b""
     threading.Thread(target=http.serve_forever, daemon=True).start()
     yield http
     http.over.set()
@@ -124,6 +124,39 @@ def test_every_failure_is_a_status_and_the_others_are_scored(server):
     assert server.asked.count("500") == 2  # bounded
     assert engine.usage.cost > 0
     assert engine.usage.failed >= 5
+
+
+def top(name, nats):
+    """A reply whose verdict is `Yes`, with this token beside it."""
+    reply = json.loads(json.dumps(verdict(0.9)))
+    reply["choices"][0]["logprobs"]["content"][-1]["top_logprobs"].append({"token": name, "logprob": nats})
+    return reply
+
+
+BEFORE = {"token": None, "logprob": -0.1, "top_logprobs": []}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        top(" No", math.inf),
+        top(" No", math.nan),
+        top(" No", 1e9),
+        top(" No", 5.0),
+        top(" No", 10**400),
+        top(5, -1.0),
+        top(None, -1.0),
+        verdict(0.9) | {"usage": {"prompt_tokens": math.inf}},
+        {"choices": [verdict(0.9)["choices"][0] | {"logprobs": {"content": [BEFORE]}}]},
+    ],
+)
+def test_numbers_and_texts_that_cannot_be_are_no_answer(server, reply):
+    """They are JSON to Python: an infinite log-prob was a score of 1, a huge one ended the run."""
+    server.reply = json.dumps(reply).encode()
+    (score,) = judge_at(server)[0].score([rollout("other")])
+    assert (score.value, score.status) == (None, "infra_error")
+    assert "malformed" in score.detail
+    assert server.asked == ["other", "other"]
 
 
 def test_without_log_probs_the_text_is_the_verdict(server):
