@@ -117,6 +117,8 @@ class Judge:
         """Raises UserError for a template that cannot be used."""
         self.asker, self.cfg = asker, cfg
         self._template = Template.load(cfg.template)
+        for criterion in cfg.criteria:
+            self._template.check(criterion.text, criterion.choices, cfg.reason)
         self._id = _identity(asker, cfg, self._template)
 
     @property
@@ -180,6 +182,7 @@ class PairwiseJudge:
         self._template = Template.load(cfg.template, pair=True)
         if len(cfg.criteria) != 1:
             raise UserError(f"criteria: {len(cfg.criteria)} of them; comparing two responses takes one")
+        self._template.check(cfg.criteria[0].text, cfg.criteria[0].choices, cfg.reason)
         self._id = _identity(asker, cfg, self._template)
 
     @property

@@ -8,7 +8,7 @@ end its own place in the prompt, to write a verdict, or to open a turn of the ch
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,10 @@ class Template:
         if not path.is_file():
             shipped = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
             raise UserError(f"{name}: no such judge template; shipped: {shipped}; or give the path of a .jinja file")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
         try:
             used = jinja2.meta.find_undeclared_variables(_environment().parse(text))
         except jinja2.TemplateSyntaxError as error:
@@ -60,6 +63,20 @@ class Template:
             known = ", ".join(sorted(needed | _VARIABLES))
             raise UserError(f"{path}: the judge template reads {odd[0]!r}, which nobody sets; known: {known}")
         return cls(name=name, text=text, pair=pair)
+
+    def check(self, criterion: str, choices: Sequence[str], reason: bool) -> None:
+        """One rendering for show: a template may fail at what it does, or ask for a response only to count its letters.
+        Raises UserError."""
+        shown = ("first", "second") if self.pair else ("response",)
+        given = {"task": "task", "reference": "", "criterion": criterion, "choices": tuple(choices), "reason": reason}
+        try:
+            text = self.render(given | {name: f"[{name}]" for name in shown})
+        except Exception as error:  # a template is a program, and may raise anything
+            why = " ".join(str(error).split())
+            raise UserError(f"{self.name}: the judge template fails: {type(error).__name__}: {why}") from None
+        if lost := [name for name in shown if f"[{name}]" not in text]:
+            when = f"where reason is {str(reason).lower()}"
+            raise UserError(f"{self.name}: the judge template does not write {{{{ {lost[0]} }}}} {when}; write it")
 
     def render(self, values: Mapping[str, Any]) -> str:
         return _environment().from_string(self.text).render(**values).strip()

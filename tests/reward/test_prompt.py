@@ -3,6 +3,7 @@
 import pytest
 
 from cabochon.errors import UserError
+from cabochon.reward.judge import Judge, JudgeConfig
 from cabochon.reward.prompt import CUT, TEMPLATES, Template, prompt_text, special_texts, untrusted, without_thinking
 from cabochon.tokenizer import ByteTokenizer
 
@@ -28,12 +29,38 @@ def test_every_shipped_template_shows_what_it_is_given():
         ("{{ response }} {{ respnse }}", "reads 'respnse', which nobody sets"),
         ("{{ response }}\n{% if %}", "j.jinja:2: the judge template does not parse"),
         ("{{ first }}", "reads 'first', which nobody sets|has no .. response"),
+        (b"{{ response }} \xff", "j.jinja: cannot be read as UTF-8 text"),
     ],
 )
 def test_a_template_that_cannot_be_used_says_why(tmp_path, text, said):
-    (tmp_path / "j.jinja").write_text(text)
+    (tmp_path / "j.jinja").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=said):
         Template.load(str(tmp_path / "j.jinja"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{% if response %}good{% endif %}", r"j.jinja: the judge template does not write \{\{ response \}\} where"),
+        ("{{ response | length }}", r"does not write \{\{ response \}\}"),
+        ("{% if reason %}{{ response }}{% endif %}", r"\{\{ response \}\} where reason is false"),
+        ("{{ response }}{{ choices[9].name }}", "j.jinja: the judge template fails: UndefinedError"),
+        ("{{ response }}{% include 'x' %}", "j.jinja: the judge template fails: TypeError"),
+    ],
+)
+def test_a_template_that_fails_or_hides_the_response_is_refused_before_a_judge_is_asked(tmp_path, text, said):
+    (tmp_path / "j.jinja").write_text(text)
+    template = str(tmp_path / "j.jinja")
+    with pytest.raises(UserError, match=said):
+        Judge(Unasked(), JudgeConfig(template=template, reason=False))
+    Judge(Unasked(), JudgeConfig(template="terse", reason=False))
+
+
+class Unasked:
+    model_id, specials = "none", ()
+
+    def ask(self, *_, **__):
+        raise AssertionError
 
 
 def test_an_unknown_template_names_those_there_are():
