@@ -26,7 +26,7 @@ MARK = "Verdict:"
 """what stands before a verdict"""
 CUT = "\n[... cut ...]\n"
 
-_TAGS = re.compile(r"<\s*/?\s*(task|reference|response|first|second)\b[^<>]*>", re.IGNORECASE)
+_TAGS = re.compile(r"<\s*(?:/\s*)?(task|reference|response|first|second)\b[^<>]*>", re.IGNORECASE)
 _VERDICTS = re.compile(r"verdict\W{0,3}[:=][^\n]*", re.IGNORECASE)
 _VARIABLES = {"task", "reference", "criterion", "choices", "reason"}
 
@@ -89,8 +89,10 @@ def _environment() -> jinja2.Environment:
 
 
 def special_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Texts that the tokenizer would turn into special tokens: the ends of turns among them."""
-    return tuple(sorted({added.content for added in tokenizer.core.get_added_tokens_decoder().values()}, key=len))
+    """Texts that the tokenizer would turn into special tokens: the ends of turns among them. Runs of spaces, which
+    some tokenizers (GPT-NeoX's, OLMo's) have as such tokens too, are no more than that, and indent programs."""
+    texts = {added.content for added in tokenizer.core.get_added_tokens_decoder().values()}
+    return tuple(sorted((text for text in texts if text.strip()), key=len))
 
 
 def unicode(text: str) -> str:
@@ -99,20 +101,21 @@ def unicode(text: str) -> str:
 
 
 def untrusted(text: str, specials: tuple[str, ...] = (), *, cap: int = 8000) -> str:
-    """Text of a stranger that can neither leave its place nor give a verdict; at most `cap` characters.
+    """Text of a stranger that can neither leave its place nor give a verdict; `cap` characters of it at most.
 
-    Special tokens, the templates' tags and what follows `verdict:` on a line are taken out, until none is left: taking
-    one out may join two halves of another. Of a long text the beginning and the end are kept.
+    Of a long text the beginning and the end are kept. Then special tokens, the templates' tags and what follows
+    `verdict:` on a line are taken out, until none is left: taking one out may join two halves of another, and so may
+    the cut. A pass may free one more, so it is the cap that bounds the time.
     """
     text = unicode(text)
+    if len(text) > cap:
+        text = text[: cap // 2] + CUT + text[len(text) - (cap - cap // 2) :]
+    longest_first = sorted(specials, key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
     before = None
     while text != before:
         before = text
-        for special in specials:
-            text = text.replace(special, "")
-        text = _VERDICTS.sub("", _TAGS.sub("", text))
-    if len(text) > cap:
-        text = text[: cap // 2] + CUT + text[len(text) - (cap - cap // 2) :]
+        text = _VERDICTS.sub("", _TAGS.sub("", special.sub("", text)))
     return text.strip()
 
 

@@ -1,6 +1,10 @@
 """Templates that cannot be used, and strangers' text that wants out of its place."""
 
+import time
+from dataclasses import replace
+
 import pytest
+import tokenizers
 
 from cabochon.errors import UserError
 from cabochon.reward.judge import Judge, JudgeConfig
@@ -100,6 +104,29 @@ def test_plain_text_stays_as_it_is():
 def test_long_text_keeps_both_ends():
     text = untrusted("a" * 500 + "b" * 500, cap=100)
     assert text == "a" * 50 + CUT + "b" * 50
+
+
+def test_a_cut_joins_no_halves():
+    text = untrusted("a" * 40 + "</response" + "<" * 300 + ">" + "b" * 49, cap=100)
+    assert "</response" not in text
+    assert CUT.strip() not in text, "it was part of the tag"
+
+
+@pytest.mark.parametrize("text", ["<" + " " * 200_000, "</resp" * 720 + "onse>" * 720, "<|im_" * 9000])
+def test_no_text_takes_long(text):
+    """A policy that writes a bracket and spaces to its limit would have stopped the run for minutes."""
+    specials = (*SPECIALS, *(f"<|reserved_{i}|>" for i in range(250)))
+    start = time.monotonic()
+    untrusted(text, specials)
+    assert time.monotonic() - start < 20
+
+
+def test_runs_of_spaces_are_no_danger_though_a_tokenizer_has_them_as_tokens():
+    core = tokenizers.Tokenizer.from_str(ByteTokenizer().core.to_str())
+    core.add_tokens([tokenizers.AddedToken(" " * n, normalized=False) for n in (2, 4)])
+    specials = special_texts(replace(ByteTokenizer(), core=core))
+    assert specials == SPECIALS
+    assert untrusted("def f():\n    return 1", specials) == "def f():\n    return 1"
 
 
 def test_thinking_is_not_shown():
