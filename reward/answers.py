@@ -48,8 +48,13 @@ def parse(text: str, choices: Sequence[str]) -> int | None:
     """The choice on the last line, `Verdict: CHOICE`; None for anything else, however much it sounds like one."""
     line = (text.strip().splitlines() or [""])[-1].strip().casefold()
     names = [choice.casefold() for choice in choices]
-    said = [name for name in names if re.fullmatch(rf"\W*{MARK.casefold()}\W*{re.escape(name)}\W*", line)]
+    said = [name for name in names if re.fullmatch(rf"\W*{MARK.casefold()}\W*{_whole(name)}\W*", line)]
     return names.index(max(said, key=len)) if said else None  # "-1" and not "1", whose sign would be mere decoration
+
+
+def _whole(name: str) -> str:
+    """Its pattern; of a number with no sign or point right before it, which would make it another: "<5", ".5"."""
+    return (r"(?<![-−+.,<>≤≥~≈])" if name[:1].isdigit() else "") + re.escape(name)
 
 
 def spelled(top: Mapping[str, float], choices: Sequence[str]) -> list[float]:

@@ -29,9 +29,14 @@ class VerdictVerifier:
         if self.closing not in text and self.opening in text:
             return Verdict(score=0.0, status="no_answer", detail="thinking never ends")
         line = (answer.strip().splitlines() or [""])[-1].strip()[:500].casefold()
-        fits = [c for c in choices if re.fullmatch(rf"\W*verdict:\W*{re.escape(c.casefold())}\W*", line)]
+        fits = [c for c in choices if re.fullmatch(rf"\W*verdict:\W*{_whole(c.casefold())}\W*", line)]
         said = max(fits, key=len, default=None)  # "-1" and not "1", whose sign would be mere decoration
         if said is None:
             return Verdict(score=0.0, status="no_answer", detail=f"the last line is not 'Verdict: {'|'.join(choices)}'")
         evidence = {"verdict": said, "label": label}
         return right(f"{said}, as it is", evidence) if said == label else wrong(f"{said}, it is {label}", evidence)
+
+
+def _whole(name: str) -> str:
+    """As in `cabochon.reward.answers`: right before a number no sign or point, which would make it another."""
+    return (r"(?<![-−+.,<>≤≥~≈])" if name[:1].isdigit() else "") + re.escape(name)

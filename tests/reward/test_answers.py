@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from cabochon.reward.answers import expected, parse, spelled, swap_logit, swap_mean, weighted, worth
+from cabochon.types import Task
+from cabochon.verifiers.verdict import VerdictVerifier
 
 
 def softmax(*z):
@@ -35,6 +37,18 @@ def test_choices_are_worth_their_rank():
 def test_weights_that_are_none(weights):
     with pytest.raises(ValueError, match="a rubric needs weights"):
         weighted([1, 0], weights)
+
+
+@pytest.mark.parametrize("text", [".5", "<5", "≤ 5 or so", "-5", "~5", "4.5", "5/5", "1,5"])
+def test_another_number_is_no_verdict(text):
+    assert parse(f"Verdict: {text}", ("1", "2", "3", "4", "5")) is None
+    task = Task(id="t", prompt="", verifier="verdict", payload={"label": "5", "choices": list("12345")})
+    assert VerdictVerifier().verify(task, f"Verdict: {text}").status == "no_answer"
+
+
+@pytest.mark.parametrize("text", ["5", "**5**", "'5'", "5.", "- 5", "(5)"])
+def test_a_number_may_be_dressed_up(text):
+    assert parse(f"Verdict: {text}", ("1", "2", "3", "4", "5")) == 4
 
 
 @pytest.mark.parametrize(
