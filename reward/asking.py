@@ -265,7 +265,7 @@ def _at_verdict(answer: Answer, choices: Sequence[str]) -> list[float] | None:
     for token in answer.tokens:
         # a token may hold the end of the mark as well: then the verdict begins in it and cannot be told from it
         if at >= start and token.text.strip().strip("*_`\"'"):
-            found = spelled(token.top, choices)
+            found = spelled({token.text: token.logprob, **token.top}, choices)  # it may be drawn and not on top
             return found if sum(found) else None
         at += len(token.text)
     return None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cabochon.reward.asking import EndpointAsker, Reasoning, read_answer
-from cabochon.reward.judge import Judge, JudgeConfig
+from cabochon.reward.judge import Judge, JudgeConfig, opinion_of
 from cabochon.reward.open import JudgeRun, endpoint_asker, judge_of
 from cabochon.rollouts.openai import Answer, Endpoint, OpenAIEngine, TokenChoice
 from cabochon.types import Completion, Rollout, Task
@@ -182,6 +182,14 @@ def test_the_verdict_s_token_is_found_whatever_stands_before(before):
     tokens = tuple(TokenChoice(text, -0.1, {}) for text in (before, "\nVerdict", ":"))
     said = Answer(status="ok", text=f"{before}\nVerdict: Yes", tokens=(*tokens, TokenChoice(" Yes", -0.1, top)))
     assert read_answer(said, ("No", "Yes")).probabilities == pytest.approx((0.2, 0.7))
+
+
+def test_an_unlikely_verdict_that_was_drawn_is_as_unlikely_as_it_is():
+    """It is none of the likeliest tokens; read from the text it would be certain."""
+    tokens = (TokenChoice("Verdict:", -0.1, {}), TokenChoice(" Yes", math.log(0.01), {" Well": math.log(0.9)}))
+    reading = read_answer(Answer(status="ok", text="Verdict: Yes", tokens=tokens), ("No", "Yes"))
+    assert reading.probabilities == pytest.approx((0.0, 0.01))
+    assert opinion_of([reading], JudgeConfig()).status == "unparsed"
 
 
 def test_nobody_is_there():
