@@ -144,8 +144,8 @@ def evaluate_pairs(judge: PairwiseJudge, pairs: Sequence[tuple[Labelled, Labelle
     """(right, wrong) pairs through a pairwise judge. The right one is shown first in every other pair, though each is
     judged in both orders.
 
-    `consistent`: the verdict names the same response in both; `first_preferred`: mean P(the one shown first) - 1/2,
-    0 where position does not matter.
+    `consistent`: the verdict names the same response in both, or neither; `first_preferred`: mean P(the one shown
+    first) - 1/2, 0 where position does not matter.
     """
     turned = [i % 2 == 1 for i in range(len(pairs))]
     shown = [(bad, good) if turn else (good, bad) for (good, bad), turn in zip(pairs, turned, strict=True)]
@@ -156,7 +156,7 @@ def evaluate_pairs(judge: PairwiseJudge, pairs: Sequence[tuple[Labelled, Labelle
     both = [(c.orders[0], c.orders[1]) for c in found if None not in c.orders]
     if both:
         p = np.array(both, np.float64)
-        out["consistent"] = float(((p[:, 0] > 0.5) != (p[:, 1] > 0.5)).mean())
+        out["consistent"] = float((np.sign(p[:, 0] - 0.5) == np.sign(0.5 - p[:, 1])).mean())
         out["first_preferred"] = float(p.mean() - 0.5)
     decided = [
         (1 - c.first_wins if turn else c.first_wins)

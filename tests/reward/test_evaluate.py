@@ -129,6 +129,10 @@ def test_position_bias_of_pairs():
     assert (biased["consistent"], biased["first_preferred"]) == (0.0, pytest.approx(0.3))
     assert biased["statuses"] == {"inconsistent": 20}
     assert "accuracy" not in biased
+    torn = evaluate_pairs(PairwiseJudge(Says(lambda first: 0.5)), pairs)
+    assert (torn["consistent"], torn["ties"]) == (1.0, 1.0), "as much as before, whatever the order"
+    halves = evaluate_pairs(PairwiseJudge(Says(lambda first: 0.9 if "right" in first else 0.5)), pairs)
+    assert halves["consistent"] == 0.0
 
 
 def test_the_table_is_readable():
