@@ -111,15 +111,16 @@ def matched(items: Sequence[Labelled], *, tolerance: float = 0.2, seed: int = 0)
     """(right, wrong) pairs of one prompt whose lengths are close, each completion in one pair at most.
 
     `tolerance`: how far lengths may be apart, as a share of the longer; at least one character. Neither label nor
-    length then tells the other, and the wrong one is hard: the policy's own. Equal texts count once.
+    length then tells the other, and the wrong one is hard: the policy's own. Equal texts count once, and not at all
+    where their labels disagree: a text is not better than itself.
     """
     groups: dict[str, dict[tuple[bool, str], Labelled]] = {}
     for item in items:
         groups.setdefault(repr(item.prompt), {})[item.right, item.response] = item
     draw, out = np.random.default_rng(seed), []
     for group in groups.values():
-        bad = [item for item in group.values() if not item.right]
-        good = [item for item in group.values() if item.right]
+        bad = [item for (right, text), item in group.items() if not right and (True, text) not in group]
+        good = [item for (right, text), item in group.items() if right and (False, text) not in group]
         for i in draw.permutation(len(good)):
             one = good[i]
             near = sorted(bad, key=lambda item: abs(len(item.response) - len(one.response)))

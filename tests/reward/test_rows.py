@@ -73,6 +73,13 @@ def test_negatives_are_hard_matched_and_used_once():
     assert preference_rows(pairs)[0] == {"prompt": "1+1?", "chosen": "42 ok", "rejected": bad.response}
 
 
+def test_a_text_whose_labels_disagree_is_in_no_pair():
+    """Preference data often has an answer that is better than one and worse than another: `cabochon rm` refuses a pair
+    of equal answers, and a judge would learn both verdicts on the same words."""
+    items = [item("ab", True), item("ab", False), item("cd", False), item("ef", True)]
+    assert [(good.response, bad.response) for good, bad in matched(items)] == [("ef", "cd")]
+
+
 def test_attacked_copies_keep_their_labels_and_say_the_same_of_right_and_wrong():
     pairs = [(item(f"{i} yes", True), item(f"{i} no!", False)) for i in range(40)]
     copies = attacked(pairs, 0.5)
