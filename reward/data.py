@@ -22,6 +22,8 @@ from cabochon.tokenizer import Tokenizer
 from cabochon.types import Message, Prompt
 
 Messages = tuple[Message, ...]
+LARGEST = float(np.finfo(np.float32).max)
+"""margin"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +85,9 @@ def preference_of(row: Row, columns: PreferenceColumns = PreferenceColumns()) ->
     else:
         prompt, chosen, rejected = _implicit(row, columns.prompt, chosen, rejected)
     margin = row.values.get(columns.margin)
-    if not isinstance(margin, int | float | None) or isinstance(margin, bool) or not np.isfinite(margin or 0.0):
-        raise UserError(f"{row.where}: column {columns.margin!r}: expected a number, got {margin!r}")
+    if not isinstance(margin, int | float | None) or isinstance(margin, bool) or not abs(margin or 0.0) <= LARGEST:
+        said = repr(margin)[:50]
+        raise UserError(f"{row.where}: column {columns.margin!r}: expected a number, got {said}")
     return Preference(where=row.where, prompt=prompt, chosen=chosen, rejected=rejected, margin=float(margin or 0.0))
 
 
@@ -92,14 +95,15 @@ def _part(row: Row, column: str) -> str | Messages:
     value = row.values[column]
     if isinstance(value, str):
         return value
-    good = isinstance(value, list) and value and all(_is_message(m) for m in value)
+    good = isinstance(value, list) and value and all(is_message(m) for m in value)
     if not good:
         said = " ".join(repr(value).split())[:50]
         raise UserError(f"{row.where}: column {column!r}: expected text or a list of messages, got {said}")
     return tuple(value)
 
 
-def _is_message(value: Any) -> bool:
+def is_message(value: Any) -> bool:
+    """A role and a content, both text."""
     return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from cabochon.data import Row
 from cabochon.errors import UserError
+from cabochon.reward.data import is_message
 from cabochon.reward.judge import Judge
 from cabochon.reward.prompt import MARK
 from cabochon.types import Message, Prompt, Task
@@ -68,6 +69,12 @@ def labelled_of(row: Row) -> list[Labelled]:
     prompt = values.get("prompt")
     if not isinstance(prompt, str | list) or not prompt:
         raise UserError(f"{row.where}: column 'prompt': expected text or messages; a judge needs the task by itself")
+    if isinstance(prompt, list) and not all(is_message(message) for message in prompt):
+        raise UserError(f"{row.where}: column 'prompt': expected messages with a role and a content that are text, got "
+                        f"{' '.join(repr(prompt).split())[:50]}")  # fmt: skip
+    if not isinstance(values.get("payload"), Mapping | None):
+        said = " ".join(repr(values["payload"]).split())[:50]
+        raise UserError(f"{row.where}: column 'payload': expected an object, as tasks have it, got {said}")
     given: Prompt = prompt if isinstance(prompt, str) else tuple(prompt)
     if "completion" in values and "label" in values:
         if values["label"] not in (True, False):

@@ -73,6 +73,8 @@ def test_labels_without_a_partner():
         ({"chosen": [USER, GOOD], "rejected": [USER]}, "do not begin with the same prompt"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "big"}, "'margin': expected a number, got 'big'"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": float("nan")}, "'margin': expected a number"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 10**400}, "'margin': expected a number, got 100"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": -1e39}, "'margin': expected a number, got -1e+39"),
         ({"prompt": "q", "completion": "a", "label": "good"}, "'label': expected true or false, got 'good'"),
     ],
 )

@@ -53,6 +53,10 @@ def test_rows_are_labelled_completions_or_preference_pairs():
         ({"prompt": "q", "completion": "a", "label": 0.5}, "'label': expected true or false, got 0.5"),
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "are equal"),
         ({"prompt": "q", "completion": 3, "label": True}, "'completion': expected text"),
+        ({"prompt": [1], "completion": "a", "label": True}, "'prompt': expected messages with a role and a content"),
+        ({"prompt": [{"content": "q"}], "completion": "a", "label": True}, "'prompt': expected messages with a role"),
+        ({"prompt": "q", "completion": "a", "label": True, "payload": [1]}, "'payload': expected an object"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "payload": "x"}, "'payload': expected an object"),
     ],
 )
 def test_bad_rows(values, said):
