@@ -115,7 +115,9 @@ def evaluate(
         if isinstance(reward, PairwiseJudge):
             if own:
                 raise UserError(f"--own {own}: is of answers judged one by one; leave it out, or set pairwise=false")
-            report = evaluate_pairs(reward, matched(items, tolerance=1.0))
+            if not (pairs := matched(items, tolerance=1.0)):
+                raise UserError(f"{data}: no prompt has a right and a wrong completion, so there is nothing to compare")
+            report = evaluate_pairs(reward, pairs)
         else:
             best = run.judge.criteria[-1].choices[-1]
             report = measure(reward.score_texts, items, bounded=True, best=best, own=own)
@@ -256,6 +258,8 @@ def make_engine(
 
 def open_asker(address: str, run: JudgeRun) -> Asker:
     """A model of ours, or `http://host/v1#name`, an endpoint with the model's name there."""
+    from pydantic import ValidationError
+
     from cabochon.reward.open import endpoint_asker, local_asker
     from cabochon.rollouts.openai import Endpoint, OpenAIEngine
 
@@ -264,7 +268,11 @@ def open_asker(address: str, run: JudgeRun) -> Asker:
     url, _, name = address.partition("#")
     if not name:
         raise UserError(f"{address}: which model of the endpoint? write {url}#NAME")
-    return endpoint_asker(OpenAIEngine(Endpoint(url=url, model=name)), address, run)
+    try:
+        endpoint = Endpoint(url=url, model=name)
+    except ValidationError as error:
+        raise UserError(f"{address}: {error.errors()[0]['msg']}") from None
+    return endpoint_asker(OpenAIEngine(endpoint), address, run)
 
 
 def judge_of_reasoning(address: str, recipe: str) -> JudgeTexts:

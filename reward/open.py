@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from cabochon.config import Frozen
 from cabochon.errors import UserError
 from cabochon.model.address import open_model, resolve
 from cabochon.model.config import ModelConfig
+from cabochon.model.hf_config import read_json
 from cabochon.model.value import KEY
 from cabochon.protocols import PolicyEngine
 from cabochon.reward.asking import Asker, Endpoint, EndpointAsker, LocalAsker, Reasoning
@@ -73,9 +73,7 @@ class JudgeRun(Frozen):
 def is_scalar(address: str) -> bool:
     """Is there a scalar reward model at this address?"""
     file = resolve(address).path / "config.json"
-    if not file.is_file():
-        return False
-    return "ForSequenceClassification" in str(json.loads(file.read_text(encoding="utf-8")).get("architectures"))
+    return file.is_file() and "ForSequenceClassification" in str(read_json(file).get("architectures"))
 
 
 def local_asker(address: str, run: JudgeRun, make_engine: MakeEngine) -> LocalAsker:

@@ -20,13 +20,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field, ValidationError
 
+from cabochon.config import Frozen
 from cabochon.errors import UserError
 from cabochon.files import replaced_directory, sha256
 from cabochon.model import convert, value
 from cabochon.model import transformer as tf
 from cabochon.model.address import resolve
 from cabochon.model.config import ModelConfig
+from cabochon.model.hf_config import read_json
 from cabochon.reward.data import encode
 from cabochon.reward.packing import pack
 from cabochon.reward.prompt import unicode
@@ -79,6 +82,21 @@ def pad_of(tokenizer: Tokenizer) -> str:
         f"{tokenizer.source}: its padding token ends texts as well, and it has no other special token, so that "
         "transformers would read a score in the wrong place; add a padding token of its own"
     )
+
+
+class _Settings(Frozen):
+    offset: float = 0.0
+    chat: bool = False
+    length: int = Field(ge=1)
+
+
+def _settings(file: Path, length: int) -> _Settings:
+    """Raises UserError naming file and key."""
+    try:
+        return _Settings.model_validate({"length": length} | (read_json(file) if file.is_file() else {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
 
 
 def file_id(file: Path) -> str:
@@ -138,17 +156,15 @@ class ModelReward:
         if tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
                             f"{config.vocab_size}: they do not belong together")  # fmt: skip
-        settings = {"offset": 0.0, "chat": False, "length": config.max_positions}
-        if (path / SETTINGS).is_file():
-            settings |= json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+        settings = _settings(path / SETTINGS, config.max_positions)
         return cls(
             config,
             jax.tree.map(jnp.asarray, params),
             tokenizer,
             model_id=directory_id(path),
-            offset=float(settings["offset"]),
-            chat=bool(settings["chat"]),
-            length=int(settings["length"]),
+            offset=settings.offset,
+            chat=settings.chat,
+            length=settings.length,
             rows=rows,
         )
 

@@ -244,12 +244,18 @@ def test_recipes_of_judges_and_reward_models_are_read_by_their_stage():
         (["rm", "tiny-rm", "loss.center=0.1"], "unknown key loss.center; did you mean loss.centre\?"),
         (["rm", "eval", "nowhere", "rows.jsonl"], "nowhere: no such model|rows.jsonl: no such file"),
         (["rm", "eval", "http://localhost:1/v1", "LABELLED"], "which model of the endpoint"),
+        (["rm", "eval", "http:/host#m", "LABELLED"], "http:/host#m: .*expected an address such as http://localhost"),
+        (["rm", "eval", "broken", "LABELLED"], r"broken/config.json: not JSON at line 1"),
+        (["rm", "eval", "http://localhost:1/v1#m", "one.jsonl", "pairwise=true"], "one.jsonl: no prompt has a right"),
         (["rm", "rows", "LABELLED", "out.jsonl", "judge.template=nope"], "nope: no such judge template"),
         (["rm", "rows", "LABELLED", "out.jsonl", "judge.reason=true"], "no 'rationale' for a judge that reasons"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, labelled, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "one.jsonl").write_text('{"prompt": "q", "completion": "a", "label": true}\n')
     with pytest.raises(UserError, match=said) as caught:
         cabochon(*[str(labelled) if word == "LABELLED" else word for word in words])
     assert "\n" not in str(caught.value)

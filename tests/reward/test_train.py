@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,23 @@ def test_a_learning_rate_of_0_is_told_once(tmp_path):
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     alarms = [e for e in events if e["event"] == "alarm"]
     assert [(e["step"], "the learning rate is 0" in e["message"]) for e in alarms] == [(2, True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", r"reward\.json: not JSON at line 1"),
+        ("[]", r"reward\.json: expected a JSON object"),
+        ('{"offset": "x"}', r"reward\.json: offset: .*, got 'x'"),
+        ('{"offset": NaN}', r"reward\.json: offset: .*finite"),
+        ('{"length": 0}', r"reward\.json: length: .*greater than or equal to 1, got 0"),
+    ],
+)
+def test_settings_that_cannot_be_name_file_and_key(trained, tmp_path, text, said):
+    shutil.copytree(trained[1], tmp_path / "final")
+    (tmp_path / "final" / "reward.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        ModelReward.open(tmp_path / "final")
 
 
 def rollout(text, finish="stop", prompt="0.1:"):
