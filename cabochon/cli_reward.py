@@ -124,7 +124,7 @@ def evaluate(
     report = {"model": model, "model_id": reward.model_id, "data": str(data), **report}
     print("\n".join(table(report)))
     place = out or (Path(model).parent if Path(model).exists() else Path.cwd()) / f"eval-{data.stem}.json"
-    _write(place, json.dumps(plain(report), indent=1) + "\n", overwrite=True)
+    write_whole(place, json.dumps(plain(report), indent=1) + "\n")
     print(f"written to {place}", file=sys.stderr)
 
 
@@ -153,6 +153,7 @@ def rows(
     from cabochon.reward.prompt import special_texts
     from cabochon.reward.rows import attacked, matched, preference_rows, sft_rows, task_rows
 
+    _check_free(out, overwrite)
     items = read_labelled(data)
     pairs = matched(items)
     if (match or use == "rm") and not pairs:
@@ -167,7 +168,7 @@ def rows(
         asker = _Unasked() if model is None else _Unasked(specials=special_texts(model_tokenizer(model)))
         judge = Judge(asker, judge_run(parts).judge)
         made = sft_rows(judge, chosen) if use == "sft" else task_rows(judge, chosen)
-    _write(out, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in made), overwrite=overwrite)
+    write_whole(out, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in made))
     print(f"{out}: {len(made):,} rows of {len(items):,} completions", file=sys.stderr)
 
 
@@ -212,6 +213,7 @@ def sample(
     from cabochon.verifiers.pool import VerifierPool
     from cabochon.verifiers.tasks import read_tasks
 
+    _check_free(out, overwrite)
     wanted = first_of_each(read_tasks(tasks), limit)
     engine = make_engine(*open_model(model), length=length, slots=slots)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, n=n)
@@ -230,7 +232,7 @@ def sample(
     left = f"{len(drawn) - len(ended)} were cut off, {len(ended) - len(kept)} could not be judged"
     if not kept:
         raise UserError(f"{model}: none of {len(drawn):,} completions can be used: {left}; raise --max-tokens")
-    _write(out, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in kept), overwrite=overwrite)
+    write_whole(out, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in kept))
     share = sum(bool(row["label"]) for row in kept) / len(kept)
     print(f"{out}: {len(kept):,} completions, {share:.0%} right; {left}", file=sys.stderr)
 
@@ -299,8 +301,7 @@ def _scalar(address: str) -> bool:
     return is_scalar(address)
 
 
-def _write(path: Path, text: str, *, overwrite: bool) -> None:
-    """The whole file or none of it."""
+def _check_free(path: Path, overwrite: bool) -> None:
+    """Before the work, which may take hours. Raises UserError."""
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists; choose another name, or add --overwrite")
-    write_whole(path, text)

@@ -132,6 +132,14 @@ def test_a_policy_whose_answers_are_all_cut_off_gives_no_rows(tmp_path, monkeypa
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_file_that_is_there_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, model, tasks):
+    drawn = []
+    reply = lambda *asked: drawn.append(asked) or "x"  # noqa: E731
+    with pytest.raises(UserError, match=r"tasks\.jsonl: exists; choose another name"):
+        sampled(monkeypatch, reply, model, tasks, tasks)
+    assert drawn == []
+
+
 def test_rows_show_a_judge_what_it_will_see(tmp_path, model):
     """The tags of thinking are tokens of its own tokenizer, so they are taken out when it is asked."""
     rows = [{"prompt": "1+1=", "completion": f"<think>hm</think>{n}", "label": n == 2} for n in (2, 3)]
