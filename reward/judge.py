@@ -190,12 +190,18 @@ class PairwiseJudge:
         return self._id
 
     def compare(self, tasks: Sequence[Task], firsts: Sequence[str], seconds: Sequence[str]) -> list[Comparison]:
-        """Each pair, in both orders."""
-        prompts = []
-        for task, first, second in zip(tasks, firsts, seconds, strict=True):
-            prompts += [self.prompt(task, first, second), self.prompt(task, second, first)]
-        found = _opinions(self.asker, self.cfg, prompts, [("B", "A")] * len(prompts))
-        return [compared(found[i], found[i + 1], self.cfg.tie_zone) for i in range(0, len(found), 2)]
+        """Each pair, in both orders; two that look alike are a tie, whatever a judge would say of their places."""
+        orders = [
+            (self.prompt(task, first, second), self.prompt(task, second, first))
+            for task, first, second in zip(tasks, firsts, seconds, strict=True)
+        ]
+        asked = [prompt for given, swapped in orders if given != swapped for prompt in (given, swapped)]
+        found = iter(_opinions(self.asker, self.cfg, asked, [("B", "A")] * len(asked)))
+        alike = Comparison(0.5, "ok", "they look alike")
+        return [
+            alike if given == swapped else compared(next(found), next(found), self.cfg.tie_zone)
+            for given, swapped in orders
+        ]
 
     def prompt(self, task: Task, first: str, second: str) -> str:
         """What the judge reads."""

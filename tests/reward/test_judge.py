@@ -216,6 +216,14 @@ def test_who_is_shown_first_does_not_win():
     assert [score.value for score in judge.score([rollout("a"), rollout("b")])] == [None, None]
 
 
+def test_two_that_look_alike_are_a_tie_and_nobody_is_asked():
+    """Small policies repeat themselves: a judge that prefers the first would have left such a group without a value."""
+    judge = PairwiseJudge(asker := Says(lambda p, c, v: (0.2, 0.8)))
+    scores = judge.score([rollout("a"), rollout("a"), rollout("<think>hm</think>a")])
+    assert [(score.value, score.status) for score in scores] == [(0.5, "ok")] * 3
+    assert asker.prompts == []
+
+
 def test_swapped_orders_are_averaged_and_close_calls_tie():
     said = {"a": 0.7, "b": 0.4}
     judge = PairwiseJudge(Says(lambda p, c, v: (1 - said[shown(p)[0]], said[shown(p)[0]])))
