@@ -97,13 +97,13 @@ def evaluate(
     from cabochon.reward.evaluate import evaluate as measure
     from cabochon.reward.evaluate import evaluate_pairs, table
     from cabochon.reward.judge import PairwiseJudge
-    from cabochon.reward.open import judge_of
+    from cabochon.reward.open import is_endpoint, judge_of, usage_of
     from cabochon.reward.rows import matched
     from cabochon.reward.scorer import ModelReward
 
     items = read_labelled(data)[:limit]
     reward: Any
-    if not model.startswith("http") and _scalar(model):
+    if not is_endpoint(model) and _scalar(model):
         if parts:
             raise UserError(f"{model}: a scalar reward model; {parts[0]} is for judges, leave it out")
         reward = ModelReward.open(model)
@@ -122,6 +122,8 @@ def evaluate(
             best = run.judge.criteria[-1].choices[-1]
             report = measure(reward.score_texts, items, bounded=True, best=best, own=own)
     report = {"model": model, "model_id": reward.model_id, "data": str(data), **report}
+    if usage := usage_of(reward):
+        report["endpoint"] = usage
     print("\n".join(table(report)))
     place = out or (Path(model).parent if Path(model).exists() else Path.cwd()) / f"eval-{data.stem}.json"
     write_whole(place, json.dumps(plain(report), indent=1) + "\n")
@@ -260,21 +262,10 @@ def make_engine(
 
 def open_asker(address: str, run: JudgeRun) -> Asker:
     """A model of ours, or `http://host/v1#name`, an endpoint with the model's name there."""
-    from pydantic import ValidationError
+    from cabochon.reward import open as opening
+    from cabochon.rollouts.openai import open_endpoint
 
-    from cabochon.reward.open import endpoint_asker, local_asker
-    from cabochon.rollouts.openai import Endpoint, OpenAIEngine
-
-    if not address.startswith("http"):
-        return local_asker(address, run, make_engine)
-    url, _, name = address.partition("#")
-    if not name:
-        raise UserError(f"{address}: which model of the endpoint? write {url}#NAME")
-    try:
-        endpoint = Endpoint(url=url, model=name)
-    except ValidationError as error:
-        raise UserError(f"{address}: {error.errors()[0]['msg']}") from None
-    return endpoint_asker(OpenAIEngine(endpoint), address, run)
+    return opening.open_asker(address, run, make_engine, open_endpoint)
 
 
 def judge_of_reasoning(address: str, recipe: str) -> JudgeTexts:

@@ -266,6 +266,26 @@ class StageConfig(TrainConfig):
     run: RunConfig = RunConfig()
 
 
+class PatienceConfig(Frozen):
+    """How an endpoint is asked, and how patient to be with it."""
+
+    key_env: str = "OPENAI_API_KEY"
+    """environment variable that holds the key; nothing is sent where it is not set"""
+    concurrency: int = Field(16, ge=1)
+    """requests under way at one time; after as many in a row without a reply, the rest of a call is not sent"""
+    attempts: int = Field(4, ge=1)
+    """times a request is sent at most"""
+    attempt_seconds: float = Field(60.0, gt=0)
+    """for one attempt, from its start to the last byte of the reply"""
+    deadline_seconds: float = Field(300.0, gt=0)
+    """for all attempts of a request together, pauses included"""
+    backoff_seconds: float = Field(0.5, ge=0)
+    """pause after the first failure; doubles each time, give or take a half"""
+    prompt_price: float = Field(0.0, ge=0)
+    """per million tokens, in whatever currency"""
+    completion_price: float = Field(0.0, ge=0)
+
+
 class RayConfig(Frozen):
     """Rollout workers in processes of their own, on this machine or on a cluster."""
 

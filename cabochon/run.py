@@ -136,7 +136,7 @@ class Run:
         self,
         step: int,
         row: Mapping[str, Any],
-        clock: Mapping[str, float] | None = None,
+        clock: Mapping[str, Any] | None = None,
         experts: Mapping[str, Any] | None = None,
     ) -> None:
         """One row of metrics.jsonl, in the file when this returns; numbers go to TensorBoard, some to the console.

@@ -203,6 +203,9 @@ class Answer(Protocol):
 class Endpoint(Protocol):
     """Asks many at once; timeouts, retries and cost are its business."""
 
+    usage: Any
+    """a dataclass of numbers: what it was asked so far, and what that cost"""
+
     def ask(self, requests: Sequence[Request], top_logprobs: int = 0) -> Sequence[Answer]: ...
 
 

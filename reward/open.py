@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field, model_validator
 
-from cabochon.config import Frozen
+from cabochon.config import Frozen, PatienceConfig
 from cabochon.errors import UserError
 from cabochon.model.address import open_model, resolve
 from cabochon.model.config import ModelConfig
 from cabochon.model.hf_config import read_json
 from cabochon.model.value import KEY
-from cabochon.protocols import PolicyEngine
+from cabochon.protocols import PolicyEngine, Reward
 from cabochon.reward.asking import Asker, Endpoint, EndpointAsker, LocalAsker, Reasoning
 from cabochon.reward.judge import PAIRWISE, Judge, JudgeConfig, PairwiseJudge
 from cabochon.reward.scorer import ModelReward, directory_id, file_id
@@ -25,6 +26,10 @@ from cabochon.types import Thinking
 
 MakeEngine = Callable[[ModelConfig, Mapping[str, Any], Tokenizer, int], PolicyEngine]
 """(model, parameters, tokenizer, tokens of the longest prompt and rationale) -> an engine that draws from them"""
+
+
+MakeEndpoint = Callable[[str, PatienceConfig], Endpoint]
+"""(`http://host/v1#name`, how patient to be) -> what asks that model"""
 
 
 class JudgeRun(Frozen):
@@ -48,6 +53,8 @@ class JudgeRun(Frozen):
     top_logprobs: int = Field(20, ge=0, le=20)
     """likeliest tokens an endpoint is to report at the verdict; 0 for one that gives no log-probs: then the text is
     read. Not used by a model of ours"""
+    endpoint: PatienceConfig = PatienceConfig()
+    """how an endpoint is asked. Not used by a model of ours"""
 
     @model_validator(mode="before")
     @classmethod
@@ -95,17 +102,32 @@ def local_asker(address: str, run: JudgeRun, make_engine: MakeEngine) -> LocalAs
     )
 
 
-def endpoint_asker(endpoint: Endpoint, name: str, run: JudgeRun) -> EndpointAsker:
-    """A judge behind an endpoint; `name` with the address is all there is to pin it by."""
-    return EndpointAsker(endpoint, name=name, reasoning=run.reasoning, top_logprobs=run.top_logprobs)
+def is_endpoint(address: str) -> bool:
+    return address.startswith(("http:", "https:"))
+
+
+def open_asker(address: str, run: JudgeRun, make_engine: MakeEngine, make_endpoint: MakeEndpoint) -> Asker:
+    """A language model of ours, or an endpoint's, whose address is all there is to pin it by."""
+    if not is_endpoint(address):
+        return local_asker(address, run, make_engine)
+    endpoint = make_endpoint(address, run.endpoint)
+    return EndpointAsker(endpoint, name=address, reasoning=run.reasoning, top_logprobs=run.top_logprobs)
 
 
 def judge_of(asker: Asker, run: JudgeRun) -> Judge | PairwiseJudge:
     return PairwiseJudge(asker, run.judge) if run.pairwise else Judge(asker, run.judge)
 
 
-def open_reward(address: str, run: JudgeRun, make_engine: MakeEngine) -> ModelReward | Judge | PairwiseJudge:
+def open_reward(
+    address: str, run: JudgeRun, make_engine: MakeEngine, make_endpoint: MakeEndpoint
+) -> ModelReward | Judge | PairwiseJudge:
     """The reward model at an address, frozen: a scalar one, or a language model that judges as `run` says."""
-    if is_scalar(address):
+    if not is_endpoint(address) and is_scalar(address):
         return ModelReward.open(address, rows=run.rows)
-    return judge_of(local_asker(address, run, make_engine), run)
+    return judge_of(open_asker(address, run, make_engine, make_endpoint), run)
+
+
+def usage_of(reward: Reward) -> dict[str, float]:
+    """What an endpoint's judge was asked so far, and what that cost; empty for models of ours."""
+    asker = reward.asker if isinstance(reward, Judge | PairwiseJudge) else None
+    return asdict(asker.endpoint.usage) if isinstance(asker, EndpointAsker) else {}

@@ -29,7 +29,7 @@ from cabochon.model.config import ModelConfig
 from cabochon.model.hf_export import refuse_unexportable
 from cabochon.policy import Policy, learner_config, model_config, open_policy, open_tokenizer
 from cabochon.protocols import Reward, StreamingEngine, Weights
-from cabochon.reward.open import JudgeRun, open_reward
+from cabochon.reward.open import JudgeRun, is_endpoint, open_reward, usage_of
 from cabochon.reward.scorer import ModelReward
 from cabochon.rl import journal, reports
 from cabochon.rl.advantages import Advantages
@@ -58,6 +58,7 @@ from cabochon.rollouts.environment import EpisodeLimits
 from cabochon.rollouts.episodes import EpisodeEngine
 from cabochon.rollouts.local import LocalEngine
 from cabochon.rollouts.named import environment_at
+from cabochon.rollouts.openai import open_endpoint
 from cabochon.rollouts.prompts import encode_prompt
 from cabochon.rollouts.slots import SlotConfig
 from cabochon.rollouts.stream import LocalStream
@@ -82,7 +83,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
     """
     if resume_anyway:
         check_steps(cfg)
-    addresses = [cfg.model.address, *(model.address for model in cfg.models.values())]
+    addresses = [cfg.model.address, *(m.address for m in cfg.models.values() if not is_endpoint(m.address))]
     # a model that was trained anew is another input at the same place
     files = [*cfg.tasks.train, *cfg.tasks.held_out, *(str(resolve(a).path) for a in addresses if a is not None)]
     with open_run(cfg, "rl", data=files, resume_anyway=resume_anyway, shown=SHOWN) as run, ExitStack() as stack:
@@ -206,9 +207,10 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             journal.write_rollouts(run.dir / "rollouts", step, rows)
             if cfg.samples_every and (step == 1 or step % cfg.samples_every == 0):
                 run.console.line(journal.table(rows))
-            verifying = reports.verify_seconds(rollouts)
+            asked_of = {f"endpoint_{name}": used for name, s in scorers.items() if (used := usage_of(s))}
+            timed = {**watch.take(), "verify_seconds": reports.verify_seconds(rollouts), **asked_of}
             experts = metrics.expert_row(learnt.router, replayed=replayed)
-            run.log(step, row, clock={**watch.take(), "verify_seconds": verifying}, experts=experts)
+            run.log(step, row, clock=timed, experts=experts)
             alarms, alarmed = check_alarms(row, step, alarmed, cfg.alarms)
             for alarm in alarms:
                 run.event("alarm", str(alarm), step=step, data={"alarm": alarm.name})
@@ -221,8 +223,8 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
         convert.save(
             run.final, policy.config, merged(learners.policy, states), tokenizer=policy.tokenizer, overwrite=True
         )
-        used = [model.address for model in cfg.models.values()]
-        run.finish(steps=last, results=results(run, before), parents=used)
+        parents = [model.address for model in cfg.models.values()]
+        run.finish(steps=last, results=results(run, before), parents=parents)
         return run.final
 
 
@@ -346,7 +348,7 @@ def scorers_of(cfg: RlConfig, run: Run) -> dict[str, Reward]:
 
     made: dict[str, Reward] = {}
     for name, scorer in cfg.models.items():
-        made[name] = open_reward(scorer.address, overrides.load(JudgeRun, [scorer.judge]), engine)
+        made[name] = open_reward(scorer.address, overrides.load(JudgeRun, [scorer.judge]), engine, open_endpoint)
         run.event("reward model", f"{name}: {scorer.address}", data={"name": name, "model_id": made[name].model_id})
     return made
 

@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 
 import httpx2
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import ValidationError, field_validator
 
-from cabochon.config import Frozen
+from cabochon.config import PatienceConfig
 from cabochon.errors import UserError
 from cabochon.protocols import Weights
 from cabochon.tokenizer import ByteTokenizer, Tokenizer
@@ -30,28 +30,13 @@ ROUNDING = 1e-2
 """how far above 0 a log-prob may be"""
 
 
-class Endpoint(Frozen):
-    """Where a model is served and how patient to be with it."""
+class Endpoint(PatienceConfig):
+    """Where a model is served."""
 
     url: str
     """up to the version: http://localhost:8000/v1"""
     model: str
     """as the endpoint calls it"""
-    key_env: str = "OPENAI_API_KEY"
-    """environment variable that holds the key; nothing is sent where it is not set"""
-    concurrency: int = Field(16, ge=1)
-    """requests under way at one time"""
-    attempts: int = Field(4, ge=1)
-    """times a request is sent at most"""
-    attempt_seconds: float = Field(60.0, gt=0)
-    """for one attempt, from its start to the last byte of the reply"""
-    deadline_seconds: float = Field(300.0, gt=0)
-    """for all attempts of a request together, pauses included"""
-    backoff_seconds: float = Field(0.5, ge=0)
-    """pause after the first failure; doubles each time, give or take a half"""
-    prompt_price: float = Field(0.0, ge=0)
-    """per million tokens, in whatever currency"""
-    completion_price: float = Field(0.0, ge=0)
 
     @field_validator("url")
     @classmethod
@@ -106,6 +91,25 @@ class Usage:
     cost: float = 0.0
 
 
+@dataclass(kw_only=True)
+class _Outage:
+    """Of one call: requests in a row that ended without any reply, and how many of them are too many."""
+
+    silent: int = 0
+    most: int
+
+
+def open_endpoint(address: str, patience: PatienceConfig = PatienceConfig()) -> OpenAIEngine:
+    """The model at `http://host/v1#name`. Raises UserError where the address is none."""
+    url, _, name = address.partition("#")
+    if not name:
+        raise UserError(f"{address}: which model of the endpoint? write {url}#NAME")
+    try:
+        return OpenAIEngine(Endpoint(url=url, model=name, **patience.model_dump()))
+    except ValidationError as error:
+        raise UserError(f"{address}: {error.errors()[0]['msg']}") from None
+
+
 class OpenAIEngine:
     """Example: `OpenAIEngine(Endpoint(url="http://localhost:8000/v1", model="judge")).ask([Request(prompt="Hi")])`.
 
@@ -139,7 +143,8 @@ class OpenAIEngine:
             timeout=None,  # every attempt is under a deadline of its own, which covers the whole reply
             limits=httpx2.Limits(max_connections=self.endpoint.concurrency),
         ) as client:
-            work = [self._patiently(client, gate, path, body, top_logprobs) for path, body in bodies]
+            outage = _Outage(most=self.endpoint.concurrency)
+            work = [self._patiently(client, gate, outage, path, body, top_logprobs) for path, body in bodies]
             return [answer for answers in await asyncio.gather(*work) for answer in answers]
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -164,14 +169,20 @@ class OpenAIEngine:
         )
 
     async def _patiently(
-        self, client: httpx2.AsyncClient, gate: asyncio.Semaphore, path: str, body: dict[str, Any], top: int
-    ) -> list[Answer]:
+        self, client: httpx2.AsyncClient, gate: asyncio.Semaphore, outage: _Outage, path: str, body: dict[str, Any],
+        top: int,
+    ) -> list[Answer]:  # fmt: skip
         """The answers of one request. The place at the gate is kept during pauses: a server that struggles gets less
-        to do."""
+        to do, and one that is silent to as many in a row as the gate lets through is not asked any more: a thousand
+        requests would else wait out their deadlines, a gateful after the other."""
         cfg, clock = self.endpoint, asyncio.get_running_loop().time
         async with gate:
             start, attempt, failure = clock(), 0, _Failure("timeout", "")
             self.usage.requests += 1
+            if outage.silent >= outage.most:
+                self.usage.failed += 1
+                unsent = Answer(status="unavailable", detail="not sent: no reply to those before it", attempts=0)
+                return [unsent] * body["n"]
             while attempt < cfg.attempts and (left := cfg.deadline_seconds - (clock() - start)) > 0:
                 attempt += 1
                 self.usage.attempts += 1
@@ -180,6 +191,7 @@ class OpenAIEngine:
                         reply = await self._reply(client, cfg.url + path, body)
                     found = _answers(reply, body["n"], top, attempt, clock() - start)
                     self.usage.failed += any(a.status != "ok" for a in found)
+                    outage.silent = 0
                     return found
                 except TimeoutError:
                     failure = _Failure("timeout", f"no reply within {min(cfg.attempt_seconds, left):g} s")
@@ -193,6 +205,7 @@ class OpenAIEngine:
                 else:
                     break
         self.usage.failed += 1
+        outage.silent = outage.silent + 1 if failure.status in ("timeout", "unavailable") else 0
         lost = Answer(status=failure.status, detail=failure.detail, attempts=attempt, seconds=clock() - start)
         return [lost] * body["n"]
 

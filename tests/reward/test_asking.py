@@ -9,10 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+from cabochon.cli_reward import make_engine
+from cabochon.config import PatienceConfig
 from cabochon.reward.asking import EndpointAsker, Reasoning, read_answer
 from cabochon.reward.judge import Judge, JudgeConfig, opinion_of
-from cabochon.reward.open import JudgeRun, endpoint_asker, judge_of
-from cabochon.rollouts.openai import Answer, Endpoint, OpenAIEngine, TokenChoice
+from cabochon.reward.open import JudgeRun, open_reward, usage_of
+from cabochon.rollouts.openai import Answer, Endpoint, OpenAIEngine, TokenChoice, open_endpoint
 from cabochon.types import Completion, Rollout, Task
 
 WORDS = ("good", "bad", "stall", "500", "garbage", "half", "mute", "filter", "nologprobs", "once")
@@ -168,9 +170,12 @@ def test_without_log_probs_the_text_is_the_verdict(server):
 
 @pytest.mark.parametrize(("top", "status"), [(0, "ok"), (20, "infra_error")])
 def test_an_endpoint_without_log_probs_judges_where_the_recipe_asks_for_none(server, top, status):
-    run = JudgeRun(top_logprobs=top)
-    endpoint = OpenAIEngine(Endpoint(url=f"http://127.0.0.1:{server.server_port}/v1", model="m", attempts=1))
-    (score,) = judge_of(endpoint_asker(endpoint, "m", run), run).score([rollout("nologprobs")])
+    run = JudgeRun(top_logprobs=top, endpoint=PatienceConfig(attempts=1))
+    judge = open_reward(f"http://127.0.0.1:{server.server_port}/v1#m", run, make_engine, open_endpoint)
+    (score,) = judge.score([rollout("nologprobs")])
+    used = usage_of(judge)
+    assert (used["requests"], used["attempts"], used["prompt_tokens"]) == (1, 1, 10)
+    assert usage_of(judge_at(server)[0])["requests"] == 0
     assert (score.status, score.value) == (status, 1.0 if status == "ok" else None)
     assert status == "ok" or "top_logprobs=0" in score.detail
 

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jax
 import jax.numpy as jnp
@@ -482,6 +484,55 @@ def test_a_change_too_small_for_the_engine_s_numbers_is_none():
             published_by(learner, States(TrainState(step=0, params=p, opt_state=None), None)) for p in (params, more)
         )
         assert (a != b).mean() == changed
+
+
+class Yes(BaseHTTPRequestHandler):
+    """An endpoint's judge that likes everything."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        choice = {"index": 0, "message": {"content": "Verdict: Yes"}, "finish_reason": "stop"}
+        body = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 10, "completion_tokens": 4}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_judge_behind_an_endpoint_and_what_a_run_does_without_it(place):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Yes)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (place / "far.yaml").write_text(
+        "stage: judge\njudge: {reason: false}\ntop_logprobs: 0\n"
+        "endpoint: {attempts: 1, concurrency: 4, prompt_price: 1000000}\n"
+    )
+    changes = {
+        "models": {"far": {"address": f"http://127.0.0.1:{server.server_port}/v1#m", "judge": str(place / "far.yaml")}},
+        "reward": {"combine": "weighted", "weights": {"verifier": 0.5, "far": 0.5}},
+    }
+
+    def lines(run, file="metrics"):
+        return [json.loads(line) for line in (place / run / f"{file}.jsonl").read_text().splitlines()]
+
+    main(config(place, steps=2, **changes))
+    asked = [row["clock"]["endpoint_far"]["requests"] for row in lines("run")]
+    for row in lines("run"):
+        assert row["parts"]["far"] == 1.0
+        assert row["unrewarded"] == 0
+        assert row["clock"]["endpoint_far"]["cost"] == 10.0 * row["clock"]["endpoint_far"]["requests"]
+    assert 0 < asked[0] < asked[1] <= 32
+    server.shutdown()
+    server.server_close()
+    main(config(place, "alone", steps=2, **changes))
+    for row in lines("alone"):
+        assert row["unrewarded"] == row["kept"] == 16, "a judge that is down is never a reward of 0"
+        assert row["unrewarded_by"]["far"] == 16
+        assert row["trained_tokens"] == 0
+        assert row["clock"]["endpoint_far"]["attempts"] <= 8 * row["step"], "the rest is not sent"
+    assert "unjudged" in [e.get("alarm") for e in lines("alone", "events")]
 
 
 @pytest.mark.parametrize("part", ["policy", "judge"])

@@ -11,9 +11,10 @@ import pytest
 from clock import shortest
 from pydantic import ValidationError
 
+from cabochon.config import PatienceConfig
 from cabochon.errors import UserError
 from cabochon.protocols import PolicyEngine, Weights
-from cabochon.rollouts.openai import Endpoint, OpenAIEngine
+from cabochon.rollouts.openai import Endpoint, OpenAIEngine, open_endpoint
 from cabochon.types import Request, Sampling, Thinking
 
 
@@ -288,6 +289,29 @@ def test_nobody_there():
     (answer,) = engine.ask([Request(prompt="hi")])
     assert (answer.status, answer.attempts) == ("unavailable", 2)
     assert "ConnectError" in answer.detail
+
+
+def test_an_endpoint_that_is_silent_is_not_waited_for_a_gateful_at_a_time(server):
+    engine = engine_for(server, concurrency=2, attempts=1, attempt_seconds=0.3)
+    answers = engine.ask([Request(prompt="stall", seed=i) for i in range(30)])
+    sent = len(server.bodies)
+    assert 2 <= sent <= 3  # one of the two places may be taken again before the other is free
+    assert [a.status for a in answers] == ["timeout"] * sent + ["unavailable"] * (30 - sent)
+    assert "not sent" in answers[-1].detail
+    assert engine.usage.failed == 30
+    mixed = engine.ask([Request(prompt=word, seed=i) for i, word in enumerate(["stall", "ok"] * 6)])
+    assert [a.status for a in mixed] == ["timeout", "ok"] * 6  # one that answers others is there
+
+
+def test_an_address_with_a_name(server):
+    engine = open_endpoint(f"{server.url}#judge", PatienceConfig(attempts=2, backoff_seconds=0.01))
+    (answer,) = engine.ask([Request(prompt="500")])
+    assert (answer.status, answer.attempts) == ("unavailable", 2)
+    assert server.bodies[0]["model"] == "judge"
+    with pytest.raises(UserError, match=r"which model of the endpoint\? write http://h/v1#NAME"):
+        open_endpoint("http://h/v1")
+    with pytest.raises(UserError, match=r"http:h#m: .*expected an address such as"):
+        open_endpoint("http:h#m")
 
 
 def test_the_engine_door(server):
