@@ -223,8 +223,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
         convert.save(
             run.final, policy.config, merged(learners.policy, states), tokenizer=policy.tokenizer, overwrite=True
         )
-        parents = [model.address for model in cfg.models.values()]
-        run.finish(steps=last, results=results(run, before), parents=parents)
+        run.finish(steps=last, results=results(run, before), parents=[m.address for m in cfg.models.values()])
         return run.final
 
 
