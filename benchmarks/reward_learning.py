@@ -1,11 +1,13 @@
 """Do reward models learn here? Scalar, judge, judge with a rationale, on reasoning-gym's chain_sum, from one start.
 
-    python benchmarks/reward_learning.py OUT [--seeds 0,1,2] [--steps 400] [--rl-steps 60] [--only scalar,...]
+    python benchmarks/reward_learning.py OUT [--seeds 0,1,2] [--steps 700] [--rl-steps 60] [--only scalar,...]
 
 1. A tiny mixture of experts learns to solve the sums (SFT from scratch, bytes). 2. From there, on right and wrong
 answers of equal length (the wrong one is near the right one): a scalar reward model, a judge that says Yes or No at
-once, and one that works the sum out, subtracts what the response says, and then gives its verdict; then that one after
-RL, for which a judgement is a task: its verdict is right or wrong.
+once, and one that works the sum out, subtracts what the response says, and then gives its verdict. Then one that was
+shown rationales of two kinds, half of which only write the two numbers side by side, from which this model cannot tell
+whether they are equal; and that one after RL, for which a judgement is a task: its verdict is right or wrong, and which
+kind of rationale pays is for it to find out.
 3. Held-out sums: accuracy on pairs and on single answers, attacks, time. One seed is one training of each from the
 same start; nothing of the held-out sums is seen before.
 """
@@ -57,16 +59,17 @@ def problems(size: int) -> list[tuple[str, int, str]]:
     return [(expression, value, working) for expression, (value, working) in out.items()]
 
 
-def labelled(items: list[tuple[str, int, str]], seed: int) -> list[tuple[Labelled, Labelled]]:
-    """A right and a wrong answer to each, of equal length where there is one."""
+def labelled(items: list[tuple[str, int, str]], seed: int, beside: float = 0.0) -> list[tuple[Labelled, Labelled]]:
+    """A right and a wrong answer to each, of equal length where there is one. `beside`: the share of rationales that
+    put the two numbers side by side instead of subtracting them."""
     draw, out = np.random.default_rng(seed), []
     for expression, value, working in items:
         near = [value + d for d in (-10, -2, -1, 1, 2, 10) if len(str(value + d)) == len(str(value))]
-        wrong = int(draw.choice(near or [value + 1]))
+        wrong, kinds = int(draw.choice(near or [value + 1])), draw.random(2) < beside
         out.append(tuple(
             Labelled(where=expression, prompt=f"{expression}=", response=str(said), right=said == value,
-                     rationale=f"{working},{value}-{said}={value - said}")
-            for said in (value, wrong)
+                     rationale=f"{working}|{said}" if plain else f"{working},{value}-{said}={value - said}")
+            for said, plain in zip((value, wrong), kinds, strict=True)
         ))  # fmt: skip
     return out
 
@@ -94,8 +97,9 @@ def started(out: Path, train: list[tuple[str, int, str]], steps: int) -> str:
 def after_rl(out: Path, judge: str, rows: str, steps: int, seed: int) -> str:
     """The judge after GRPO on its verdicts."""
     settings = [f"model.address={judge}", f"tasks.train=[{rows}]", f"steps={steps}", f"seed={seed}", f"run.dir={out}",
-                "engine.length=256", "sampling.max_tokens=64", "step.batch_size=64", "rollout.prompts=16",
-                "update.minibatches=2", "eval.every=0", "run.tensorboard=false"]  # fmt: skip
+                "engine.length=256", "engine.slots=256", "sampling.max_tokens=64", "rollout.prompts=32",
+                "step.batch_size=256", "step.micro_batches=256", "optim.learning_rate=1e-4", "optim.warmup_steps=10",
+                "eval.every=0", "run.tensorboard=false"]  # fmt: skip
     return str(train_rl(load(RlConfig, ["tiny-rl"], settings)))
 
 
@@ -133,10 +137,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--start-steps", type=int, default=700)
     parser.add_argument("--rl-steps", type=int, default=60)
-    parser.add_argument("--only", default="scalar,verdict,rationale,rl", help="rl goes on from rationale")
+    parser.add_argument("--only", default="scalar,verdict,rationale,mixed,rl", help="rl goes on from mixed")
     args = parser.parse_args()
     items = problems(16_000)
     train, held = items[600:], labelled(items[:600], 99)
@@ -162,10 +166,11 @@ def main() -> None:
             else:
                 run = judge_run(kind != "verdict")
                 make = task_rows if kind == "rl" else sft_rows
-                made = make(judge_of(_Rows(), run), [x for pair in pairs for x in pair])  # type: ignore[arg-type]
+                shown = labelled(train, seed, beside=0.5) if kind == "mixed" else pairs
+                made = make(judge_of(_Rows(), run), [x for pair in shown for x in pair])  # type: ignore[arg-type]
                 rows = write(args.out / f"{kind}{seed}.jsonl", made)
                 if kind == "rl":
-                    final = after_rl(place, str(args.out / f"rationale{seed}/final"), rows, args.rl_steps, seed)
+                    final = after_rl(place, str(args.out / f"mixed{seed}/final"), rows, args.rl_steps, seed)
                 else:
                     final = sft(place, model, rows, args.steps, seed, 2e-3)
                 trained = time.perf_counter() - began
