@@ -62,10 +62,14 @@ def give_back(params: Any) -> None:
     Their matrices are smaller than what `fit` has mapped, and are freed in holes that the next ones do not fill: an
     engine's process grew by as much as they are with each new version (docs/log.md).
     """
-    if _is_large(params) and sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    if _is_large(params):
+        trim()
+
+
+def trim() -> None:
+    """Give the system what is free in the heap, holes between what is in use as well."""
+    if sys.platform.startswith("linux") and (trimmed := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trimmed(0)
 
 
 def _is_large(params: Any) -> bool:

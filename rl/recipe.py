@@ -167,7 +167,7 @@ class ScorerConfig(Frozen):
     """A reward model beside the verifiers; `reward.combine` says what its scores do."""
 
     address: str
-    """a scalar reward model's directory, or a language model that judges: its address, or an endpoint, http://host/v1#NAME"""
+    """a scalar reward model's directory, a language model that judges, or one behind an endpoint: http://host/v1#NAME"""
     judge: str = "judge-terse"
     """recipe of how a language model judges; not used by a scalar model"""
 

@@ -1,11 +1,9 @@
 """Set before JAX is imported anywhere: several devices on one CPU, and a compile cache that outlives the run."""
 
-import ctypes
 import gc
 import os
 import pathlib
 import signal
-import sys
 import threading
 
 import pytest
@@ -30,7 +28,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture(autouse=True, scope="module")
 def _memory_is_given_back():
     """What compiling took is free after it, in the heap's holes: without this a worker grew to 9 GB over the suite."""
+    from cabochon import heap  # not before the environment above is set
+
     yield
     gc.collect()
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    heap.trim()
