@@ -126,3 +126,11 @@ def test_a_step_that_changed_nothing_says_why(row, step, said):
     why = idle(row, step)
     assert said in why
     assert bool(said) == bool(why)
+
+
+def test_arrays_become_lists_and_what_is_not_finite_none():
+    f = np.array([[1.5, np.nan], [-np.inf, 2.0]], np.float32)
+    row = {"f": f, "g": np.array([0.5]), "i": jnp.arange(2), "b": np.array([True])}
+    assert plain(row) == {"f": [[1.5, None], [None, 2.0]], "g": [0.5], "i": [0, 1], "b": [True]}
+    assert plain(np.float32(np.nan)) is None
+    assert plain(np.array(["a\ud800"])) == plain(["a\ud800"])
