@@ -93,10 +93,19 @@ class Usage:
 
 @dataclass(kw_only=True)
 class _Outage:
-    """Of one call: requests in a row that ended without any reply, and how many of them are too many."""
+    """Of one call: requests in a row without any reply that began after the last reply to another (one that began
+    before it says nothing: the server was there meanwhile), and how many of them are too many."""
 
     silent: int = 0
+    heard: float = float("-inf")
+    """when the last reply came"""
     most: int
+
+    def reply(self, now: float) -> None:
+        self.silent, self.heard = 0, now
+
+    def silence(self, since: float) -> None:
+        self.silent += since > self.heard
 
 
 def open_endpoint(address: str, patience: PatienceConfig = PatienceConfig()) -> OpenAIEngine:
@@ -191,7 +200,7 @@ class OpenAIEngine:
                         reply = await self._reply(client, cfg.url + path, body)
                     found = _answers(reply, body["n"], top, attempt, clock() - start)
                     self.usage.failed += any(a.status != "ok" for a in found)
-                    outage.silent = 0
+                    outage.reply(clock())
                     return found
                 except TimeoutError:
                     failure = _Failure("timeout", f"no reply within {min(cfg.attempt_seconds, left):g} s")
@@ -205,7 +214,10 @@ class OpenAIEngine:
                 else:
                     break
         self.usage.failed += 1
-        outage.silent = outage.silent + 1 if failure.status in ("timeout", "unavailable") else 0
+        if failure.status in ("timeout", "unavailable"):
+            outage.silence(start)
+        else:
+            outage.reply(clock())
         lost = Answer(status=failure.status, detail=failure.detail, attempts=attempt, seconds=clock() - start)
         return [lost] * body["n"]
 
