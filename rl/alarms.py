@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from operator import ge, gt, lt
 from typing import Any, NamedTuple
 
@@ -18,11 +19,14 @@ from cabochon.config import Frozen
 
 Row = Mapping[str, Any]
 State = dict[str, float]
-"""Plain JSON for the checkpoint: consecutive steps per rule, readings of the first step, and as `quiet.RULE` for how
-many steps, at most `QUIET`, a rule that fired has had nothing to say. Begins empty."""
+"""Plain JSON for the checkpoint: consecutive steps per rule, readings of the first step, what the score was lately and
+at its best, and as `quiet.RULE` for how many steps, at most `QUIET`, a rule that fired has had nothing to say. Begins
+empty."""
 
 QUIET = 10
 """steps without its condition after which a rule may fire again"""
+LATELY = 8
+"""steps that a score is averaged over"""
 
 
 class Alarm(NamedTuple):
@@ -64,6 +68,9 @@ class AlarmLimits(Frozen):
     """largest expert load above the mean, as a multiple of the first step's"""
     reference_kl: float = Field(1.0, gt=0)
     """KL to the reference at the policy's first step, nats per token: there both should be nearly the same model"""
+    fall: float = Field(0.25, gt=0)
+    """how far the score, or the reward where there is no verifier, may fall below its best, as a share of it; both
+    averages of some steps"""
     budget_fill: float = Field(0.9, ge=0)
     """least share of a fixed token budget that a rollout batch brings"""
 
@@ -161,6 +168,32 @@ def _violation(row: Row, state: State, limits: AlarmLimits) -> str | None:
     return f"the busiest expert's load is {now:.1f} above the mean, {first:.1f} at the first step"
 
 
+def _lately(row: Row, state: State) -> State:
+    """What `_fallen` compares: of the phase the run is in, since another draws other tasks. Nothing where a curriculum
+    chooses, whose tasks grow harder as the policy gets better."""
+    of = f"lately.{row.get('phase', '')}"
+    score = _read(row, "score")
+    value = score if score is not None and isfinite(score) else _read(row, "reward")
+    if value is None or not isfinite(value) or "curriculum" in row:
+        return {}
+    steps = state.get(f"{of}.steps", 0) + 1
+    share = 1 / min(steps, LATELY)
+    mean, jump = state.get(f"{of}.mean", value), state.get(f"{of}.jump", 0.0)
+    mean += share * (value - mean)
+    jump += share * (abs(value - state.get(f"{of}.last", value)) - jump)
+    best = max(mean, state.get(f"{of}.best", mean)) if steps > LATELY else mean
+    return {f"{of}.steps": steps, f"{of}.last": value, f"{of}.mean": mean, f"{of}.jump": jump, f"{of}.best": best}
+
+
+def _fallen(row: Row, state: State, limits: AlarmLimits) -> str | None:
+    """By clearly more than from one step to the next: a batch of hard tasks is no fall."""
+    mean, jump, best = (state.get(f"lately.{row.get('phase', '')}.{x}") for x in ("mean", "jump", "best"))
+    if mean is None or jump is None or best is None or best - mean <= max(limits.fall * abs(best), 2 * jump):
+        return None
+    what = "reward" if _read(row, "score") is None else "score"
+    return f"the {what} has fallen to {mean:.2f}, from {best:.2f} at its best"
+
+
 def _reference(row: Row, state: State, limits: AlarmLimits) -> str | None:
     kl = state.get("first.kl")
     if kl is None or abs(kl) <= limits.reference_kl:
@@ -219,6 +252,9 @@ RULES = (
     _Rule(name="entropy", after=3, said=_reads("entropy", lt, lambda x: x.entropy,
                                                "the policy hardly varies any more: {:.3f} nats per token"),
           remedy="Raise update.algorithm.clip.high or update.entropy_coef; where the score rises no more, stop here"),
+    _Rule(name="fall", after=2, said=_fallen,
+          remedy="Lower optim.learning_rate or raise update.kl.coef; where the "
+                 "reward rises meanwhile, it is a reward model that is learnt, and not the task"),
     _Rule(name="dead_experts", after=3, said=_reads("moe.dead_experts", gt, lambda _: 0.0,
                                                   "{:.0f} experts, of all layers together, got no token"),
           remedy="Raise aux.balance, set update.router.freeze=true, or check the checkpoint's routers"),
@@ -242,6 +278,7 @@ def check(row: Row, step: int, state: State, limits: AlarmLimits = AlarmLimits()
     for name, value in (("first.max_violation", _read(row, "moe.max_violation")), ("first.kl", kl)):
         if value is not None:
             new.setdefault(name, value)
+    new |= _lately(row, state)
     alarms = []
     for rule in RULES:
         said = rule.said(row, new, limits)

@@ -1,8 +1,10 @@
 """Broken set-ups are named in their first steps, each with a remedy, and a healthy run is left in peace."""
 
 import json
+import math
 import re
 
+import numpy as np
 import pytest
 
 from cabochon.rl.alarms import RULES, AlarmLimits, check
@@ -90,7 +92,7 @@ def test_each_fault_is_named_once_and_alone(name, changes, after):
 
 
 def test_every_rule_has_a_case():
-    assert {r.name for r in RULES} == {c[0] for c in CASES} | {"load"}
+    assert {r.name for r in RULES} == {c[0] for c in CASES} | {"load", "fall"}
 
 
 def test_load_is_measured_against_the_first_step():
@@ -98,6 +100,46 @@ def test_load_is_measured_against_the_first_step():
     assert run([HEALTHY, *[worse] * 4])[0] == [[], [], [], ["load"], []]
     assert run([worse] * 5)[0] == [[]] * 5
     assert run([HEALTHY, *[worse] * 4], violation=4.0)[0] == [[]] * 5
+
+
+def scores(*values, **more):
+    return [broken(score=value, **more) for value in values]
+
+
+def falls(rows, **limits):
+    """(steps at which it is said, what is said)"""
+    names, said = run(rows, **limits)
+    return [step for step, all_ in enumerate(names, 1) if "fall" in all_], [s for s in said if "fallen" in s]
+
+
+def test_a_score_that_falls_is_measured_against_its_best():
+    down = [0.9 - 0.03 * i for i in range(16)]
+    steps, said = falls(scores(*[0.86, 0.9, 0.88, 0.9, 0.87, 0.9, 0.89, 0.9] * 2, *down))
+    assert len(steps) == 1
+    assert 16 + 8 < steps[0] <= 16 + 16, "a quarter of it lost, on average of eight steps"
+    assert re.search(r"the score has fallen to 0\.6\d, from 0\.89 at its best", said[0])
+    assert falls(scores(*[0.9] * 16, *down), fall=0.9) == ([], [])
+    assert falls(scores(*[0.9] * 16, *down), fall=0.1)[0][0] < steps[0]
+    rows = [{k: v for k, v in row.items() if k != "score"} | {"reward": row["score"]} for row in
+            scores(*[0.9] * 16, *down)]  # fmt: skip
+    assert "the reward has fallen" in falls(rows)[1][0], "where no verifier says"
+    unjudged = [row | {"score": math.nan, "reward": row["score"]} for row in scores(*[0.9] * 16, *down)]
+    assert falls(unjudged)[0]
+
+
+def test_batches_of_hard_tasks_are_no_fall():
+    draw = np.random.default_rng(0)
+    assert falls(scores(*np.clip(draw.normal(0.3, 0.15, 400), 0, 1))) == ([], [])
+    assert falls(scores(*[0.9] * 12, 0.2, 0.9, 0.9, 0.3, *[0.9] * 10)) == ([], [])
+    assert falls(scores(0.9, 0.5, *[0.5] * 20)) == ([], []), "one lucky first step is no best"
+
+
+def test_harder_tasks_are_no_fall():
+    rows = [*scores(*[0.9] * 12, phase="first"), *scores(*[0.4] * 12, phase="second")]
+    assert falls(rows) == ([], [])
+    chosen = {"tried": 5, "easy": 0.1, "hard": 0.2}
+    assert falls(scores(*[0.9] * 12, *[0.4] * 12, curriculum=chosen)) == ([], [])
+    assert falls([*rows, *scores(*[0.1] * 12, phase="second")])[0]
 
 
 def test_a_kl_in_the_reward_betrays_the_reference_too():
