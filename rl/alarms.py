@@ -68,7 +68,7 @@ class AlarmLimits(Frozen):
     """largest expert load above the mean, as a multiple of the first step's"""
     reference_kl: float = Field(1.0, gt=0)
     """KL to the reference at the policy's first step, nats per token: there both should be nearly the same model"""
-    fall: float = Field(0.25, gt=0)
+    fall: float = Field(0.15, gt=0)
     """how far the score, or the reward where there is no verifier, may fall below its best, as a share of it; both
     averages of some steps"""
     budget_fill: float = Field(0.9, ge=0)
@@ -180,7 +180,7 @@ def _lately(row: Row, state: State) -> State:
     share = 1 / min(steps, LATELY)
     mean, jump = state.get(f"{of}.mean", value), state.get(f"{of}.jump", 0.0)
     mean += share * (value - mean)
-    jump += share * (abs(value - state.get(f"{of}.last", value)) - jump)
+    jump += (abs(value - state.get(f"{of}.last", value)) - jump) / min(steps, 4 * LATELY)
     best = max(mean, state.get(f"{of}.best", mean)) if steps > LATELY else mean
     return {f"{of}.steps": steps, f"{of}.last": value, f"{of}.mean": mean, f"{of}.jump": jump, f"{of}.best": best}
 
@@ -188,7 +188,7 @@ def _lately(row: Row, state: State) -> State:
 def _fallen(row: Row, state: State, limits: AlarmLimits) -> str | None:
     """By clearly more than from one step to the next: a batch of hard tasks is no fall."""
     mean, jump, best = (state.get(f"lately.{row.get('phase', '')}.{x}") for x in ("mean", "jump", "best"))
-    if mean is None or jump is None or best is None or best - mean <= max(limits.fall * abs(best), 2 * jump):
+    if mean is None or jump is None or best is None or best - mean <= max(limits.fall * abs(best), 1.5 * jump):
         return None
     what = "reward" if _read(row, "score") is None else "score"
     return f"the {what} has fallen to {mean:.2f}, from {best:.2f} at its best"
