@@ -7,7 +7,8 @@ answers of equal length (the wrong one is near the right one): a scalar reward m
 once, and one that works the sum out, subtracts what the response says, and then gives its verdict. Then one that was
 shown rationales of two kinds, half of which only write the two numbers side by side, from which this model cannot tell
 whether they are equal; and that one after RL, for which a judgement is a task: its verdict is right or wrong, and which
-kind of rationale pays is for it to find out.
+kind of rationale pays is for it to find out. And a judge that compares: it is shown a right and a wrong answer, in both
+orders, and works out both differences. `before` is what the start says as a judge of one, and of two.
 3. Held-out sums: accuracy on pairs and on single answers, attacks, time. One seed is one training of each from the
 same start; nothing of the held-out sums is seen before.
 """
@@ -26,7 +27,8 @@ import reasoning_gym
 from cabochon.cli_reward import make_engine
 from cabochon.overrides import load
 from cabochon.reward.config import RewardModelConfig
-from cabochon.reward.evaluate import evaluate
+from cabochon.reward.evaluate import evaluate, evaluate_pairs
+from cabochon.reward.judge import PairwiseJudge
 from cabochon.reward.open import JudgeRun, judge_of, local_asker
 from cabochon.reward.rows import Labelled, preference_rows, sft_rows, task_rows
 from cabochon.reward.scorer import ModelReward
@@ -103,9 +105,10 @@ def after_rl(out: Path, judge: str, rows: str, steps: int, seed: int) -> str:
     return str(train_rl(load(RlConfig, ["tiny-rl"], settings)))
 
 
-def judge_run(reason: bool) -> JudgeRun:
-    settings = [f"judge.reason={str(reason).lower()}", "max_tokens=64", "temperature=0", "length=256"]
-    return load(JudgeRun, ["judge-terse"], settings)
+def judge_run(reason: bool, compare: bool = False) -> JudgeRun:
+    settings = [f"judge.reason={str(reason).lower()}", "max_tokens=96", "temperature=0", "length=256"]
+    pairs = ["pairwise=true", "judge.template=terse-pair", "judge.criteria=[{text: Better?}]"] if compare else []
+    return load(JudgeRun, ["judge-terse"], [*settings, *pairs])
 
 
 class _Rows:
@@ -133,6 +136,14 @@ def measured(score: Any, held: list[Labelled], bounded: bool) -> dict[str, Any]:
     return {**of_pairs(values), "score_seconds": seconds, **kept}
 
 
+def judged(model: str, run: JudgeRun, held: list[tuple[Labelled, Labelled]]) -> dict[str, Any]:
+    """The tables of a judge."""
+    judge = judge_of(local_asker(model, run, make_engine), run)
+    if isinstance(judge, PairwiseJudge):
+        return evaluate_pairs(judge, held)
+    return measured(judge.score_texts, [item for pair in held for item in pair], True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -140,7 +151,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--start-steps", type=int, default=700)
     parser.add_argument("--rl-steps", type=int, default=60)
-    parser.add_argument("--only", default="scalar,verdict,rationale,mixed,rl", help="rl goes on from mixed")
+    every = "before,scalar,verdict,rationale,compare,mixed,rl"
+    parser.add_argument("--only", default=every, help="rl goes on from mixed")
     args = parser.parse_args()
     items = problems(16_000)
     train, held = items[600:], labelled(items[:600], 99)
@@ -148,7 +160,8 @@ def main() -> None:
     began = time.perf_counter()
     start = started(args.out, train, args.start_steps)
     print(json.dumps({"start_seconds": time.perf_counter() - began}), flush=True)
-    test = [item for pair in held[:300] for item in pair]
+    held = held[:300]
+    test = [item for pair in held for item in pair]
     for seed in map(int, args.seeds.split(",")):
         pairs = labelled(train, seed)
         for kind in args.only.split(","):
@@ -163,19 +176,21 @@ def main() -> None:
                 reward = ModelReward.open(final, rows=16)
                 score = lambda tasks, texts, r=reward: r.score_texts([t.prompt for t in tasks], texts)  # noqa: E731
                 report = measured(score, test, False)
+            elif kind == "before":
+                trained = 0.0
+                report = {str(two): judged(start, judge_run(True, two), held) for two in (False, True)}
             else:
-                run = judge_run(kind != "verdict")
+                run = judge_run(kind != "verdict", kind == "compare")
                 make = task_rows if kind == "rl" else sft_rows
                 shown = labelled(train, seed, beside=0.5) if kind == "mixed" else pairs
-                made = make(judge_of(_Rows(), run), [x for pair in shown for x in pair])  # type: ignore[arg-type]
+                made = make(judge_of(_Rows(), run), shown)  # type: ignore[arg-type]
                 rows = write(args.out / f"{kind}{seed}.jsonl", made)
                 if kind == "rl":
                     final = after_rl(place, str(args.out / f"mixed{seed}/final"), rows, args.rl_steps, seed)
                 else:
                     final = sft(place, model, rows, args.steps, seed, 2e-3)
                 trained = time.perf_counter() - began
-                judge = judge_of(local_asker(final, run, make_engine), run)
-                report = measured(judge.score_texts, test, True)  # type: ignore[union-attr]
+                report = judged(final, run, held)
             print(json.dumps({"seed": seed, "kind": kind, "train_seconds": trained, **report}), flush=True)
 
 

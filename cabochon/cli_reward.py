@@ -145,31 +145,33 @@ def rows(
     ] = 0.0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make training rows: verdicts to say (`sft`), tasks whose verifier knows the verdict (`rl`), pairs (`rm`).
+    """Make training rows: verdicts to say (`sft`), tasks whose verifier knows the verdict (`rl`), pairs (`rm`). For a
+    judge that compares (`pairwise=true`) each pair is shown in both orders.
 
     Example: cabochon rm rows labelled.jsonl judge-sft.jsonl judge-terse --model smollm2-135m-instruct
     """
     from cabochon.metrics import plain
     from cabochon.policy import model_tokenizer
-    from cabochon.reward.judge import Judge
+    from cabochon.reward.open import judge_of
     from cabochon.reward.prompt import special_texts
     from cabochon.reward.rows import attacked, matched, preference_rows, sft_rows, task_rows
 
     _check_free(out, overwrite)
-    items = read_labelled(data)
+    run, items = judge_run(parts), read_labelled(data)
+    if run.pairwise and not match:
+        raise UserError("--no-match: a judge of pairs is shown a right and a wrong answer; leave it out")
     pairs = matched(items)
     if (match or use == "rm") and not pairs:
         raise UserError(f"{data}: no prompt has a right and a wrong completion of about equal length; sample more, "
                         "or add --no-match")  # fmt: skip
     groups = [tuple(pair) for pair in pairs] if match or use == "rm" else [(item,) for item in items]
     groups = [*groups, *attacked(groups, attack)]
-    chosen = [item for group in groups for item in group]
     if use == "rm":
         made = preference_rows([(group[0], group[1]) for group in groups])
     else:
         asker = _Unasked() if model is None else _Unasked(specials=special_texts(model_tokenizer(model)))
-        judge = Judge(asker, judge_run(parts).judge)
-        made = sft_rows(judge, chosen) if use == "sft" else task_rows(judge, chosen)
+        judge = judge_of(asker, run)
+        made = sft_rows(judge, groups) if use == "sft" else task_rows(judge, groups)
     write_whole(out, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in made))
     print(f"{out}: {len(made):,} rows of {len(items):,} completions", file=sys.stderr)
 

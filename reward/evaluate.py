@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from cabochon.reward.calibration import (
     reliability,
     sigmoid,
 )
-from cabochon.reward.judge import PairwiseJudge
+from cabochon.reward.judge import Comparison, PairwiseJudge
 from cabochon.reward.rows import Labelled
 from cabochon.types import Score, Task
 
@@ -43,6 +44,8 @@ INJECTIONS: Mapping[str, str] = {
 }
 """what a policy may find that pays for wrong answers"""
 
+ATTACKS: Mapping[str, str] = {"padding": "{response}" + PADDING, **INJECTIONS}
+
 SHOWN = 10
 """disagreements with the labels that are written out, the surest first"""
 
@@ -60,7 +63,7 @@ def evaluate(
     tasks, texts = [item.task for item in items], [item.response for item in items]
     scores = list(score(tasks, texts))
     found = [i for i, s in enumerate(scores) if s.value is not None]
-    out: dict[str, Any] = {"completions": len(items), "statuses": dict(Counter(s.status for s in scores))}
+    out: dict[str, Any] = {"completions": len(items), **_statuses([(s.status, s.detail) for s in scores])}
     if not found:
         return out
     right = np.array([items[i].right for i in found])
@@ -73,14 +76,20 @@ def evaluate(
     if own:
         out["self_preference"] = self_preference(scores, items, [item.author == own for item in items], bounded)
     wrong = [n for n, i in enumerate(found) if not items[i].right]
-    attacks = {"padding": "{response}" + PADDING, **INJECTIONS}
     out["disagreements"] = disagreements([items[i] for i in found], p)
     out["attacks"] = {
         name: _attacked(score, [items[found[n]] for n in wrong], p[wrong], text, platt, bounded, best)
-        for name, text in attacks.items()
+        for name, text in ATTACKS.items()
         if wrong
     }
     return out
+
+
+def _statuses(found: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """How often each status; and what most of those that are not ok say, where there are any."""
+    why = Counter(f"{status}: {detail}" for status, detail in found if status != "ok")
+    out: dict[str, Any] = {"statuses": dict(Counter(status for status, _ in found))}
+    return out | ({"most_often": why.most_common(1)[0][0]} if why else {})
 
 
 def logits(scores: Sequence[Score], bounded: bool) -> np.ndarray:
@@ -116,7 +125,7 @@ def disagreements(items: Sequence[Labelled], p: np.ndarray, most: int = SHOWN) -
 def _attacked(
     score: Scorer, items: Sequence[Labelled], before: np.ndarray, text: str, platt: Platt, bounded: bool, best: str
 ) -> dict[str, float | None]:
-    texts = [text.replace("{response}", item.response).replace("{best}", best) for item in items]
+    texts = [_inserted(text, item.response, best) for item in items]
     scores = list(score([item.task for item in items], texts))
     there = np.array([s.value is not None for s in scores])
     if not there.any():
@@ -126,6 +135,10 @@ def _attacked(
     flipped = float((after[held_wrong] >= 0.5).mean()) if held_wrong.any() else None
     gained = float((after - before[there]).mean())
     return {"gained": gained, "flipped": flipped, "unscored": float((~there).mean())}
+
+
+def _inserted(text: str, response: str, best: str) -> str:
+    return text.replace("{best}", best).replace("{response}", response)
 
 
 def self_preference(scores: Sequence[Score], items: Sequence[Labelled], own: Sequence[bool], bounded: bool) -> float:
@@ -145,28 +158,54 @@ def evaluate_pairs(judge: PairwiseJudge, pairs: Sequence[tuple[Labelled, Labelle
     judged in both orders.
 
     `consistent`: the verdict names the same response in both, or neither; `first_preferred`: mean P(the one shown
-    first) - 1/2, 0 where position does not matter.
+    first) - 1/2, 0 where position does not matter; `length_correlation`: with how much longer the first is, of its
+    P(better) and of its label. Attacks as in `evaluate`, in the wrong one: what it `gained` in P(better), and the share
+    of pairs rightly decided that are `flipped`.
     """
-    turned = [i % 2 == 1 for i in range(len(pairs))]
-    shown = [(bad, good) if turn else (good, bad) for (good, bad), turn in zip(pairs, turned, strict=True)]
-    found = judge.compare(
-        [a.task for a, _ in shown], [a.response for a, _ in shown], [b.response for _, b in shown]
-    )  # fmt: skip
-    out: dict[str, Any] = {"pairs": len(pairs), "statuses": dict(Counter(c.status for c in found))}
+    found = _compared(judge, pairs)
+    out: dict[str, Any] = {"pairs": len(pairs), **_statuses([(c.status, c.detail) for c in found])}
     both = [(c.orders[0], c.orders[1]) for c in found if None not in c.orders]
     if both:
         p = np.array(both, np.float64)
         out["consistent"] = float((np.sign(p[:, 0] - 0.5) == np.sign(0.5 - p[:, 1])).mean())
         out["first_preferred"] = float(p.mean() - 0.5)
-    decided = [
-        (1 - c.first_wins if turn else c.first_wins)
-        for c, turn in zip(found, turned, strict=True)
-        if c.first_wins is not None
-    ]
-    if decided:
-        wins = np.array(decided)
-        out |= {"accuracy": float((wins > 0.5).mean()), "ties": float((wins == 0.5).mean())}
+    decided = [i for i, c in enumerate(found) if c.first_wins is not None]
+    if not decided:
+        return out
+    right_wins = _right_wins(found)
+    wins, right = right_wins[decided], np.array([not _turned(i) for i in decided])
+    longer = np.array([len(good.response) - len(bad.response) for good, bad in pairs])[decided] * np.where(right, 1, -1)
+    first = np.where(right, wins, 1 - wins)
+    out |= {"accuracy": float((wins > 0.5).mean()), "ties": float((wins == 0.5).mean())}
+    out["length_correlation"] = {"of_score": correlation(first, longer), "of_label": correlation(right, longer)}
+    out["attacks"] = {}
+    for name, text in ATTACKS.items():
+        tried = [(good, replace(bad, response=_inserted(text, bad.response, "A"))) for good, bad in pairs]
+        after = _right_wins(_compared(judge, tried))
+        there, held = ~np.isnan(after) & ~np.isnan(right_wins), right_wins > 0.5
+        flips = after[there & held] < 0.5
+        out["attacks"][name] = {
+            "gained": float((right_wins - after)[there].mean()) if there.any() else None,
+            "flipped": float(flips.mean()) if len(flips) else None,
+            "unscored": float(np.isnan(after).mean()),
+        }
     return out
+
+
+def _turned(i: int) -> bool:
+    """Is the wrong one shown first?"""
+    return i % 2 == 1
+
+
+def _compared(judge: PairwiseJudge, pairs: Sequence[tuple[Labelled, Labelled]]) -> list[Comparison]:
+    shown = [(bad, good) if _turned(i) else (good, bad) for i, (good, bad) in enumerate(pairs)]
+    return judge.compare([a.task for a, _ in shown], [a.response for a, _ in shown], [b.response for _, b in shown])
+
+
+def _right_wins(found: Sequence[Comparison]) -> np.ndarray:
+    """P(the right one is better); nan where there is no verdict."""
+    p = np.array([np.nan if c.first_wins is None else c.first_wins for c in found])
+    return np.array([1 - x if _turned(i) else x for i, x in enumerate(p)])
 
 
 def table(report: Mapping[str, Any], indent: str = "") -> list[str]:

@@ -97,6 +97,8 @@ COT = JudgeConfig(
 """Does the reasoning support the answer? For CoT-Pass@K (algorithms.md section 17); `evidence["votes"]` has each call's
 score, above 1/2 for yes, so that any, most or all of them can be asked for."""
 
+FIRST, SECOND = "A", "B"
+"""verdicts of a judge that compares"""
 PAIRWISE = JudgeConfig(template="pairwise", criteria=(Criterion(text="Which response answers the task better?"),))
 
 
@@ -196,7 +198,7 @@ class PairwiseJudge:
             for task, first, second in zip(tasks, firsts, seconds, strict=True)
         ]
         asked = [prompt for given, swapped in orders if given != swapped for prompt in (given, swapped)]
-        found = iter(_opinions(self.asker, self.cfg, asked, [("B", "A")] * len(asked)))
+        found = iter(_opinions(self.asker, self.cfg, asked, [(SECOND, FIRST)] * len(asked)))
         alike = Comparison(0.5, "ok", "they look alike")
         return [
             alike if given == swapped else compared(next(found), next(found), self.cfg.tie_zone)

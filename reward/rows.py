@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cabochon.data import Row
 from cabochon.errors import UserError
 from cabochon.reward.data import is_message
-from cabochon.reward.judge import Judge
+from cabochon.reward.judge import FIRST, SECOND, Judge, PairwiseJudge
 from cabochon.reward.prompt import MARK
 from cabochon.types import Message, Prompt, Task
 
@@ -158,37 +158,66 @@ def preference_rows(pairs: Sequence[tuple[Labelled, Labelled]]) -> list[dict[str
     return [{"prompt": good.prompt, "chosen": good.response, "rejected": bad.response} for good, bad in pairs]
 
 
-def _asked(judge: Judge, item: Labelled) -> tuple[list[Message], str, list[str]]:
-    """The judge's own prompt for an item, the verdict that is right, and the choices."""
+class Question(NamedTuple):
+    """What a judge is asked, and what it should say."""
+
+    prompt: str
+    verdict: str
+    choices: tuple[str, ...]
+    rationale: str
+
+
+def questions(judge: Judge | PairwiseJudge, groups: Sequence[Sequence[Labelled]]) -> list[Question]:
+    """The judge's own prompts: of each item by itself, or, where it compares, of each (right, wrong) pair in both
+    orders, so that places tell nothing; its rationale is then that of the one shown first, and of the other.
+
+    Raises UserError for several criteria, of which a label answers one, and for a group that is no pair where pairs are
+    compared.
+    """
     if len(judge.cfg.criteria) != 1:
         raise UserError(f"criteria: {len(judge.cfg.criteria)} of them; a label answers one")
-    criterion = judge.cfg.criteria[0]
-    label = criterion.choices[-1 if item.right else 0]
-    turn: Message = {"role": "user", "content": judge.prompt(item.task, item.response, criterion)}
-    return [turn], label, list(criterion.choices)
+    if isinstance(judge, Judge):
+        criterion = judge.cfg.criteria[0]
+        return [
+            Question(
+                judge.prompt(item.task, item.response, criterion), criterion.choices[-1 if item.right else 0],
+                criterion.choices, item.rationale,
+            ) for group in groups for item in group
+        ]  # fmt: skip
+    if alone := next((group for group in groups if [x.right for x in group] != [True, False]), None):
+        raise UserError(f"{alone[0].where}: a judge of pairs is shown a right and a wrong completion of one prompt")
+    return [
+        Question(
+            judge.prompt(first.task, first.response, second.response), FIRST if first.right else SECOND,
+            (SECOND, FIRST), f"{first.rationale}\n{second.rationale}",
+        ) for good, bad in groups for first, second in ((good, bad), (bad, good))
+    ]  # fmt: skip
 
 
-def sft_rows(judge: Judge, items: Sequence[Labelled]) -> list[dict[str, Any]]:
+def sft_rows(judge: Judge | PairwiseJudge, groups: Sequence[Sequence[Labelled]]) -> list[dict[str, Any]]:
     """For `cabochon sft`: the judge's prompt, and what to say: a rationale where it is to reason, and the verdict.
 
-    Raises UserError naming a row without a rationale where one is needed.
-    """
+    Raises UserError as `questions` does, and naming a row without a rationale where the judge is to reason."""
+    if judge.cfg.reason and (lost := next((x for group in groups for x in group if not x.rationale), None)):
+        raise UserError(f"{lost.where}: no 'rationale' for a judge that reasons; add it, or set judge.reason=false")
     out = []
-    for item in items:
-        prompt, label, _ = _asked(judge, item)
-        if judge.cfg.reason and not item.rationale:
-            raise UserError(f"{item.where}: no 'rationale' for a judge that reasons; add it, or set judge.reason=false")
-        before = f"{item.rationale}\n" if judge.cfg.reason else ""
-        said: Message = {"role": "assistant", "content": f"{before}{MARK} {label}"}
-        out.append({"prompt": prompt, "completion": [said]})
+    for question in questions(judge, groups):
+        before = f"{question.rationale}\n" if judge.cfg.reason else ""
+        said: Message = {"role": "assistant", "content": f"{before}{MARK} {question.verdict}"}
+        out.append({"prompt": _turn(question), "completion": [said]})
     return out
 
 
-def task_rows(judge: Judge, items: Sequence[Labelled]) -> list[dict[str, Any]]:
-    """For RL on the judge: tasks whose verifier is `verdict`, right where the judge says what the label is."""
+def task_rows(judge: Judge | PairwiseJudge, groups: Sequence[Sequence[Labelled]]) -> list[dict[str, Any]]:
+    """For RL on the judge: tasks whose verifier is `verdict`, right where the judge says what the label is. Rationales
+    are its own to find. Raises UserError as `questions` does."""
     out = []
-    for i, item in enumerate(items):
-        prompt, label, choices = _asked(judge, item)
-        payload = {"label": label, "choices": choices}
+    for i, question in enumerate(questions(judge, groups)):
+        payload = {"label": question.verdict, "choices": list(question.choices)}
+        prompt = _turn(question)
         out.append({"id": f"judge/{i}", "prompt": prompt, "verifier": "verdict", "payload": payload, "domain": "judge"})
     return out
+
+
+def _turn(question: Question) -> list[Message]:
+    return [{"role": "user", "content": question.prompt}]

@@ -66,6 +66,13 @@ def test_rows_for_each_stage(tmp_path, labelled):
     assert (more[:80], len(more)) == (sft, 120)
     cabochon("rm", "rows", labelled, tmp_path / "more-rm.jsonl", "--for", "rm", "--attack", "1")
     assert len(lines(tmp_path / "more-rm.jsonl")) == 80
+    pairwise = ("judge-terse", "pairwise=true", "judge.template=terse-pair")
+    cabochon("rm", "rows", labelled, tmp_path / "both.jsonl", *pairwise)
+    both = lines(tmp_path / "both.jsonl")
+    assert [row["completion"][0]["content"] for row in both] == ["Verdict: A", "Verdict: B"] * 40
+    assert "<first>21</first>\n<second>22</second>" in both[0]["prompt"][0]["content"]
+    with pytest.raises(UserError, match="--no-match: a judge of pairs"):
+        cabochon("rm", "rows", labelled, tmp_path / "x.jsonl", "pairwise=true", "--no-match")
     task = Task(**rl[0])
     assert verifier_named(task.verifier).verify(task, f"Verdict: {task.payload['label']}").score == 1.0
     assert set(rm[0]) == {"prompt", "chosen", "rejected"}

@@ -93,9 +93,11 @@ def test_what_was_not_scored_is_counted_and_left_out():
     report = evaluate(half, items(), bounded=True)
     assert report["statuses"] == {"unparsed": 10, "ok": 30}
     assert report["accuracy"] == 1.0
-    down = Score(value=None, status="infra_error", model_id="m")
+    down = Score(value=None, status="infra_error", model_id="m", detail="HTTP 401")
     nothing = evaluate(lambda tasks, texts: [down] * len(texts), items(), bounded=True)
-    assert nothing == {"completions": 40, "statuses": {"infra_error": 40}}
+    assert nothing == {
+        "completions": 40, "statuses": {"infra_error": 40}, "most_often": "infra_error: HTTP 401"
+    }  # fmt: skip
 
 
 def test_preference_for_ones_own():
@@ -111,28 +113,50 @@ def test_preference_for_ones_own():
 
 
 class Says:
+    """`p(first, second)`: that the first is the better."""
+
     model_id, specials = "says", ()
 
-    def __init__(self, p_first):
-        self.p_first = p_first
+    def __init__(self, p):
+        self.p = p
 
     def ask(self, prompts, choices, *, votes, reason, seed):
-        p = [self.p_first(prompt.split("<first>")[1].split("</first>")[0].strip()) for prompt in prompts]
-        return [[Reading(status="ok", probabilities=(1 - x, x))] for x in p]
+        shown = [[prompt.split(f"<{x}>")[1].split(f"</{x}>")[0] for x in ("first", "second")] for prompt in prompts]
+        return [[Reading(status="ok", probabilities=(1 - x, x))] for x in (self.p(a, b) for a, b in shown)]
+
+
+def pairs():
+    return [(a, b) for a, b in zip(items()[1::2], items()[::2], strict=True)]
 
 
 def test_position_bias_of_pairs():
-    pairs = [(a, b) for a, b in zip(items()[1::2], items()[::2], strict=True)]
-    fair = evaluate_pairs(PairwiseJudge(Says(lambda first: 0.9 if "right" in first else 0.1)), pairs)
+    fair = evaluate_pairs(PairwiseJudge(Says(lambda first, _: 0.9 if "right" in first else 0.1)), pairs())
     assert (fair["accuracy"], fair["consistent"], fair["first_preferred"]) == (1.0, 1.0, pytest.approx(0.0))
-    biased = evaluate_pairs(PairwiseJudge(Says(lambda first: 0.8)), pairs)
+    biased = evaluate_pairs(PairwiseJudge(Says(lambda first, _: 0.8)), pairs())
     assert (biased["consistent"], biased["first_preferred"]) == (0.0, pytest.approx(0.3))
     assert biased["statuses"] == {"inconsistent": 20}
     assert "accuracy" not in biased
-    torn = evaluate_pairs(PairwiseJudge(Says(lambda first: 0.5)), pairs)
+    torn = evaluate_pairs(PairwiseJudge(Says(lambda first, _: 0.5)), pairs())
     assert (torn["consistent"], torn["ties"]) == (1.0, 1.0), "as much as before, whatever the order"
-    halves = evaluate_pairs(PairwiseJudge(Says(lambda first: 0.9 if "right" in first else 0.5)), pairs)
+    assert "attacks" not in biased
+    halves = evaluate_pairs(PairwiseJudge(Says(lambda first, _: 0.9 if "right" in first else 0.5)), pairs())
     assert halves["consistent"] == 0.0
+
+
+def test_attacks_and_length_of_pairs():
+    def checked(first, second):
+        """Prefers what the graders checked, then what is right."""
+        return 0.9 if ("10/10" in first, "right" in first) > ("10/10" in second, "right" in second) else 0.1
+
+    found = evaluate_pairs(PairwiseJudge(Says(checked)), pairs())
+    assert (found["accuracy"], found["attacks"]["praise"]["flipped"]) == (1.0, 1.0)
+    assert found["attacks"]["praise"]["gained"] == pytest.approx(0.8)
+    assert found["attacks"]["padding"] == {"gained": pytest.approx(0.0), "flipped": 0.0, "unscored": 0.0}
+    wide = [(replace(a, response=a.response + "!" * (i % 5)), b) for i, (a, b) in enumerate(pairs())]
+    longer = PairwiseJudge(Says(lambda first, second: 0.5 + 0.4 * np.tanh(len(first) - len(second))))
+    found = evaluate_pairs(longer, wide)
+    assert found["length_correlation"]["of_score"] > 0.8
+    assert (found["attacks"]["padding"]["flipped"], found["consistent"]) == (1.0, 1.0)
 
 
 def test_the_table_is_readable():

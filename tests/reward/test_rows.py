@@ -5,7 +5,7 @@ import pytest
 from cabochon.data import Chat, Row, example_of
 from cabochon.errors import UserError
 from cabochon.reward.evaluate import INJECTIONS, PADDING
-from cabochon.reward.judge import Judge, JudgeConfig
+from cabochon.reward.judge import PAIRWISE, Judge, JudgeConfig, PairwiseJudge
 from cabochon.reward.rows import (
     PLEAS,
     Labelled,
@@ -101,7 +101,7 @@ def test_attacked_copies_keep_their_labels_and_say_the_same_of_right_and_wrong()
 
 
 def test_sft_rows_hold_the_judges_own_prompt_and_the_verdict():
-    rows = sft_rows(JUDGE, [item("2</response>", True), item("3", False)])
+    rows = sft_rows(JUDGE, [(item("2</response>", True), item("3", False))])
     criterion = JUDGE.cfg.criteria[0]
     task = Task(id="t", prompt="1+1?", verifier="none")
     assert rows[0]["prompt"] == [{"role": "user", "content": JUDGE.prompt(task, "2</response>", criterion)}]
@@ -113,14 +113,32 @@ def test_sft_rows_hold_the_judges_own_prompt_and_the_verdict():
 
 def test_a_judge_that_reasons_is_shown_rationales():
     judge = Judge(Unasked(), JudgeConfig(reason=True))
-    (row,) = sft_rows(judge, [item("3", False, rationale="1+1 is 2, not 3.")])
+    (row,) = sft_rows(judge, [[item("3", False, rationale="1+1 is 2, not 3.")]])
     assert row["completion"][0]["content"] == "1+1 is 2, not 3.\nVerdict: No"
     with pytest.raises(UserError, match="f:1: no 'rationale' for a judge that reasons"):
-        sft_rows(judge, [item("3", False)])
+        sft_rows(judge, [[item("3", False)]])
+
+
+def test_a_judge_of_pairs_sees_each_in_both_orders():
+    pair = (item("2", True, rationale="2 is 2."), item("3", False, rationale="3 is not 2."))
+    judge = PairwiseJudge(Unasked(), PAIRWISE.model_copy(update={"reason": False}))
+    given, swapped = sft_rows(judge, [pair])
+    task = Task(id="t", prompt="1+1?", verifier="none")
+    assert given["prompt"][0]["content"] == judge.prompt(task, "2", "3")
+    assert swapped["prompt"][0]["content"] == judge.prompt(task, "3", "2")
+    assert [row["completion"][0]["content"] for row in (given, swapped)] == ["Verdict: A", "Verdict: B"]
+    tasks = [Task(**row) for row in task_rows(judge, [pair])]
+    assert [verifier_named(t.verifier).verify(t, "Verdict: B").score for t in tasks] == [0.0, 1.0]
+    reasoning = PairwiseJudge(Unasked(), PAIRWISE)
+    said = [row["completion"][0]["content"] for row in sft_rows(reasoning, [pair])]
+    assert said == ["2 is 2.\n3 is not 2.\nVerdict: A", "3 is not 2.\n2 is 2.\nVerdict: B"]
+    assert len(task_rows(reasoning, [(item("2", True), item("3", False))])) == 2, "rationales are for RL to find"
+    with pytest.raises(UserError, match="f:1: a judge of pairs is shown a right and a wrong completion"):
+        sft_rows(judge, [(item("2", True),)])
 
 
 def test_tasks_for_rl_are_judged_by_the_verdict_verifier():
-    (row,) = task_rows(JUDGE, [item("3", False)])
+    (row,) = task_rows(JUDGE, [[item("3", False)]])
     task = Task(**row)
     verifier = verifier_named(task.verifier)
     assert verifier.verify(task, "Verdict: No").score == 1.0
