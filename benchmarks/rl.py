@@ -4,7 +4,8 @@
                                    [--tunix PYTHON]     the interpreter of an environment with google-tunix
 
 A dense model learns the tasks from bytes (SFT); where the workload's `model` is an address it is taken as it is, and
-only seconds are compared (`--workload benchmarks/rl_workload_smollm2.json`). From there each trainer does as many
+only seconds are compared (`--workload benchmarks/rl_workload_smollm2.json`; `trl_accumulation` is how many parts TRL
+takes a step in, for its memory: with one it was killed at 23 GB). From there each trainer does as many
 steps of the same size (on-policy, one update each, no KL, AdamW, f32, one reward function on both sides). A round is
 each of them once, with the round's seed; the order turns about. Reported: seconds per step (median, without the first
 ones, which compile), where ours go, the reward of the first and last five steps, and held-out accuracy by `cabochon

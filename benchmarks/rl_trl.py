@@ -23,7 +23,8 @@ def main() -> None:
     data = Dataset.from_list([{"prompt": r["prompt"], "answer": r["payload"]["answer"]} for r in rows])
     cfg = GRPOConfig(
         output_dir=str(out / "trainer"), max_steps=work["steps"], seed=seed, data_seed=seed,
-        per_device_train_batch_size=work["prompts"] * work["group_size"], gradient_accumulation_steps=1,
+        per_device_train_batch_size=work["prompts"] * work["group_size"] // work["trl_accumulation"],
+        gradient_accumulation_steps=work["trl_accumulation"],
         num_generations=work["group_size"], max_completion_length=work["max_tokens"], temperature=1.0, top_k=0,
         learning_rate=work["learning_rate"], lr_scheduler_type="constant", adam_beta1=0.9, adam_beta2=0.95,
         weight_decay=0.0, max_grad_norm=1.0, beta=0.0, loss_type="grpo", scale_rewards="group", epsilon=0.2,
