@@ -209,7 +209,7 @@ def sample(
     """
     from cabochon.chat import as_turns
     from cabochon.metrics import plain
-    from cabochon.model.address import open_model
+    from cabochon.model.address import open_language_model
     from cabochon.rl.evaluate import first_of_each
     from cabochon.rollouts.local import requests_for
     from cabochon.types import Sampling
@@ -219,7 +219,7 @@ def sample(
 
     _check_free(out, overwrite)
     wanted = first_of_each(read_tasks(tasks), limit)
-    engine = make_engine(*open_model(model), length=length, slots=slots)
+    engine = make_engine(*open_language_model(model), length=length, slots=slots)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, n=n)
     print(f"drawing {n} completions of each of {len(wanted):,} tasks from {model}", file=sys.stderr)
     drawn = engine.generate(requests_for([as_turns(task.prompt, chat) for task in wanted], sampling, seed))

@@ -19,7 +19,7 @@ import numpy as np
 from cabochon import cli_weights, doctor
 from cabochon.chat import encode_chat
 from cabochon.model import transformer as tf
-from cabochon.model.address import open_model
+from cabochon.model.address import open_language_model
 from cabochon.policy import Policy
 from cabochon.protocols import Weights
 from cabochon.rollouts.local import LocalEngine
@@ -99,7 +99,7 @@ def greedy(policy: Policy, messages: Sequence[Message]) -> str:
 
 
 def _open(address: str) -> Policy:
-    config, params, tokenizer = open_model(address)
+    config, params, tokenizer = open_language_model(address)
     return Policy(config=config, params=params, tokenizer=tokenizer)
 
 

@@ -12,11 +12,9 @@ import jax.numpy as jnp
 from pydantic import Field, model_validator
 
 from cabochon.config import Frozen, PatienceConfig
-from cabochon.errors import UserError
-from cabochon.model.address import open_model, resolve
+from cabochon.model.address import open_language_model, resolve
 from cabochon.model.config import ModelConfig
 from cabochon.model.hf_config import read_json
-from cabochon.model.value import KEY
 from cabochon.protocols import PolicyEngine, Reward
 from cabochon.reward.asking import Asker, Endpoint, EndpointAsker, LocalAsker, Reasoning
 from cabochon.reward.judge import PAIRWISE, Judge, JudgeConfig, PairwiseJudge
@@ -85,9 +83,7 @@ def is_scalar(address: str) -> bool:
 
 def local_asker(address: str, run: JudgeRun, make_engine: MakeEngine) -> LocalAsker:
     """A language model of ours. `make_engine` is called where the judge reasons."""
-    model, params, tokenizer = open_model(address)
-    if KEY in params:
-        raise UserError(f"{address}: a scalar reward model, which gives no verdicts; give a language model")
+    model, params, tokenizer = open_language_model(address)
     path = Path(resolve(address).path)
     params = jax.tree.map(jnp.asarray, params)
     return LocalAsker(

@@ -17,7 +17,7 @@ from cabochon.chat import as_turns
 from cabochon.errors import UserError
 from cabochon.files import write_whole
 from cabochon.metrics import plain
-from cabochon.model.address import open_model
+from cabochon.model.address import open_language_model
 from cabochon.protocols import PolicyEngine, Weights
 from cabochon.rl.estimators import cot_verdicts, majority_at_k, over_problems, paired_test, pass_at_k
 from cabochon.rollouts.local import LocalEngine, requests_for
@@ -183,7 +183,7 @@ def compare(
     first: dict[str, Any] | None = None
     with VerifierPool(verifier=verifier_for(tasks, sandbox=asked.sandbox), probes=probes_for(tasks)) as verifiers:
         for model in models:
-            config, params, tokenizer = open_model(model)
+            config, params, tokenizer = open_language_model(model)
             longest = max(len(encode_prompt(tokenizer, as_turns(task.prompt, asked.chat))) for task in tasks)
             slots = SlotConfig(slots=asked.slots, length=longest + asked.max_tokens)
             engine = LocalEngine(config, tokenizer, Weights(version=0, params=params), slots)

@@ -148,12 +148,12 @@ def _sampling(
 
 
 def _open(model: str, slots: int, context: int) -> tuple[LocalEngine, Tokenizer]:
-    from cabochon.model.address import open_model
+    from cabochon.model.address import open_language_model
     from cabochon.protocols import Weights
     from cabochon.rollouts.local import LocalEngine
     from cabochon.rollouts.slots import SlotConfig
 
-    config, params, tokenizer = open_model(model)
+    config, params, tokenizer = open_language_model(model)
     cfg = SlotConfig(slots=slots, length=min(context, config.max_positions), steps=4 if slots == 1 else 8)
     return LocalEngine(config, tokenizer, Weights(version=0, params=params), cfg), tokenizer
 

@@ -185,6 +185,8 @@ def test_train_and_evaluate_a_scalar_model(tmp_path, labelled):
     assert 0 <= report["auc"] <= 1
     with pytest.raises(UserError, match=r"a scalar reward model; judge\.vots=3 is for judges, leave it out"):
         cabochon("rm", "eval", tmp_path / "run" / "final", labelled, "judge.vots=3")
+    with pytest.raises(UserError, match="final: a scalar reward model, which writes no text"):
+        cabochon("generate", tmp_path / "run" / "final", "--prompt", "hi")
 
 
 def test_a_judge_of_pairs_by_one_setting(tmp_path, monkeypatch, labelled, model):

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from cabochon.errors import UserError
 from cabochon.model import convert
 from cabochon.model.config import ModelConfig
+from cabochon.model.value import KEY
 from cabochon.tokenizer import Tokenizer
 
 HUB_DEADLINE = 1800.0
@@ -90,6 +91,14 @@ def open_model(
         raise UserError(f"{path}: its tokenizer has {token!r} at id {i}, its model only {config.vocab_size} tokens; "
                         "give the model the tokenizer it was trained with")  # fmt: skip
     config, params = convert.load(path, config=config, shardings=shardings)
+    return config, params, tokenizer
+
+
+def open_language_model(name: str) -> tuple[ModelConfig, convert.Params, Tokenizer]:
+    """As `open_model`, for what is to write text. Raises UserError for a scalar reward model."""
+    config, params, tokenizer = open_model(name)
+    if KEY in params:
+        raise UserError(f"{name}: a scalar reward model, which writes no text; give a language model")
     return config, params, tokenizer
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import uvicorn
 
 from cabochon.errors import MachineError, UserError
-from cabochon.model.address import open_model
+from cabochon.model.address import open_language_model
 from cabochon.rollouts.sampler import Sampler
 from cabochon.rollouts.score import Scorer
 from cabochon.rollouts.slots import SlotConfig
@@ -57,7 +57,7 @@ class ServerConfig:
 
 def open_sampler(address: str, cfg: ServerConfig) -> Sampler:
     """The model at an address, with its programs compiled: the first client does not wait for that."""
-    model, params, tokenizer = open_model(address)
+    model, params, tokenizer = open_language_model(address)
     slots = SlotConfig(
         slots=cfg.slots, length=min(cfg.length, model.max_positions), dtype=cfg.dtype, cache_dtype=cfg.dtype
     )
