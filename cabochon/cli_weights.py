@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -108,6 +109,14 @@ def upcycle(
     print(f"{destination}: {describe(config)}, {dtype}, in {time.monotonic() - start:.1f} s", file=sys.stderr)
 
 
+MODEL_FILES = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json",
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.j*", "additional_chat_templates", "reward.json",
+)  # fmt: skip
+"""what a model's directory is made of; anything else in one is somebody's, and not ours to delete"""
+
+
 def refuse_occupied(source: Path, destination: Path, overwrite: bool) -> None:
     """Say so before the work rather than after it. What is replaced is a model and nothing else, and not around SRC."""
     full = destination.is_dir() and any(destination.iterdir())
@@ -118,6 +127,10 @@ def refuse_occupied(source: Path, destination: Path, overwrite: bool) -> None:
         raise UserError(f"{destination}: holds {source} and would be replaced with all in it; choose another DST")
     if full and not (destination / "config.json").is_file():
         raise UserError(f"{destination}: is no model (it has no config.json) and is not replaced; choose another DST")
+    names = sorted(entry.name for entry in destination.iterdir()) if full else []
+    if foreign := [name for name in names if not any(fnmatch(name, known) for known in MODEL_FILES)]:
+        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise UserError(f"{destination}: holds more than a model ({shown}), which would be lost; choose another DST")
 
 
 def describe(config: ModelConfig) -> str:

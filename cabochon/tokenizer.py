@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -51,6 +52,8 @@ class Tokenizer:
     """tokenizer_config.json without its chat template, kept so that a saved directory loses nothing"""
     source: str
     """directory or file it was read from, for error messages"""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """what generation_config.json says but for token ids (temperature, top_p), kept for the saved directory"""
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Tokenizer:
@@ -74,18 +77,25 @@ class Tokenizer:
         core.no_truncation()
         config = _json(path / "tokenizer_config.json")
         _add_missing(core, config, path / "tokenizer_config.json")
-        special = {k: v for k, v in (_json(path / "special_tokens_map.json") | config).items() if k in _ROLES}
-        special = {k: v.get("content") if isinstance(v, dict) else v for k, v in special.items() if v is not None}
+        _add_listed(core, config, path / "tokenizer_config.json")
+        roles = {k: v for k, v in (_json(path / "special_tokens_map.json") | config).items() if k in _ROLES}
+        special: dict[str, Any] = {
+            k: v.get("content") if isinstance(v, dict) else v for k, v in roles.items() if v is not None
+        }
         ids = []
         for role, token in special.items():
             if not isinstance(token, str) or core.token_to_id(token) is None:
                 raise UserError(f"{path / 'tokenizer_config.json'}: {role} {token!r} is not a token of {file.name}")
         # As transformers does: a token with a role is left out by decode(skip_special=True) whatever the file says.
-        core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
+        for role, token in special.items():
+            _set_flags(core, token, roles[role] if isinstance(roles[role], dict) else {}, special=True)
         if "eos_token" in special:
             ids.append(core.token_to_id(special["eos_token"]))
-        model_file = "generation_config.json" if (path / "generation_config.json").is_file() else "config.json"
-        more = _json(path / model_file).get("eos_token_id")
+        generation, model_file = _json(path / "generation_config.json"), "generation_config.json"
+        more = generation.pop("eos_token_id", None)
+        if more is None:
+            model_file = "config.json"
+            more = _json(path / model_file).get("eos_token_id")
         more = more if isinstance(more, list) else [more]
         if wrong := [i for i in more if not (i is None or type(i) is int)]:
             raise UserError(f"{path / model_file}: eos_token_id: expected a token id, found {wrong[0]!r:.60}")
@@ -96,6 +106,7 @@ class Tokenizer:
             eos_ids=_unique(ids),
             templates=_templates(path, config),
             config={k: v for k, v in config.items() if k != "chat_template"},
+            generation={k: v for k, v in generation.items() if not k.endswith("_token_id")},
             source=str(path),
         )
 
@@ -172,7 +183,7 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write the directory form that `from_dir` and `transformers.AutoTokenizer` read.
 
-        generation_config.json gets the end-of-text ids only where the directory has none yet.
+        generation_config.json is written only where the directory has none yet.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -186,7 +197,8 @@ class Tokenizer:
             file.write_text(template.text, encoding="utf-8", newline="")
         if not (path / "generation_config.json").exists():
             ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids) or None, "pad_token_id": self.pad_id}
-            _write_json(path / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+            ids = {k: v for k, v in ids.items() if v is not None}
+            _write_json(path / "generation_config.json", {**self.generation, **ids})
 
     def _special_id(self, role: str) -> int | None:
         return self.core.token_to_id(self.special[role]) if role in self.special else None
@@ -298,7 +310,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {_line(error)}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}")
@@ -310,7 +322,8 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _add_missing(core: tokenizers.Tokenizer, config: Mapping[str, Any], file: Path) -> None:
-    """Add the tokens tokenizer_config.json lists beyond tokenizer.json, which must continue its ids."""
+    """Add the tokens tokenizer_config.json lists beyond tokenizer.json, which must continue its ids. How it says that a
+    token is matched (`lstrip`, ...) counts for those that are there too, as in transformers."""
     entries = config.get("added_tokens_decoder") or {}
     if not isinstance(entries, dict):
         raise UserError(f"{file}: added_tokens_decoder: expected an object of id to token, found {entries!r:.60}")
@@ -320,12 +333,44 @@ def _add_missing(core: tokenizers.Tokenizer, config: Mapping[str, Any], file: Pa
                             f"found {key!r:.40}: {entry!r:.60}")  # fmt: skip
     for key, entry in sorted(entries.items(), key=lambda item: int(item[0])):
         text = entry["content"]
-        flags = {k: bool(entry[k]) for k in ("special", "lstrip", "rstrip", "single_word", "normalized") if k in entry}
-        if core.token_to_id(text) is None:
-            core.add_tokens([AddedToken(text, **flags)])
+        _set_flags(core, text, entry)
         if core.token_to_id(text) != int(key):
             got = core.token_to_id(text)
             raise UserError(f"{file}: added_tokens_decoder gives {text!r} the id {key}, tokenizer.json makes it {got}")
+
+
+def _add_listed(core: tokenizers.Tokenizer, config: Mapping[str, Any], file: Path) -> None:
+    """Special tokens without a role. Those that the vocabulary lacks get the next ids, as in transformers."""
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        given = config.get(key) or []
+        entries = list(given.values()) if isinstance(given, dict) else given
+        if not isinstance(entries, list):
+            raise UserError(f"{file}: {key}: expected tokens, found {given!r:.60}")
+        for entry in entries:
+            text = entry.get("content") if isinstance(entry, dict) else entry
+            if not isinstance(text, str) or not text:
+                raise UserError(f"{file}: {key}: expected tokens, found {entry!r:.60}")
+            if isinstance(entry, dict):
+                _set_flags(core, text, entry)
+            elif core.token_to_id(text) is None:
+                _set_flags(core, text, {}, special=True)
+
+
+_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+
+
+def _set_flags(core: tokenizers.Tokenizer, text: str, given: Mapping[str, Any], **more: bool) -> None:
+    """A token with the flags in `given`, else those it has; it is added where it is none yet."""
+    there = next((t for t in core.get_added_tokens_decoder().values() if t.content == text), None)
+    flags = {flag: getattr(there, flag) for flag in _FLAGS} if there else {"normalized": False}
+    core.add_tokens([AddedToken(text, **flags | {k: bool(given[k]) for k in _FLAGS if k in given} | more)])
+
+
+def template_name(name: str, where: str) -> str:
+    """The name, which is to be a file's. Raises UserError for one that leads elsewhere."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"{where}: {name!r} cannot be a template's name; expected letters, digits, '-', '_' and '.'")
+    return name
 
 
 def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, TemplateText]:
@@ -334,11 +379,12 @@ def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, TemplateText]
     inline = config.get("chat_template") or {}
     if isinstance(inline, str):
         inline = {"default": inline}
-    elif isinstance(inline, list) and all(isinstance(e, dict) and {"name", "template"} <= e.keys() for e in inline):
-        inline = {entry["name"]: entry["template"] for entry in inline}
+    elif isinstance(inline, list) and all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in inline):
+        inline = {entry["name"]: entry.get("template") for entry in inline}
     if not isinstance(inline, dict) or not all(isinstance(text, str) for text in inline.values()):
         raise UserError(f"{file}: chat_template: expected text, or a list of objects with name and template")
-    out = {name: TemplateText(text=text, source=f"{file}: chat_template") for name, text in inline.items()}
+    where = f"{file}: chat_template"
+    out = {template_name(name, where): TemplateText(text=text, source=where) for name, text in inline.items()}
     files = {"default": path / "chat_template.jinja"}
     files |= {p.stem: p for p in sorted((path / "additional_chat_templates").glob("*.jinja"))}
     for name, found in files.items():

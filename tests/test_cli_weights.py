@@ -97,9 +97,14 @@ def test_what_is_there_is_not_overwritten_unasked(run, tiny, tmp_path):
         code, out, err = run(command, tiny, target)
         assert (code, out) == (2, "")
         assert err == f"cabochon: {target}: exists already; choose another DST or add --overwrite\n"
+        code, _, err = run(command, tiny, target, "--overwrite")
+        assert (code, err) == (2, f"cabochon: {target}: holds more than a model (precious), which would be lost; "
+                                  "choose another DST\n")  # fmt: skip
     assert (target / "precious").read_text() == "x"
+    (target / "precious").rename(tmp_path / "precious")
+    (target / "model-00001-of-00002.safetensors").write_text("old")
     assert run("export", tiny, target, "--overwrite")[0] == 0
-    assert not (target / "precious").exists()
+    assert not (target / "model-00001-of-00002.safetensors").exists()
     assert open_model(str(target))[0] == open_model(str(tiny))[0]
 
 

@@ -118,6 +118,90 @@ def test_ends_come_from_config_json_where_there_is_no_generation_config(model_di
     assert Tokenizer.from_dir(model_dir).eos_ids == (260, 7)
 
 
+    (model_dir / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert Tokenizer.from_dir(model_dir).eos_ids == (260, 7), "one that says nothing of ends has no say in them"
+
+
+def test_how_a_model_is_sampled_is_kept(model_dir: Path, tmp_path: Path) -> None:
+    given = {"eos_token_id": [261, 260], "temperature": 0.6, "top_p": 0.9, "do_sample": True}
+    (model_dir / "generation_config.json").write_text(json.dumps(given))
+    Tokenizer.from_dir(model_dir).save(tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved == {**given, "bos_token_id": 259, "eos_token_id": [260, 261], "pad_token_id": 261}
+
+
+@pytest.mark.parametrize("name", ["../../victim/chat_template", "a/b", "..", "", "/tmp/x", "a\\b", ".hidden"])
+def test_a_template_is_written_nowhere_else(name: str, model_dir: Path) -> None:
+    templates = [{"name": "default", "template": "x"}, {"name": name, "template": "PWNED"}]
+    edit(model_dir / "tokenizer_config.json", lambda config: config.update(chat_template=templates))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: chat_template: .* cannot be a template's name"):
+        Tokenizer.from_dir(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("here", "elsewhere", "role"),
+    [
+        ({"lstrip": True, "rstrip": True, "special": True, "normalized": False}, {}, True),
+        ({"special": True, "single_word": True, "normalized": False}, {}, True),
+        ({"special": True, "normalized": True}, {}, True),
+        ({"special": True, "normalized": False}, {"rstrip": True}, True),
+        ({"special": True, "normalized": False}, {"rstrip": True}, False),
+        ({"special": False, "normalized": False}, {"special": True}, False),
+    ],
+)
+def test_how_a_token_is_matched_is_as_transformers_has_it(
+    here: dict[str, bool], elsewhere: dict[str, bool], role: bool, tmp_path: Path
+) -> None:
+    """`here` in tokenizer.json, `elsewhere` in tokenizer_config.json, which has the last word; with a role or not."""
+    from transformers import AutoTokenizer
+
+    vocab = {c: i for i, c in enumerate(byte_letters())}
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_tokens([AddedToken("<x>", **here)])
+    core.save(str(tmp_path / "tokenizer.json"))
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} | ({"eos_token": "<x>"} if role else {})
+    if elsewhere:
+        plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+        config["added_tokens_decoder"] = {"256": {"content": "<x>", **plain, **elsewhere}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ours.save(tmp_path / "again")
+    for each in (ours, Tokenizer.from_dir(tmp_path / "again")):
+        for text in ("a <x> b", "a<x>b", "A<X>B", "<x>"):
+            ids = theirs(text, add_special_tokens=False)["input_ids"]
+            assert each.encode(text) == ids
+            assert each.decode(ids, skip_special=True) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"additional_special_tokens": ["<|x|>", "<|y|>", "<|z|>"]},
+        {"extra_special_tokens": {"image_token": "<|z|>"}},
+        {"extra_special_tokens": ["<|z|>"]},
+        {"additional_special_tokens": [{"content": "<|z|>", "rstrip": True, "normalized": False, "__type": "AddedToken",
+                                        "lstrip": False, "single_word": False}]},
+    ],
+)  # fmt: skip
+def test_special_tokens_without_a_role_are_tokens_too(more: dict[str, Any], model_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    edit(model_dir / "tokenizer_config.json", lambda config: config.update(more))
+    (model_dir / "config.json").write_text('{"model_type": "llama"}')
+    ours, theirs = Tokenizer.from_dir(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    ids = theirs("a <|z|> b<|y|>", add_special_tokens=False, truncation=False)["input_ids"]
+    assert 262 in ids
+    assert ours.encode("a <|z|> b<|y|>") == ids
+    assert ours.decode(ids, skip_special=True) == theirs.decode(ids, skip_special_tokens=True)
+    edit(model_dir / "tokenizer_config.json", lambda config: config.update(additional_special_tokens=[1]))
+    with pytest.raises(UserError, match="additional_special_tokens: expected tokens, found 1"):
+        Tokenizer.from_dir(model_dir)
+
+
 def test_chat_template_file_wins(model_dir: Path) -> None:
     (model_dir / "chat_template.jinja").write_text("file")
     got = Tokenizer.from_dir(model_dir).templates["default"]

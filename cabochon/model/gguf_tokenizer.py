@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from cabochon.errors import UserError
 from cabochon.model.gguf_file import Header, read_header
-from cabochon.tokenizer import TemplateText, Tokenizer
+from cabochon.tokenizer import TemplateText, Tokenizer, template_name
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -88,7 +88,9 @@ def build(path: str | Path) -> Tokenizer:
         special=special,
         eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
         templates={
-            key.removeprefix(_TEMPLATE).lstrip(".") or "default": TemplateText(text=text, source=f"{path}: {key}")
+            template_name(key.removeprefix(_TEMPLATE).lstrip(".") or "default", f"{path}: {key}"): TemplateText(
+                text=text, source=f"{path}: {key}"
+            )
             for key, text in meta.items()
             if isinstance(text, str) and (key == _TEMPLATE or key.startswith(_TEMPLATE + "."))
         },

@@ -101,7 +101,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; a Hugging Face model directory has one") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON at line {error.lineno} column {error.colno} ({error.msg})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(got, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(got).__name__}")
@@ -131,9 +131,11 @@ def from_hf(
     family = _family(raw, file)
     _refuse_what_we_do_not_compute(raw, file)
     get = _Reader(raw, _DEFAULTS[family], file)
-    layers, dim, heads = (get.whole(key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    layers, dim, heads = (
+        get.whole(key, most=100_000) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    )
     kv_heads = get("num_key_value_heads") or heads
-    bias = bool(get("attention_bias", False))
+    bias = get.flag("attention_bias")
     eos = get("eos_token_id")
     try:
         kinds, moe = _feed_forward(get, family, layers)
@@ -153,9 +155,9 @@ def from_hf(
             qk_norm={"qwen3": "head", "qwen3_moe": "head", "olmoe": "full"}.get(family, "none"),
             qkv_bias=True if family == "qwen2" else bias and family != "mixtral",
             out_bias=bias and family not in ("qwen2", "mixtral"),
-            mlp_bias=bool(get("mlp_bias", False)) and family == "llama",
+            mlp_bias=get.flag("mlp_bias") and family == "llama",
             clip_qkv=get("clip_qkv") if family == "olmoe" else None,
-            tied_head=bool(get("tie_word_embeddings", False)) or raw.get("architectures") == [CLASSIFIERS.get(family)],
+            tied_head=get.flag("tie_word_embeddings") or raw.get("architectures") == [CLASSIFIERS.get(family)],
             sliding_window=_windows(get, family, layers, file),
             max_positions=get.whole("max_position_embeddings"),
             bos_id=_first(get("bos_token_id")),
@@ -195,7 +197,7 @@ class _Reader:
         """The value; an explicit null counts (`num_key_value_heads: null` means one per query head)."""
         return self.raw[key] if key in self.raw else self.defaults.get(key, default)
 
-    def whole(self, key: str, default: Any = None, *, least: int = 1) -> Any:
+    def whole(self, key: str, default: Any = None, *, least: int = 1, most: int = 2**53) -> Any:
         """A whole number that must be there."""
         value = self(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -204,7 +206,16 @@ class _Reader:
             raise UserError(f"{self.file}: {key}: expected a whole number, found {value!r:.80}{hint}")
         if value < least:
             raise UserError(f"{self.file}: {key}: expected {least} or more, found {value}")
+        if value > most:
+            raise UserError(f"{self.file}: {key}: expected at most {most}, found {value:.3g}")
         return value
+
+    def flag(self, key: str) -> bool:
+        """True or false, which is also what null means and a key that is not there. Text is neither."""
+        value = self(key)
+        if not isinstance(value, bool | None):
+            raise UserError(f"{self.file}: {key}: expected true or false, found {value!r:.80}")
+        return bool(value)
 
     def listed(self, key: str, kind: type) -> Any:
         """A list of `kind`, empty where there is none."""
@@ -267,7 +278,7 @@ def _feed_forward(get: _Reader, family: str, layers: int) -> tuple[tuple[LayerKi
         kinds = tuple(_kind(i not in dense and (i + 1) % step == 0) for i in range(layers))
     if "moe" not in kinds:
         return kinds, None
-    renormalised = family == "mixtral" or bool(get("norm_topk_prob", False))
+    renormalised = family == "mixtral" or get.flag("norm_topk_prob")
     if not isinstance(experts, int) or get.whole("num_experts_per_tok") > experts:
         wrong = f"{get('num_experts_per_tok')} experts per token of {experts!r} experts"
         raise UserError(f"{get.file}: num_experts_per_tok: {wrong}; expected at most that many")
@@ -293,7 +304,7 @@ def _windows(get: _Reader, family: str, layers: int, file: str) -> tuple[int, ..
     window = get("sliding_window", 4096 if family.startswith("qwen") else None)
     if family == "mixtral":
         return (window,) * layers if window else ()
-    if not family.startswith("qwen") or not get("use_sliding_window", False) or window is None:
+    if not family.startswith("qwen") or not get.flag("use_sliding_window") or window is None:
         if "sliding_attention" in get.listed("layer_types", str):
             raise UserError(f"{file}: layer_types: names sliding_attention, but sliding_window is not in use")
         return ()
@@ -311,8 +322,14 @@ def _windows(get: _Reader, family: str, layers: int, file: str) -> tuple[int, ..
 
 
 def _rope(get: _Reader, raw: Mapping[str, Any], file: str) -> RopeConfig:
-    """Rotary parameters: nested under `rope_parameters` (5), or `rope_theta` beside `rope_scaling` (4)."""
+    """Rotary parameters: nested under `rope_parameters` (5), or `rope_theta` beside `rope_scaling` (4).
+
+    Where both are there, transformers takes `rope_scaling` and forgets the theta of the other: refused.
+    """
     key = _rope_section(raw)
+    if raw.get("rope_parameters") and raw.get("rope_scaling") not in (None, {}, raw["rope_parameters"]):
+        raise UserError(f"{file}: rope_scaling: differs from rope_parameters, which is there too; keep one of them, "
+                        "with rope_theta in it")  # fmt: skip
     scaling = raw.get(key) or {}
     if not isinstance(scaling, dict) or "full_attention" in scaling or "sliding_attention" in scaling:
         raise UserError(f"{file}: {key}: one rotary embedding for all layers is supported, found one per layer type")

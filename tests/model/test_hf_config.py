@@ -151,6 +151,15 @@ def test_static_ntk_is_written_as_its_base():
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "rope_scaling.low_freq_factor: missing"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "truncate": 0}},
          "rope_scaling.truncate: expected true or false, got 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+          "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+         "rope_scaling: differs from rope_parameters, which is there too; keep one of them"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: expected true or false, found 'false'"),
+        ({"attention_bias": 1}, "attention_bias: expected true or false, found 1"),
+        ({"mlp_bias": "no"}, "mlp_bias: expected true or false, found 'no'"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": "false"}, "norm_topk_prob: expected true or"),
+        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": "true"}, "use_sliding_window: expected true or"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers: expected at most 100000, found 1e+30"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported; nearest is 1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: {...} is not supported"),
         ({"rope_interleaved": True}, "rope_interleaved: True"),
@@ -211,6 +220,9 @@ def test_files_that_do_not_parse_are_named(tmp_path):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="expected a JSON object, found list"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json: cannot be read \(maximum recursion"):
         read_config(tmp_path)
 
 
