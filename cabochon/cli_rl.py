@@ -89,7 +89,7 @@ def eval_command(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 for all")] = 1.0,
     thinking: Annotated[list[int] | None, typer.Option(help="thinking tokens; several make a sweep of budgets")] = None,
     slots: Annotated[int, typer.Option(min=1, help="sequences decoded together")] = 32,
-    seed: Annotated[int, typer.Option(help="the same seed asks the same")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="the same seed asks the same")] = 0,
     sandbox: Annotated[Literal["bubblewrap", "docker"], typer.Option(help="for `code` tasks")] = "bubblewrap",
     judge: Annotated[str, typer.Option(help="a model or endpoint that judges reasoning: adds CoT-Pass@K")] = "",
     judge_recipe: Annotated[str, typer.Option(help="how it judges")] = "judge-cot",

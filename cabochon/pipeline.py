@@ -94,7 +94,7 @@ def run(cfg: PipelineConfig, resuming: Collection[str] = ()) -> None:
         done = _done(place)
         for number, (name, words) in enumerate(cfg.stages.items(), 1):
             title = f"[{number}/{len(cfg.stages)}] {name}"
-            if done.get(name, {}).get("command") == list(words):
+            if done.get(name, {}).get("command") == list(words) and _there(words):
                 print(f"{title}: done before, in {duration(done[name]['seconds'])}", flush=True)
                 continue
             for later in list(cfg.stages)[number - 1 :]:  # what follows is made of this, also where this is killed
@@ -110,6 +110,11 @@ def run(cfg: PipelineConfig, resuming: Collection[str] = ()) -> None:
             print(f"{title}: done in {duration(done[name]['seconds'])}", flush=True)
     total = duration(sum(stage["seconds"] for stage in done.values()))
     print(f"{place}: all {len(cfg.stages)} stages are done, {total} in all", flush=True)
+
+
+def _there(words: Sequence[str]) -> bool:
+    """Is the run still where its command put it? Removing its directory is how a stage is begun anew."""
+    return all(Path(word.removeprefix("run.dir=")).is_dir() for word in words if word.startswith("run.dir="))
 
 
 def _how_on(code: int, resumes: bool) -> str:

@@ -22,6 +22,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from cabochon.errors import UserError
+from cabochon.files import encodable
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -119,12 +120,13 @@ class Tokenizer:
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Token ids. Special tokens written in `text` become their ids; `add_special` adds what the model's
-        post-processor puts around a text (usually a beginning-of-text token)."""
-        return self.core.encode(text, add_special_tokens=add_special).ids
+        post-processor puts around a text (usually a beginning-of-text token). Half of a surrogate pair is read as
+        `?`: it may stand in JSON, and there are no bytes for it."""
+        return self.core.encode(encodable(text), add_special_tokens=add_special).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids and the `[start, end)` characters of `text` each came from, spaces included."""
-        encoding = self._aligned.encode(text, add_special_tokens=False)
+        encoding = self._aligned.encode(encodable(text), add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[SupportsIndex] | np.ndarray, skip_special: bool = False) -> str:

@@ -172,6 +172,8 @@ class Completion:
     timings: Timings | None = None
     reward: float | None = None
     """what the environment of an episode gave for it; None where it gave nothing or there was none"""
+    detail: str = ""
+    """why it was given up, one line, where that is known"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

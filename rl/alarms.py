@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, nan
 from operator import ge, gt, lt
 from typing import Any, NamedTuple
 
@@ -168,29 +168,43 @@ def _violation(row: Row, state: State, limits: AlarmLimits) -> str | None:
     return f"the busiest expert's load is {now:.1f} above the mean, {first:.1f} at the first step"
 
 
+def _watched(row: Row) -> tuple[str, float]:
+    """The score, or the reward where no verifier gave one; nan for neither."""
+    for what in ("score", "reward"):
+        if (value := _read(row, what)) is not None and isfinite(value):
+            return what, value
+    return "reward", nan
+
+
 def _lately(row: Row, state: State) -> State:
     """What `_fallen` compares: of the phase the run is in, since another draws other tasks. Nothing where a curriculum
-    chooses, whose tasks grow harder as the policy gets better."""
-    of = f"lately.{row.get('phase', '')}"
-    score = _read(row, "score")
-    value = score if score is not None and isfinite(score) else _read(row, "reward")
-    if value is None or not isfinite(value) or "curriculum" in row:
-        return {}
+    chooses, whose tasks grow harder as the policy gets better. `best` is of an average over twice as many steps as
+    `mean`: the best of a thousand noisy ones would be luck."""
+    what, value = _watched(row)
+    of = f"lately.{what}.{row.get('phase', '')}"
     steps = state.get(f"{of}.steps", 0) + 1
-    share = 1 / min(steps, LATELY)
-    mean, jump = state.get(f"{of}.mean", value), state.get(f"{of}.jump", 0.0)
-    mean += share * (value - mean)
-    jump += (abs(value - state.get(f"{of}.last", value)) - jump) / min(steps, 4 * LATELY)
-    best = max(mean, state.get(f"{of}.best", mean)) if steps > LATELY else mean
-    return {f"{of}.steps": steps, f"{of}.last": value, f"{of}.mean": mean, f"{of}.jump": jump, f"{of}.best": best}
+    if not isfinite(value) or "curriculum" in row:
+        return {}
+    if steps == 1 and (old := state.get(f"{of}.old", 0)) < (_read(row, "lag.max") or 0):
+        return {f"{of}.old": old + 1}  # the first groups of a phase were begun in the one before
+
+    def average(name: str, new: float, over: int) -> float:
+        old = state.get(f"{of}.{name}", new)
+        return old + (new - old) / min(steps, over)
+
+    mean, slow = average("mean", value, LATELY), average("slow", value, 2 * LATELY)
+    found = {"steps": steps, "last": value, "mean": mean, "slow": slow}
+    found["jump"] = average("jump", abs(value - state.get(f"{of}.last", value)), 4 * LATELY)
+    found["best"] = max(slow, state.get(f"{of}.best", slow)) if steps > LATELY else slow
+    return {f"{of}.{name}": x for name, x in found.items()}
 
 
 def _fallen(row: Row, state: State, limits: AlarmLimits) -> str | None:
     """By clearly more than from one step to the next: a batch of hard tasks is no fall."""
-    mean, jump, best = (state.get(f"lately.{row.get('phase', '')}.{x}") for x in ("mean", "jump", "best"))
+    what, _ = _watched(row)
+    mean, jump, best = (state.get(f"lately.{what}.{row.get('phase', '')}.{x}") for x in ("mean", "jump", "best"))
     if mean is None or jump is None or best is None or best - mean <= max(limits.fall * abs(best), 1.5 * jump):
         return None
-    what = "reward" if _read(row, "score") is None else "score"
     return f"the {what} has fallen to {mean:.2f}, from {best:.2f} at its best"
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from cabochon.types import Completion, Sampling, Score, Task, Thinking, Verdict
 from cabochon.verifiers.build import SandboxName, probes_for, verifier_for
 from cabochon.verifiers.pool import VerifierPool
 from cabochon.verifiers.tasks import read_tasks
+
+T = TypeVar("T")
 
 COUNTED = ("any", "majority", "all")
 """how a judge's several votes on the reasoning of one answer are counted"""
@@ -129,10 +131,16 @@ def first_of_each(tasks: Sequence[Task], most: int) -> list[Task]:
 
 def by_domain(answered: Sequence[Answered]) -> dict[str, list[Answered]]:
     """`all` first, then the domains in order of appearance; `all` alone where there is only one."""
-    groups: dict[str, list[Answered]] = {"all": list(answered)}
-    for a in answered:
-        groups.setdefault(a.task.domain, []).append(a)
-    return groups if len(groups) > 2 else {"all": groups["all"]}
+    domains = _grouped(answered, [a.task.domain for a in answered])
+    return {"all": list(answered), **(domains if len(domains) > 1 else {})}
+
+
+def _grouped(items: Sequence[T], domains: Sequence[str]) -> dict[str, list[T]]:
+    """A domain that is called `all`, as a file of tasks may be, is told apart from all of them."""
+    out: dict[str, list[T]] = {}
+    for item, domain in zip(items, domains, strict=True):
+        out.setdefault("all (the domain)" if domain == "all" else domain, []).append(item)
+    return out
 
 
 def accuracies(answered: Sequence[Answered]) -> dict[str, float]:
@@ -214,23 +222,27 @@ def summary(answered: Sequence[Answered]) -> dict[str, Any]:
     truncation.
 
     The mean takes parts of a score as they are; for pass@k and maj@k an answer is right where its score is 1. Samples
-    that the machine failed are left out; a task that has none left is counted in `unjudged` alone.
+    that the machine failed (`lost`) are left out, and tasks with fewer than k that are left out of pass@k; a task that
+    has none left is counted in `unjudged` alone.
     """
     known = [a for a in answered if not np.isnan(a.score_n).all()]
-    out: dict[str, Any] = {"tasks": len(answered), "unjudged": len(answered) - len(known)}
+    lost = sum(int(np.isnan(a.score_n).sum()) for a in answered)
+    out: dict[str, Any] = {"tasks": len(answered), "unjudged": len(answered) - len(known), "lost": lost}
     out["tokens"] = float(np.mean([a.tokens_n.mean() for a in answered]))
     out["truncated"] = float(np.mean([a.truncated_n.mean() for a in answered]))
     if not known:
         return out
     out["mean"] = over_problems([float(np.nanmean(a.score_n)) for a in known])._asdict()
-    whole = [a for a in known if not np.isnan(a.score_n).any()]
     n = len(known[0].score_n)
     ks = [1 << i for i in range(n.bit_length()) if 1 << i <= n]
-    for k in ks if whole else ():
-        out[f"pass@{k}"] = float(np.mean([pass_at_k(n, int((a.score_n == 1).sum()), k) for a in whole]))
-        if k > 1:
-            out[f"maj@{k}"] = float(np.mean([majority_at_k(_classes(a), (a.score_n == 1).tolist(), k) for a in whole]))
-    return out | _cot(whole, n, ks)
+    for k in ks:
+        right = {i: (a.score_n[~np.isnan(a.score_n)] == 1).tolist() for i, a in enumerate(known)}
+        some = [i for i, each in right.items() if len(each) >= k]
+        if some:
+            out[f"pass@{k}"] = float(np.mean([pass_at_k(len(right[i]), sum(right[i]), k) for i in some]))
+        if some and k > 1:
+            out[f"maj@{k}"] = float(np.mean([majority_at_k(_classes(known[i]), right[i], k) for i in some]))
+    return out | _cot([a for a in known if not np.isnan(a.score_n).any()], n, ks)
 
 
 def _cot(whole: Sequence[Answered], n: int, ks: Sequence[int]) -> dict[str, Any]:
@@ -249,17 +261,18 @@ def _cot(whole: Sequence[Answered], n: int, ks: Sequence[int]) -> dict[str, Any]
 
 
 def _classes(a: Answered) -> list[Hashable | None]:
-    """Right answers are one class, whatever their form; wrong ones are told apart by what they say."""
-    return [True if s == 1 else said for s, said in zip(a.score_n, a.answers, strict=True)]
+    """Of the samples that were judged: right answers are one class, whatever their form, wrong ones are told apart by
+    what they say; by all of it, where the verifier names no answer in any of them."""
+    named = any(answer is not None for answer in a.answers)
+    told = a.answers if named else [text.strip() for text in a.texts]
+    return [True if s == 1 else said for s, said in zip(a.score_n, told, strict=True) if not np.isnan(s)]
 
 
 def against(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The mean difference on the tasks both were judged on, with its interval and p value, by domain."""
     before, after = ({p["task"]: p for p in e["problems"] if p["mean"] is not None} for e in (first, other))
     both = [t for t in before if t in after]
-    domains: dict[str, list[str]] = {"all": both}
-    for t in both:
-        domains.setdefault(before[t]["domain"], []).append(t)
+    domains = {"all": both, **_grouped(both, [before[t]["domain"] for t in both])}
     tested = {
         d: paired_test([before[t]["mean"] for t in ts], [after[t]["mean"] for t in ts])
         for d, ts in domains.items()
@@ -302,6 +315,8 @@ def as_table(report: dict[str, Any]) -> str:
             lines.append(f"  {_name(e):{width}}  {m['mean']:6.1%}  {interval:>15}  "
                          + "  ".join(f"{d.get(k, float('nan')):{max(7, len(k))}.1%}" for k in ks)
                          + f"  {d['tokens']:6.1f}  {d['truncated']:7.1%}  {difference}")  # fmt: skip
+        lost = {_name(e): x for e in entries if (x := e["domains"][domain]["lost"])}
+        lines += [f"  {name}: {x} answers could not be judged and are left out" for name, x in lost.items()]
         unread = {_name(e): x for e in entries if (x := e["domains"][domain].get("reasoning", {}).get("unread"))}
         lines += [f"  {name}: the judge could not be read on {x} of the tasks with a right answer; CoT-Pass@K leaves "
                   "them out, and is too low" for name, x in unread.items()]  # fmt: skip

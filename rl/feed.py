@@ -80,7 +80,8 @@ class Feed(Iterator[Task]):
         return tasks[int(rng.choice(len(tasks), p=weight / weight.sum()))]
 
     def observe(self, rollouts: Sequence[Rollout]) -> None:
-        """Take in how often the tasks of these groups, oldest first, were solved. A group nothing is known of (the
+        """Take in how often the tasks of these groups, oldest first, were solved; where the verifier abstains, what an
+        environment paid, as a share of 1. A group nothing is known of (the
         machine failed) says nothing. Without a curriculum nothing is kept."""
         if self._curriculum is None:
             return
@@ -88,10 +89,11 @@ class Feed(Iterator[Task]):
         for r in rollouts:
             groups.setdefault(r.group, []).append(r)
         for _, members in sorted(groups.items()):
-            known = [r.verdict.score for r in members if r.verdict is not None and r.verdict.score is not None]
-            if known:
+            earned = [r.completion.reward if r.verdict.score is None else r.verdict.score for r in members if r.verdict]
+            if known := [x for x in earned if x is not None]:
                 key, decay = self._bucket[members[0].task.id], self._curriculum.decay
-                self.rates[key] = decay * self.rates.get(key, UNSEEN) + (1 - decay) * float(np.mean(known))
+                rate = float(np.clip(np.mean(known), 0.0, 1.0))
+                self.rates[key] = decay * self.rates.get(key, UNSEEN) + (1 - decay) * rate
 
     def row(self) -> dict[str, Any]:
         """For metrics.jsonl: buckets tried so far, and which part of them is nearly always, or never, solved."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cabochon.config import Frozen, RayConfig, StageConfig
 from cabochon.rl.alarms import AlarmLimits
@@ -46,6 +46,13 @@ class SamplingConfig(Frozen):
         )  # fmt: skip
 
 
+def not_negative(shares: Mapping[str, float]) -> Mapping[str, float]:
+    """Raises ValueError for a share below 0."""
+    if bad := [d for d, share in shares.items() if share < 0]:
+        raise ValueError(f"{bad[0]}={shares[bad[0]]}: expected 0 or more")
+    return shares
+
+
 class TasksConfig(Frozen):
     """What is to be solved: JSONL files of tasks (docs/rl.md has the shapes)."""
 
@@ -64,11 +71,10 @@ class TasksConfig(Frozen):
     verifying: int = Field(2, ge=1)
     """completions judged at the same time"""
 
-    @model_validator(mode="after")
-    def _check(self) -> TasksConfig:
-        if bad := [d for d, share in self.shares.items() if share < 0]:
-            raise ValueError(f"shares.{bad[0]}={self.shares[bad[0]]}: expected 0 or more")
-        return self
+    @field_validator("shares")
+    @classmethod
+    def _not_negative(cls, shares: Mapping[str, float]) -> Mapping[str, float]:
+        return not_negative(shares)
 
 
 class EngineConfig(Frozen):
@@ -162,6 +168,11 @@ class PhaseConfig(Frozen):
     length: LengthReward | None = None
     """as `reward.length`"""
 
+    @field_validator("shares")
+    @classmethod
+    def _not_negative(cls, shares: Mapping[str, float] | None) -> Mapping[str, float] | None:
+        return shares if shares is None else not_negative(shares)
+
 
 class ScorerConfig(Frozen):
     """A reward model beside the verifiers; `reward.combine` says what its scores do."""
@@ -219,12 +230,24 @@ class RlConfig(StageConfig):
         most = max(self.in_phase(i).sampling.max_tokens for i in range(len(self.phases) + 1))
         return min(self.environment.turns * most, self.engine.length) if self.environment else most
 
+    @property
+    def reached(self) -> list[RlConfig]:
+        """The recipe in each phase that begins before the run ends."""
+        return [self.in_phase(i) for i in range(self.phase(self.steps) + 1)]
+
+    def phases_of(self, domain: str) -> list[RlConfig]:
+        """Those in which tasks of a domain are drawn, or may be finished: where groups are under way when a phase ends,
+        and where they are begun again after a kill, it is the next one that samples and rewards them."""
+        drawn = [bool(p.tasks.shares.get(domain, 1.0)) for p in self.reached]
+        carried = self.rollout.max_lag > 0 or isinstance(self.update.algorithm, Dapo)
+        return [p for i, p in enumerate(self.reached) if drawn[i] or (carried and any(drawn[:i]))]
+
     def check_tasks(self, train: Sequence[Task]) -> None:
-        """Raises UserError naming a task that lacks what the reward of a phase it is drawn in needs."""
-        for phase in (self.in_phase(i) for i in range(len(self.phases) + 1)):
-            if phase.reward.length is not None:
+        """Raises UserError naming a task that lacks what the reward of a phase it is drawn or finished in needs."""
+        for domain in dict.fromkeys(task.domain for task in train):
+            if any(phase.reward.length is not None for phase in self.phases_of(domain)):
                 for task in train:
-                    if phase.tasks.shares.get(task.domain, 1.0):
+                    if task.domain == domain:
                         asked_tokens(task)
 
     @model_validator(mode="after")
@@ -232,6 +255,10 @@ class RlConfig(StageConfig):
         starts = [p.start for p in self.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"phases: starts {starts}; expected each after the one before")
+        names = ["first", *(p.name for p in self.phases)]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise ValueError(f"phases: two are called {twice[0]!r} (the one before them all is 'first'); metrics tell "
+                             "them apart by name")  # fmt: skip
         for i in range(len(self.phases) + 1):
             s, where = self.in_phase(i).sampling, f"phases[{i - 1}]" if i else "sampling"
             if s.max_tokens >= self.engine.length:

@@ -39,7 +39,7 @@ def rollout_row(
         "tokens": float(tokens.mean()),
         "longest": int(tokens.max()),
         "truncated": float(np.mean([r.completion.finish == "length" for r in drawn])),
-        "empty": float(np.mean(tokens == 0)),
+        "empty": float(np.mean((tokens == 0) & [r.completion.finish != "abort" for r in drawn])),
         "infra_errors": len(failed),
         "unrewarded": int((~rewarded_N).sum()),
         "reward_clipped": float(rewards.clipped_N[rewarded_N].mean()) if rewarded_N.any() else 0.0,

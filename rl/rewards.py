@@ -234,7 +234,8 @@ def length_reward(reward_N: np.ndarray, tokens_N: np.ndarray, asked_N: np.ndarra
     """[N] the reward shaped by how the sampled tokens (thinking and answer) compare with those asked for."""
     if cfg.kind == "exact":
         return reward_N - cfg.slope * np.abs(asked_N - tokens_N)
-    return reward_N * np.clip(cfg.slope * (asked_N - tokens_N) + cfg.offset, 0.0, 1.0)
+    share_N = np.clip(cfg.slope * (asked_N - tokens_N) + cfg.offset, 0.0, 1.0)
+    return np.where(reward_N < 0, reward_N, reward_N * share_N)  # length never makes a bad answer less bad
 
 
 def asked_tokens(task: Task) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,8 +10,8 @@ import numpy as np
 from cabochon.errors import UserError
 from cabochon.types import Task
 
-_BLOCK = 256
-"""groups over which the shares hold"""
+_BLOCK, _LONGEST_BLOCK = 256, 1 << 16
+"""groups over which the shares hold; more where a share is so small that it would not have one of them"""
 
 
 class Schedule:
@@ -33,8 +34,9 @@ class Schedule:
         self._domains = [t for d, t in domains.items() if weights[d] > 0]
         if not self._domains:
             raise UserError(f"{where}: every domain has share 0")
-        total = sum(weights.values())
-        counts = [max(1, round(_BLOCK * w / total)) for w in weights.values() if w > 0]
+        kept = [w for w in weights.values() if w > 0]
+        block = min(_LONGEST_BLOCK, max(_BLOCK, math.ceil(sum(kept) / min(kept))))
+        counts = [max(1, round(block * w / sum(kept))) for w in kept]
         self._block = np.repeat(np.arange(len(counts)), counts)
         self._counts = counts
 

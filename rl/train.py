@@ -69,7 +69,7 @@ from cabochon.types import Rollout, Task
 from cabochon.verifiers.build import probes_for, python_runner, sandbox_named, verifier_for
 from cabochon.verifiers.format import ThinkingFormat
 from cabochon.verifiers.pool import VerifierPool
-from cabochon.verifiers.tasks import content_hash
+from cabochon.verifiers.tasks import spelled
 
 SHOWN = ("reward", "score", "entropy", "tokens", "truncated", "w_gap", "held_out")
 """what the console shows of a step"""
@@ -104,7 +104,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
         policy = replace(policy, params={})  # the learner has its copy, a reference its own hold: memory to be freed
         verifiers = stack.enter_context(verifiers_of(cfg, [*tasks, *held]))
         policy.tokenizer.save(run.dir / "tokenizer")  # for those who read rollouts/
-        phases = [cfg.in_phase(i) for i in range(len(cfg.phases) + 1)]
+        phases = cfg.reached
         feed = Feed(
             tasks, [p.tasks.shares for p in phases], cfg.seed, curriculum=cfg.tasks.curriculum,
             places=progress.places, rates=progress.rates, unfinished=progress.unfinished,
@@ -165,7 +165,7 @@ def main(cfg: RlConfig, *, resume_anyway: bool = False) -> Path:
             if not got.rollouts:
                 empty, why = unlearnt(run, now, got, step, update)
                 if step > 1:  # before, nothing was learnt, and who mends the recipe runs the same command again
-                    run.log(step, empty | ({} if why else held_out()), clock=watch.take())
+                    run.log(step, empty | ({} if why and step < cfg.steps else held_out()), clock=watch.take())
                     save(step)
                 if why:
                     raise why
@@ -236,9 +236,9 @@ def tasks_of(cfg: RlConfig) -> tuple[list[Task], list[Task]]:
     train = distinct(cfg.tasks.train, "tasks.train")
     cfg.check_tasks(train)
     held = distinct(cfg.tasks.held_out, "tasks.held_out")
-    trained = {content_hash(t.prompt): t.id for t in train}
+    trained = {spelled(t.prompt): t.id for t in train}
     for task in held:
-        if (same := trained.get(content_hash(task.prompt))) is not None:
+        if (same := trained.get(spelled(task.prompt))) is not None:
             raise UserError(
                 f"tasks.held_out: {task.id!r} has the prompt of the training task {same!r}; remove one of them"
             )
@@ -248,14 +248,15 @@ def tasks_of(cfg: RlConfig) -> tuple[list[Task], list[Task]]:
 
 
 def check_room(cfg: RlConfig, train: Sequence[Task], held: Sequence[Task]) -> None:
-    """Raises UserError naming a task whose prompt and completion do not fit in a phase it is drawn in."""
+    """Raises UserError naming a task whose prompt and completion do not fit in a phase it is drawn or finished in."""
     tokenizer, positions = open_tokenizer(cfg.model), model_config(cfg.model).max_positions
     limit = "engine.length" if cfg.engine.length <= positions else "the model's max_positions"
-    phases, room = [cfg.in_phase(i) for i in range(len(cfg.phases) + 1)], min(cfg.engine.length, positions)
-    for where, tasks, drawing in (("train", train, phases), ("held_out", held, phases[-1:])):
+    room, last = min(cfg.engine.length, positions), cfg.reached[-1:]
+    drawing = {domain: cfg.phases_of(domain) for domain in {task.domain for task in train}}
+    for where, tasks in (("train", train), ("held_out", held)):
         for task in tasks:
             size = len(encode_prompt(tokenizer, as_turns(task.prompt, cfg.tasks.chat)))
-            drawn = [p for p in drawing if where == "held_out" or p.tasks.shares.get(task.domain, 1.0)]
+            drawn = last if where == "held_out" else drawing[task.domain]
             most = max((p.sampling.max_tokens for p in drawn), default=0)
             if most and size + most > room:
                 raise UserError(

@@ -324,7 +324,7 @@ class Collector:
             return
         pending.drawn[f.sample] = f.completion
         if f.completion.finish == "abort":
-            self._judged(f.ticket, f.sample, failed("the engine gave the completion up"))
+            self._judged(f.ticket, f.sample, failed(f.completion.detail or "the engine gave the completion up"))
             return
         text = f.completion.text
         if (asked := pending.asked.get(text)) is None:

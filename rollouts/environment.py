@@ -291,7 +291,8 @@ class Run:
         whole = self.whole or nothing(self.prompt)
         return Episode(
             completion=replace(
-                whole, finish=finish, prompt_tokens=self.prompt, reward=sum(earned) if earned else None
+                whole, finish=finish, prompt_tokens=self.prompt, reward=sum(earned) if earned else None,
+                detail=f"environment: {self.detail}" if finish == "abort" else "",
             ),
             messages=tuple(self.messages),
             turns=tuple(self.turns),

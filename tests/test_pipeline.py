@@ -65,6 +65,24 @@ def test_a_failed_stage_stops_the_job_with_its_code_and_what_is_done_is_skipped(
     assert "seed: 2" in changed.stdout, "what follows a changed stage runs again"
 
 
+def test_a_stage_whose_directory_was_removed_is_begun_anew(tmp_path, monkeypatch):
+    stages = {"one": ("sft", "tiny-dense", f"run.dir={tmp_path / 'one'}"), "two": ("config", "tiny-dense")}
+    cfg, ran = pipeline.PipelineConfig(dir=str(tmp_path), stages=stages), []
+
+    def command(words):
+        ran.append(words[0])
+        (tmp_path / "one").mkdir(exist_ok=True)
+        return 0
+
+    monkeypatch.setattr(pipeline, "_command", command)
+    pipeline.run(cfg)
+    pipeline.run(cfg)
+    assert ran == ["sft", "config"]
+    (tmp_path / "one").rmdir()
+    pipeline.run(cfg)
+    assert ran == ["sft", "config"] * 2, "and what follows it"
+
+
 def test_what_follows_a_changed_stage_runs_again_also_where_the_job_was_killed_between(recipe, tmp_path, monkeypatch):
     text = Path(recipe).read_text().replace("[report,", "[config, tiny-dense]\n  third: [report,")
     Path(recipe).write_text(text)

@@ -208,6 +208,12 @@ def test_chat_template_file_wins(model_dir: Path) -> None:
     assert (got.text, got.source) == ("file", str(model_dir / "chat_template.jinja"))
 
 
+def test_half_of_a_surrogate_pair_is_read_as_a_question_mark(model_dir: Path) -> None:
+    tok = Tokenizer.from_dir(model_dir)
+    assert tok.encode("a\ud83db") == tok.encode("a?b")
+    assert tok.encode_with_offsets("a\ud83db") == tok.encode_with_offsets("a?b")
+
+
 def test_offsets_cover_every_character(model_dir: Path) -> None:
     """Spaces stay with their token (the post-processor would trim them), bytes of one letter share it."""
     tok = Tokenizer.from_dir(model_dir)

@@ -112,7 +112,9 @@ def _by_columns(where: str, row: Mapping[str, Any], columns: Columns, name: str)
 
 
 def _prompt(where: str, value: Any, column: str) -> Prompt:
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str):
+        if not value.strip():
+            raise UserError(f"{where}: column {column!r} is empty; expected a text or a list of messages")
         return value
     if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
         return tuple(value)
@@ -189,11 +191,20 @@ def _mbpp(where: str, row: Mapping[str, Any], name: str) -> Task:
 # ---------------------------------------------------------------------------------------------------------- the split
 
 
+def _words(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content", "")) for message in prompt)
+
+
 def normalised(prompt: Prompt) -> str:
     """A prompt's words and numbers without case, spacing, punctuation or Unicode variants; operators and signs stay."""
-    text = prompt if isinstance(prompt, str) else "\n".join(str(message.get("content", "")) for message in prompt)
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = unicodedata.normalize("NFKC", _words(prompt)).casefold()
     return " ".join(re.findall(r"\w+|[-+*/^=<>%]", text))
+
+
+def spelled(prompt: Prompt) -> str:
+    """A prompt's text without spacing and Unicode variants: what makes two prompts the same whatever they ask, where
+    case and brackets may be what they ask about."""
+    return " ".join(unicodedata.normalize("NFKC", _words(prompt)).split())
 
 
 def content_hash(prompt: Prompt) -> int:

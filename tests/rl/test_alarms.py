@@ -129,7 +129,7 @@ def test_a_score_that_falls_is_measured_against_its_best():
 
 def test_batches_of_hard_tasks_are_no_fall():
     draw = np.random.default_rng(0)
-    assert falls(scores(*np.clip(draw.normal(0.3, 0.15, 300), 0, 1))) == ([], [])
+    assert falls(scores(*np.clip(draw.normal(0.3, 0.15, 2000), 0, 1))) == ([], [])
     assert falls(scores(*[0.9] * 12, 0.2, 0.9, 0.9, 0.3, *[0.9] * 10)) == ([], [])
     assert falls(scores(0.9, 0.5, *[0.5] * 20)) == ([], []), "one lucky first step is no best"
 
@@ -140,6 +140,14 @@ def test_harder_tasks_are_no_fall():
     chosen = {"tried": 5, "easy": 0.1, "hard": 0.2}
     assert falls(scores(*[0.9] * 12, *[0.4] * 12, curriculum=chosen)) == ([], [])
     assert falls([*rows, *scores(*[0.1] * 12, phase="second")])[0]
+    late = {"mean": 1.5, "max": 2}
+    rows = [*scores(*[0.9] * 40, phase="first", lag=late), *scores(0.9, 0.9, *[0.3] * 30, phase="second", lag=late)]
+    assert falls(rows) == ([], []), "groups that were begun in the phase before"
+
+
+def test_the_score_and_the_reward_are_two_things():
+    rows = scores(*[0.8] * 30) + [row | {"score": math.nan, "reward": 0.3} for row in scores(*[0.3] * 30)]
+    assert falls(rows) == ([], [])
 
 
 def test_a_kl_in_the_reward_betrays_the_reference_too():

@@ -92,6 +92,33 @@ def test_tasks_are_asked_for_their_length_before_the_run_where_a_phase_rewards_i
     recipe(phases=[phase | {"shares": {"none": 0}}]).check_tasks([short, none])
 
 
+def test_tasks_under_way_when_a_phase_ends_are_asked_for_what_the_next_one_needs():
+    short = Task(id="s", prompt="p", verifier="math", domain="short", payload={"tokens": 5})
+    none = Task(id="n", prompt="p", verifier="math", domain="none")
+    phase = {"name": "p", "start": 2, "length": {"kind": "max"}, "shares": {"none": 0}}
+    recipe(phases=[phase]).check_tasks([short, none])
+    for changes in ({"rollout": {"prompts": 1, "group_size": 2, "max_lag": 1}, "engine": {"kind": "ray", "length": 96}},
+                    algorithm(kind="dapo")):  # fmt: skip
+        with pytest.raises(UserError, match=r"task n: reward\.length needs payload\.tokens"):
+            recipe(phases=[phase], **changes).check_tasks([short, none])
+        recipe(phases=[phase], tasks={"train": ["t"], "shares": {"none": 0}}, **changes).check_tasks([short, none])
+    recipe(phases=[phase | {"start": 10}], **algorithm(kind="dapo")).check_tasks([short, none])  # never reached
+
+
+@pytest.mark.parametrize(
+    ("phases", "said"),
+    [
+        ([{"name": "z", "start": 2, "shares": {"a": -1, "b": 1}}], "a=-1.0: expected 0 or more"),
+        ([{"name": "z", "start": 2, "shares": {"a": float("nan")}}], "shares.a\n  Input should be a finite number"),
+        ([{"name": "z", "start": 2}, {"name": "z", "start": 3}], "two are called 'z'"),
+        ([{"name": "first", "start": 2}], "two are called 'first'"),
+    ],
+)
+def test_phases_that_cannot_be(phases, said):
+    with pytest.raises(ValidationError, match=said):
+        recipe(phases=phases)
+
+
 def test_the_engines_settings_reach_the_sampler():
     said = {"kind": "local", "slots": 3, "length": 96, "reuse": 16, "tensor": 2}
     cfg = RlConfig.model_validate(

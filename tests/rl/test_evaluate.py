@@ -29,6 +29,30 @@ def test_means_count_tasks_alike_and_leave_out_what_the_machine_failed():
     assert found["pass@2"] == pytest.approx(1 - 1 / 6), "of the one task that was judged whole"
 
 
+def test_samples_that_were_lost_take_no_task_from_pass_at_1():
+    some = [answered("x", [1, 1]), answered("y", [0, np.nan]), answered("z", [np.nan, np.nan])]
+    found = evaluate.summary(some)
+    assert (found["mean"]["mean"], found["pass@1"], found["pass@2"], found["lost"]) == (0.5, 0.5, 1.0, 3)
+    report = {"evaluations": [{"model": "m", "thinking": None, "domains": {"all": found}}]}
+    assert "m: 3 answers could not be judged and are left out" in evaluate.as_table(report)
+
+
+def test_wrong_answers_that_nobody_names_are_told_apart_by_their_text():
+    wrong = replace(answered("x", [1, 1, 0, 0]), answers=[None] * 4, texts=["a", "b", "c", "d"])
+    assert evaluate.summary([wrong])["maj@4"] == 1.0
+    alike = replace(wrong, texts=["a", "b", "c", "c "])
+    assert evaluate.summary([alike])["maj@4"] == pytest.approx(0.5)
+
+
+def test_a_domain_called_all_is_not_all_of_them():
+    some = [answered("x", [1], "x"), answered("y", [0], "all"), answered("z", [0], "x")]
+    assert {d: len(group) for d, group in evaluate.by_domain(some).items()} == {"all": 3, "x": 2, "all (the domain)": 1}
+    assert {d: len(group) for d, group in evaluate.by_domain(some[1:2]).items()} == {"all": 1}
+    problems = [{"task": name, "domain": "all", "mean": 0.5} for name in "ab"]
+    one = {"problems": problems}
+    assert list(evaluate.against(one, one)) == ["all", "all (the domain)"]
+
+
 def test_parts_of_a_score_are_in_the_mean_and_no_right_answer():
     found = evaluate.summary([answered("x", [0.5, 0.5, 1, 0])])
     assert (found["mean"]["mean"], found["pass@1"]) == (0.5, 0.25)

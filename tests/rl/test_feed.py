@@ -1,6 +1,7 @@
 """What is drawn next: a pure function of the state that a checkpoint holds."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,6 +79,13 @@ def test_the_rate_is_a_running_mean_and_the_machines_failures_say_nothing():
     assert feed.rates == {"a0": 0.75 * 0.5 + 0.25 * 0.75, "a1": 0.75 * 0.5}
     feed.observe(seen(TASKS[0], [None, None]))
     assert feed.rates["a0"] == 0.5625
+
+
+def test_what_an_environment_pays_is_a_solve_rate_where_the_verifier_abstains():
+    feed = Feed(TASKS, [{}], 0, curriculum=CurriculumConfig(decay=0.5))
+    paid = [replace(r, completion=replace(r.completion, reward=3.0)) for r in seen(TASKS[0], [None, None])]
+    feed.observe(paid)
+    assert feed.rates == {TASKS[0].id: 0.75}
 
 
 def test_tasks_of_a_bucket_share_a_rate():

@@ -40,6 +40,11 @@ def test_a_failure_of_the_machine_is_counted_and_is_in_no_mean():
     assert (row["completions"], row["kept"], row["unrewarded"], row["unrewarded_by"]) == (4, 4, 1, {"verifier": 1})
 
 
+def test_what_was_given_up_is_not_empty():
+    some = [rollout(0, 1.0), rollout(0, 0.0, n=0), rollout(1, None, finish="abort", n=0), rollout(1, 1.0)]
+    assert reports.rollout_row(some, compose(some, verified(some), {}, RewardConfig()), step=4)["empty"] == 0.25
+
+
 def test_what_was_drawn_is_told_with_what_was_dropped_and_what_is_trained_on_apart():
     kept = [rollout(0, 1.0), rollout(0, 0.0), rollout(1, None), rollout(1, 1.0)]
     dropped = [rollout(g, 0.0, "b", finish="length", n=n) for g in range(2, 20) for n in (0, 7)]

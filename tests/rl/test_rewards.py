@@ -155,6 +155,11 @@ def test_length_rewards_by_hand():
     np.testing.assert_allclose(length_reward(r, n, asked, LengthReward(kind="max")), [0.47, 0.0])
 
 
+def test_length_makes_no_bad_answer_better():
+    r, n, asked = np.array([-0.5, -0.5, nan]), np.array([50, 150, 50]), np.array([50.0, 50, 50])
+    np.testing.assert_array_equal(length_reward(r, n, asked, LengthReward(kind="max", slope=0.01)), [-0.5, -0.5, nan])
+
+
 def test_every_part_stays_visible_and_adds_up():
     data = rollouts(2, tokens=[10, 30], payload={"tokens": 20})
     cfg = RewardConfig(length=LengthReward(kind="exact", slope=0.01), format_penalty=0.2, clip=(-2, 2))

@@ -30,6 +30,11 @@ def test_shares(shares, expected):
     assert Counter(schedule[i].domain for i in range(n))["a"] / n == pytest.approx(expected, abs=0.005)
 
 
+def test_a_small_share_is_no_larger_than_asked():
+    schedule = Schedule(TASKS, {"a": 1, "b": 0.001}, seed=0)
+    assert Counter(schedule[i].domain for i in range(1001))["b"] == 1
+
+
 def test_the_index_alone_decides():
     ids = [Schedule(TASKS, {}, seed=1)[i].id for i in range(300)]
     schedule = Schedule(TASKS, {}, seed=1)

@@ -336,6 +336,7 @@ def test_a_machine_that_fails_aborts_its_episode_alone(when):
     assert [e.ended for e in episodes] == ["done", "failed", "done"]
     failed = episodes[1]
     assert (failed.completion.finish, failed.detail) == ("abort", "the sandbox is gone")
+    assert failed.completion.detail == "environment: the sandbox is gone", "what the run's files will say"
     assert len(failed.turns) == when == len(failed.rewards)
     assert len(failed.completion.tokens) == len(failed.completion.mask) == (failed.turns[-1][1] if when else 0)
     assert [env.closed for env in made] == [1, 1, 1]

@@ -7,7 +7,7 @@ import pytest
 
 from cabochon.errors import UserError
 from cabochon.types import Task
-from cabochon.verifiers.tasks import Columns, content_hash, normalised, read_rows, read_tasks, split
+from cabochon.verifiers.tasks import Columns, content_hash, normalised, read_rows, read_tasks, spelled, split
 
 GSM8K = {"question": "One and one?", "answer": "1+1=2\n#### 2"}
 MATH = {"problem": "Half of one?", "solution": "It is \\boxed{\\frac{1}{2}}.", "level": "Level 1", "type": "Algebra"}
@@ -144,6 +144,18 @@ def test_the_split_depends_on_the_words_of_the_prompt_alone() -> None:
     for share in (0.05, 0.5, 0.95):
         training, held = split([make(copy) for copy in copies], share)
         assert not training or not held
+
+
+def test_prompts_are_the_same_by_their_spelling_but_for_space():
+    assert spelled("What is\n 3 + 4?") == spelled([{"role": "user", "content": " What is ３ + 4? "}])
+    for one, other in (("2*3+4=", "2*(3+4)="), ("capitals in 'abC'?", "capitals in 'ABC'?")):
+        assert normalised(one) == normalised(other), "on one side of a split"
+        assert spelled(one) != spelled(other), "and not the same"
+
+
+def test_an_empty_prompt_is_called_that(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r":1: column 'prompt' is empty"):
+        read_tasks(write(tmp_path / "t.jsonl", {"prompt": " ", "verifier": "math", "payload": {}}))
 
 
 def test_the_split_is_the_share_asked_for_and_stays_when_tasks_are_added() -> None:
