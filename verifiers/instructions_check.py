@@ -51,7 +51,7 @@ def _ifeval(kind: str, given: Mapping[str, Any], text: str) -> bool:
         case "keywords:letter_frequency":
             return ifeval.letter_frequency(text, given["letter"], int(given["let_frequency"]), given["let_relation"])
         case "language:response_language":
-            return ifeval.language(text) == given["language"]
+            return ifeval.is_language(text, given["language"])
         case "length_constraints:number_sentences":
             return ifeval.compares(ifeval.count_sentences(text), given["relation"], int(given["num_sentences"]))
         case "length_constraints:number_paragraphs":
@@ -119,7 +119,7 @@ def _own(kind: str, given: Mapping[str, Any], text: str) -> bool:
         case "format:contains":
             return re.search(given["pattern"], text) is not None
         case "language:is":
-            return ifeval.language(text) == given["language"]
+            return ifeval.is_language(text, given["language"])
     near = difflib.get_close_matches(kind, IFEVAL_KINDS + OWN_KINDS, n=1, cutoff=0.0)
     raise ValueError(f"no constraint is called {kind!r}; the nearest is {near[0]!r}")
 

@@ -64,6 +64,12 @@ def language(text: str) -> str | None:
         return None
 
 
+def is_language(text: str, code: str) -> bool:
+    """`zh` is met by what langdetect calls `zh-cn` or `zh-tw`."""
+    found = language(text)
+    return found is not None and code in (found, found.partition("-")[0])
+
+
 def all_keywords(text: str, keywords: list[str]) -> bool:
     return all(re.search(re.escape(word), text, re.IGNORECASE) for word in keywords)
 

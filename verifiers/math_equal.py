@@ -313,8 +313,10 @@ def _same_collections(gold: Items, answer: Items) -> bool:
     labels = {label for label, _ in map(unlabel, wanted) if label is not None}
     if len(labels) > 1 and (gold.brackets == "or") != (answer.brackets == "or"):
         return False  # x = 1 or y = 2 is not both
-    if gold.kind == "set" or answer.kind == "set":
+    if gold.kind == "set":
         wanted, given = _distinct(wanted), _distinct(given)
+    elif answer.kind == "set":
+        given = _distinct(given)  # which says less than a list where that has a root twice
     if len(wanted) != len(given):
         return False
     for item in wanted:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from cabochon.verifiers.math_forms import NUMBER_WORD, spelled
+from cabochon.verifiers.math_boxes import BEHIND, Found, last_box
 
 Method = Literal["boxed", "hashes", "answer_is", "last_expression"]
 
@@ -30,15 +30,6 @@ class Extraction:
     """True: text that ends inside the thinking part has no answer; False: then all of it is searched"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """An answer and how it was come by; `problem` is set instead where it cannot be read (a box that never closes)."""
-
-    answer: str = ""
-    method: str = ""
-    problem: str = ""
-
-
 def final_part(text: str, rules: Extraction) -> str:
     """What follows the thinking part, or all of the text when nothing does."""
     if not rules.think_close:
@@ -48,6 +39,11 @@ def final_part(text: str, rules: Extraction) -> str:
     if mark and after.strip():
         said, again, _ = after.partition(open_tag)
         return said if again and said.strip() else after  # thoughts that begin anew after the answer
+    if text.count(rules.think_close) > 1:  # and that end where the text does
+        said, *more = text.split(rules.think_close)[1:]
+        said = "".join(part.partition(open_tag)[0] for part in (said, *more))
+        if said.strip():
+            return said
     if rules.require_final_part and (mark or open_tag in text):
         return ""
     return text
@@ -64,7 +60,7 @@ def extract(text: str, rules: Extraction = Extraction()) -> Found | None:
     for method in rules.methods:
         match method:
             case "boxed":
-                found = last_box(part)
+                found = _corrected(part, last_box(part))
             case "hashes":
                 found = _after_hashes(part)
             case "answer_is":
@@ -74,139 +70,6 @@ def extract(text: str, rules: Extraction = Extraction()) -> Found | None:
         if found is not None:
             return found
     return None
-
-
-# ---------------------------------------------------------------------------------------------------------- boxes
-
-_BOX = re.compile(r"\\(?:[bB]oxed|fbox|framebox)(?![A-Za-z])\s*")
-_BARE = re.compile(
-    r"\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)|\\sqrt\s*(?:\{[^{}]*\}|\d)|\\[A-Za-z]+|\d[\d.,]*"
-    r"|[^\s{}\\$]"
-)
-"""What a box without braces holds."""
-_ESCAPED = re.compile(r"\\.|[{}]", re.DOTALL)
-_MINUS = re.compile(r"(?:^|[\s=:$(\[])[-−]$|[=$(\[]\s?[-−]\s$")
-_POWER = re.compile(r"\^(?:\{[^{}]{1,40}\}|\d)")
-_SCALE = r"(?:hundred|thousand|million|billion|trillion|dozen|percent)\b"
-_BEHIND = re.compile(rf"\s{{0,3}}\\?%|(?:\s?(?:\$|\\\)|\\text\{{))?\s{{0,3}}(?P<word>(?<=[\s{{]){_SCALE})")
-_GAP = r"(?:[ \t]|\\[,;:! ]|~){0,5}"
-_PART = re.compile(
-    rf"{_GAP}(?:\\(?:times|cdot|div|pi|sqrt|d?frac|pm|mp|theta|log|ln|sin|cos|tan|binom|p?mod|bmod)(?![A-Za-z])|\*\s?\d"
-    r"|[-+/]\s?[\d\\]|[-+/]\s?[b-z](?![A-Za-z.])|[eiknxyz](?![A-Za-z.'’])"
-    r"|(?:\\left\s?)?\((?:[\d.]{1,9}|[a-z])\s?[-+*/^])"
-    r"|_\{?\d|\.?\d|(?:,|\{,\}|\\,)\d{3}(?!\d)|[a-z](?![a-z])|!+(?=\$|\\\))"
-    r"|,\s?-?\d{1,9}\s?[)\]]|\)\s?\^|\\(?:mathrm|text)\{i\}"
-)
-_PART_BEFORE = re.compile(
-    r"(?:\\(?:pm|mp|ne|neq|times|cdot|div|sqrt|log|ln|sin|cos|tan|pi)|[≠±×]|\\sqrt\s*\{|[\w)}][_^]\{?"
-    r"|\\[dtc]?frac\s*(?:\S{1,20})?\{|(?<![A-Za-z\\])[ek-z]\s*[-+*/]|\}\s*[+*/]|[(\[]\s*-?\d+\s*,"
-    r"|(?<![\w.])\d+(?:\s*[-+*/^])?)\s*$|(?:(?<!\w)0\.|\d,)$"
-)
-"""What stands at a box, outside of it, and changes its value: `-\\boxed{5}`, `\\boxed{5}^2`, `\\boxed{5}\\%`."""
-_DENIED = re.compile(
-    r"(?:\b(?:not|than|instead of|never|cannot be)|n't(?: be)?)\s*(?:\$|\\\(|\*\*|\s){0,4}$", re.IGNORECASE
-)
-_TAKEN_BACK = re.compile(
-    r"\s?(?:\$|\\\))?\s{1,3}(?:(?:is|was)\s(?:wrong|incorrect|false|not (?:right|correct|the answer)"
-    r"|too (?:big|small|large|little|high|low|many|few|much))|(?:cannot|can't|can not) be (?:right|correct|true|it))\b"
-    r"|\s?(?:\$|\\\))?\s?\?\s{1,3}No\b"
-)
-"""What says that a box is not the answer, before it and behind it."""
-_BETWEEN = re.compile(r"\\(?:text\s?\{|q?quad|[()\[\],;:! ])|[\s${}*()\\]")
-_JOINTS = re.compile(
-    r"(?P<or>,?(?:and/)?or(?:maybe|perhaps|possibly|even)?(?:[a-z](?:_\d)?=)?"
-    r"|,?(?:maybe|perhaps|possibly|alternatively)|/|\||lor|vee|vs\.?|versus"
-    r"|[.,;]?(?:option|candidate|guess|possibility)[\da-z][.:]?)|,?and|[,;]"
-)
-_OR_ELSE = re.compile(
-    r"(?:\^\{?\\circ\}?\s?[CFK]?)?(?:[\s$,;.(*]|\\\)){0,6}"
-    r"(?i:or(?:\s(?:maybe|perhaps|possibly|even))?|maybe|perhaps|possibly|alternatively|vs\.?|versus)[\s:,]{1,3}"
-    r"(?:\$([^$\n]{1,60})\$|\\\(([^\n]{1,60}?)\\\)|(-?\d(?:[\d.,]{0,20}\d)?(?:\\?%)?)"
-    r"(?=\s{0,3}(?:[.,;?!)](?!\d)|[A-Za-z]|\n|\Z))"
-    rf"|((?i:(?!one\s){NUMBER_WORD}))(?=[\s.,;?!)]|\Z))"
-    r"|[\s$]{1,3}to\s\$?(-?\d{1,20})\$?(?=\s{0,3}(?:[.;?!)](?!\d)|\n|\Z))"
-)
-"""What stands between the boxes of one answer, `\\boxed{2} or \\boxed{3}`, and a second one behind, `\\boxed{2} or 3`.
-"""
-_BESIDE_LIMIT = 20
-
-
-def last_box(text: str) -> Found | None:
-    """The content of the last outermost `\\boxed{...}`; without braces, the token that follows (of `\\boxed 56` all
-    digits: TeX would box the 5, but nobody means that)."""
-    boxes: list[tuple[int, int, int]] = []
-    position = 0
-    while (start := _BOX.search(text, position)) is not None:
-        position = start.end()
-        if position < len(text) and text[position] == "{":
-            close = _closing_brace(text, position)
-            if close < 0:
-                return Found(method="boxed", problem="the last box is never closed")
-            boxes.append((start.start(), position, close))
-            position = close + 1
-        elif _BARE.match(text, position):
-            boxes.append((start.start(), position, -1))
-    denied = None
-    while boxes:
-        found = _content(text, *boxes[-1])
-        if found is not None:
-            return _with_others(text, boxes, found)
-        boxes.pop()
-        denied = Found(method="boxed", problem="the box is what the answer is not")
-    return denied
-
-
-def _with_others(text: str, boxes: list[tuple[int, int, int]], found: Found) -> Found:
-    """The last box with what was offered beside it: two answers are not the one that happens to be right."""
-    if found.problem or boxes[-1][2] < 0 or not found.answer:
-        return found
-    answer = found.answer
-    if other := _OR_ELSE.match(text, boxes[-1][2] + 1):
-        answer += rf" \text{{ or }} {spelled(next(filter(None, other.groups())))}"
-    boxes = boxes[-_BESIDE_LIMIT:]
-    for (start, _, _), before in zip(boxes[:0:-1], boxes[-2::-1], strict=True):
-        if before[2] < 0 or start - before[2] > 40:
-            break
-        joint = _JOINTS.fullmatch(_BETWEEN.sub("", text[before[2] + 1 : start]).casefold())
-        other_box = _content(text, *before)
-        if joint is None or other_box is None or not other_box.answer:
-            break
-        if other_box.answer != found.answer:
-            answer = rf"{other_box.answer} \text{{ {'or' if joint['or'] else 'and'} }} {answer}"
-    return Found(answer=answer, method="boxed")
-
-
-def _content(text: str, start: int, inside: int, close: int) -> Found | None:
-    """What a box says, with what stands at it; None where the text says that it is not the answer."""
-    if close < 0:
-        token = _BARE.match(text, inside)
-        return Found(answer=token.group().rstrip(".,"), method="boxed") if token else None
-    content, before = text[inside + 1 : close].strip(), text[max(0, start - 40) : start]
-    if _DENIED.search(before) or _TAKEN_BACK.match(text, close + 1):
-        return None
-    behind = close + 1
-    if power := _POWER.match(text, behind):
-        content = f"({content}){power.group()}"
-    elif scale := _BEHIND.match(text, behind):
-        content += " " + (scale["word"] or scale.group().strip())
-    said_twice = content.isdigit() and before.endswith(f" {content} ")  # = 42 \\boxed{42}
-    if content and (_PART.match(text, behind) or (not said_twice and _PART_BEFORE.search(before))):
-        return Found(method="boxed", problem="the box is a part of an expression")
-    return Found(answer=f"-({content})" if _MINUS.search(before[-4:]) else content, method="boxed")
-
-
-def _closing_brace(text: str, start: int) -> int:
-    """Index of the brace that closes the one at `start`, -1 if there is none."""
-    depth = 0
-    for brace in _ESCAPED.finditer(text, start):
-        mark = brace.group()
-        if mark == "{":
-            depth += 1
-        elif mark == "}":
-            depth -= 1
-            if depth == 0:
-                return brace.start()
-    return -1
 
 
 # ---------------------------------------------------------------------------------------------------------- phrases
@@ -240,23 +103,56 @@ def _after_hashes(text: str) -> Found | None:
 def _after_phrase(text: str) -> Found | None:
     """What stands between the last "the answer is" and the end of its sentence."""
     tail = text[-20_000:]
-    last, named = _last(_PHRASE, tail), _last(_NAMED_OPTION, tail)
+    last, named = _last_said(tail), _last(_NAMED_OPTION, tail)
     if named is not None and (last is None or named.start() >= last.start()):
         return Found(answer=next(filter(None, named.groups())), method="answer_is")
     if last is None:
-        return None
+        denied = any(_DENIED.search(tail, max(0, m.start() - 40), m.start()) for m in _PHRASE.finditer(tail))
+        return Found(method="answer_is", problem="the text says what the answer is not") if denied else None
     rest = tail[last.end() :].lstrip()[:2000]
     rest = rest[2:].lstrip() if rest.startswith("- ") and tail[last.end() :].lstrip(" \t:*").startswith("\n") else rest
     delimited = _delimited_at_start(rest)
     if delimited is not None:
         return Found(answer=delimited, method="answer_is")
     end = _SENTENCE_END.search(rest)
+    if end and end.group() == "?":
+        return None  # it was only asked
     answer = _trim(_NOT_ANOTHER.sub("", rest[: end.start()] if end else rest))
     return Found(answer=answer, method="answer_is") if answer else None
 
 
 _NOT_ANOTHER = re.compile(r"(?<=\S)(?:(?:,|\s+and|\s*\()\s*not|[\s,(]\s*(?:rather than|instead of))\b.*\Z", re.DOTALL)
 """`42, not 41` says 42."""
+
+
+_DENIED = re.compile(r"\b(?:wrong|incorrect|false|no way|not|doubt)\s(?:that\s)?(?:the\s)?$", re.IGNORECASE)
+_UNSAID = re.compile(
+    rf"{_DENIED.pattern}|\b(?:(?:might|may|could|would) think|if)\s(?:that\s)?(?:the\s)?$", re.IGNORECASE
+)
+"""What stands before an answer that is not given: `the wrong answer is`, `if the answer is`."""
+_PLAIN = re.compile(
+    r"(?:\*\*)?(?:\\?\$|\\\()?\s?(-?\d(?:[\d,]*\d)?(?:\.\d+)?)(?=(?:\$|\\\)|\*\*)?(?:[.!,]?\s|[.!]?\Z))"
+)
+
+
+def _corrected(text: str, found: Found | None) -> Found | None:
+    """A box with another number that is said to be the answer behind it: two answers."""
+    if found is None or not re.fullmatch(r"-?\d[\d,.]*", found.answer):
+        return found
+    behind = text[text.rfind("boxed") :][:20_000]
+    said = _last_said(behind)
+    other = _PLAIN.match(behind, said.end()) if said else None
+    if other is None or other.group(1).replace(",", "") == found.answer.replace(",", ""):
+        return found
+    return Found(answer=rf"{found.answer} \text{{ or }} {other.group(1)}", method="boxed")
+
+
+def _last_said(text: str) -> re.Match[str] | None:
+    last = None
+    for match in _PHRASE.finditer(text):
+        if not _UNSAID.search(text, max(0, match.start() - 40), match.start()):
+            last = match
+    return last
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -270,7 +166,8 @@ _DELIMITERS = (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("$", "$"))
 _GOES_ON = re.compile(
     r"\s*(?:\*\*)?\s*(?:[,;]?\s*(?:or|and|to)\b|[-–—,;/|&(]?\s*(?:(?:or|maybe|perhaps)\s+)?(?:\$|\\\(|\\\[)"
     r"|[-+*/^=<>,;]\s*[-+]?[\d.]|\\?%|(?:percent|hundred|thousand|million|billion|trillion|dozen|times|maybe|perhaps|alternatively|unless|vs|versus"
-    r"|squared|cubed|factorial|pi|over|divided|multiplied|mod|modulo|plus|minus|in base|(?:third|fourth|fifth|sixth"
+    r"|squared|cubed|factorial|if|(?:less|more|fewer|greater)\sthan|short of|pi|over"
+    r"|divided|multiplied|mod|modulo|plus|minus|in base|(?:third|fourth|fifth|sixth"
     r"|seventh|eighth|ninth|tenth|hundredth|thousandth|quarter)s?|halves)\b)|[A-Za-z](?![A-Za-z])"
 )
 """What follows a `$...$` and changes its value."""
@@ -354,7 +251,7 @@ _RUNS_ON = re.compile(
 
 def _whole_run(text: str, number: re.Match[str]) -> str:
     """The number with what belongs to it: of `2\\sqrt{3}` not the 3, of `(2, 5)` not the 5, of `2^10` not the 10."""
-    more = _RUNS_ON.match(text, number.end()) or _BEHIND.match(text, number.end())
+    more = _RUNS_ON.match(text, number.end()) or BEHIND.match(text, number.end())
     end = more.end() if more else number.end()
     before = re.split(r"\n|[.:;?]\s", text[max(0, number.start() - 200) : number.start()])[-1]
     run = _RUN.search(before) if _BINDS.search(before) and not _TAG.search(before) else None

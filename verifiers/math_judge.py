@@ -10,8 +10,9 @@ from typing import Any
 
 from sympy import Rational, pi
 
+from cabochon.verifiers.math_boxes import last_box
 from cabochon.verifiers.math_equal import contradicts, equal, same_words
-from cabochon.verifiers.math_extract import Extraction, extract, last_box
+from cabochon.verifiers.math_extract import Extraction, extract
 from cabochon.verifiers.math_forms import spelled, time_of_day
 from cabochon.verifiers.math_lex import BASE_NAMES, LENGTH_LIMIT, MathSyntaxError, clean
 from cabochon.verifiers.math_parse import parse
@@ -81,7 +82,7 @@ _CHOICE = re.compile(
 )
 _UNDECIDED = re.compile(
     r"\b(?:or|and|not|wrong|incorrect|(?:reject|discard|exclud|eliminat)ed|ruled out|impossible|cannot|(?:can|is)n?'t"
-    r"|reject|vs|maybe|then|except)\b|\b(?:no|false)\W*$|[,/&]\s*\(?[A-J]\b|\([A-Ja-j]\)|\b[A-J][.:)]|;\s*[a-j]\)"
+    r"|reject|vs|maybe|then|except|fail(?:s|ed)?|never|contradict\w*|invalid|too|Not|(?:does|do|did|wo)n'?t)\b|\b(?:no|false)\W*$|[,/&]\s*\(?[A-J]\b|\([A-Ja-j]\)|\b[A-J][.:)]|;\s*[a-j]\)"
     r"|(?<![A-Za-z\\])(?:[B-HJ](?![A-Za-z])|A is\b)"
 )
 """What follows a chosen option names another one, or takes the choice back."""
@@ -211,7 +212,7 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
     if gold.split.unit is None and answer.split.unit not in (None, parse_unit("dollar")):  # a $ is a mere habit
         asked = _asked_unit(prompt)
         cents = answer.split.unit == parse_unit("cents") and re.search(r"cents?\b|¢", prompt) is None
-        if cents or conversion(asked, answer.split.unit) not in (None, 1):
+        if cents or _not_asked(asked, answer.split.unit):
             return False, "not the unit asked for"  # 5 cents where the question speaks of dollars
     if factor is None or (_in_degrees(gold) and not _angle(answer)) or (_in_degrees(answer) and not _angle(gold)):
         return False, "a different unit"
@@ -226,7 +227,8 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
     elif gold.split.percent != answer.split.percent:
         if equal(one, two):
             return True, "the same number of percent"
-        if not gold.split.percent and isinstance(one, Leaf) and one.expr.is_Rational and abs(one.expr) > 1:
+        number = isinstance(one, Leaf) and one.expr.is_Rational and not re.search(r"frac|/", gold.text)
+        if not gold.split.percent and number:
             return False, "a different number of percent"  # 5000% is 50, but 50 was to be percent
         one, two = (_percent(side.value, side.split.percent) for side in (gold, answer))  # type: ignore[arg-type]
     if _in_degrees(gold) != _in_degrees(answer) and (_in_radians(gold) or _in_radians(answer)):
@@ -249,13 +251,33 @@ def _asks_base(base: int, prompt: str) -> bool:
     return names | {2 for _, binary in bases if binary} == {base}
 
 
-_HOW_MANY = re.compile(r"\bhow many ((?:square |cubic )?[a-z]+)", re.IGNORECASE)
+_HOW_MANY = re.compile(
+    r"\b(?P<how>how many|in) (?P<unit>(?:square |cubic )?[a-z]+(?: per [a-z]+)?)", re.IGNORECASE
+)
 
 
 def _asked_unit(prompt: str) -> Unit | None:
-    """The unit of the one quantity that the question asks "how many" of; None where it asks for several or for none."""
-    asked = _HOW_MANY.findall(prompt)
-    return parse_unit(asked[0]) if len(asked) == 1 else None
+    """The unit of the one quantity that the question asks "how many" of, or to be answered "in"; None where it asks for
+    several or for none."""
+    asked = {
+        each["unit"].casefold()
+        for each in _HOW_MANY.finditer(prompt)
+        if each["how"].casefold() != "in" or _measured(parse_unit(each["unit"]))
+    }
+    return parse_unit(asked.pop()) if len(asked) == 1 else None
+
+
+def _measured(unit: Unit) -> bool:
+    """Whether it is a unit that we know, and no word."""
+    return bool(unit.dimension) and not any(name.startswith("word:") for name, _ in unit.dimension)
+
+
+def _not_asked(asked: Unit | None, said: Unit | None) -> bool:
+    """Minutes where hours were asked for; or euros, or miles."""
+    factor = conversion(asked, said)
+    if factor is None:
+        return asked is not None and said is not None and _measured(asked) and _measured(said)
+    return factor != 1
 
 
 def _in_degrees(reading: Reading) -> bool:

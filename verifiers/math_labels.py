@@ -13,6 +13,10 @@ from sympy.core.function import AppliedUndef
 from cabochon.verifiers.math_values import DEGREE, Chain, Items, Leaf, NamedSet, SetOperation, Value, Words
 
 _NO_NAMES = frozenset(["not", "no", "false", "wrong", "incorrect", "true", "yes"])
+_NO_NAME = re.compile(
+    r"\b(?:not|wrong|incorrect|half|twice|double|bound|negative|square|root|reciprocal) ?(?:of|the|answer|$)",
+    re.IGNORECASE,
+)
 
 
 def distributed(value: Value) -> Value:
@@ -72,7 +76,7 @@ def unnamed(value: Value) -> Value | None:
     name, *rest = value.items
     match name:
         case Words(text=text):
-            names = text not in _NO_NAMES and len(text) <= 40
+            names = text not in _NO_NAMES and len(text) <= 40 and not _NO_NAME.search(text)
         case Leaf(expr=expr):
             names = _is_quantity(expr) and all(_is_number(item) for item in rest)
         case _:

@@ -58,6 +58,12 @@ _NEVER = frozenset(
      "approx"]
 )
 """What makes another number of the one before it, takes it back or offers a second: no unit."""
+_NUMBERS = re.compile(
+    r"\w*illi(?:on|ard)s?|\w*(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|teenth|tieth|illionth)s?"
+    r"|lakhs|crores|scores|googols?|zillions?|myriads|percents|basis|bps|quadrupled|quintupled|mill|rejected|extraneous"
+    r"|invalid|impossible|undefined|none|fails|failed|excluded|mistaken|unsure|bounds?|contradiction"
+)
+"""As `_NEVER`, in families: quadrillions, billionths, twentieths; and what takes an answer back."""
 _SHORT_UNITS = frozenset(
     ["bag", "box", "can", "car", "cat", "cup", "dog", "egg", "jar", "men", "pen", "per", "pie", "row", "sq", "toy",
      "way"]
@@ -192,6 +198,8 @@ def _with_words(text: str, core: str, words: str, money: str) -> Split:
     if parts == ["times"]:
         return Split(core, parse_unit("times"))  # how often
     if any(part in _NEVER and (not place or part not in ("squared", "cubed")) for place, part in enumerate(parts)):
+        return Split(text, unit)
+    if any(_NUMBERS.fullmatch(part) for part in parts if part not in _MULTIPLIERS):
         return Split(text, unit)
     if parts and (parts[-1] in _AT_THE_END or set(parts) & (_MULTIPLIERS.keys() - {"dozen"})):
         return Split(text, unit)  # 5 per thousand, 5 per dozen being a rate

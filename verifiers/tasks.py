@@ -19,7 +19,7 @@ from typing import Any
 
 from cabochon.errors import UserError
 from cabochon.types import Prompt, Task
-from cabochon.verifiers.math_extract import last_box
+from cabochon.verifiers.math_boxes import last_box
 
 LINE_LIMIT = 64 << 20
 OWN = frozenset({"id", "prompt", "verifier", "payload", "domain", "completion"})

@@ -283,7 +283,9 @@ def test_broken_tests_are_not_the_models_fault(verifier):
      ("1", "1.0", True), ("1.0", "1", False), ("1.001", "1.0", False), ("12", "1 2", False), ("", "0", False), ("YES", "Yes", False),
      ("nan", "1.0", False), ("1" * 10**6, "1", False), ("123456.85", "123456.78", False), ("123456.7812", "123456.78", True),
      ("1000000", "1000000.5", False), ("1000000.5000001", "1000000.5", True), ("12345678901.123458", "12345678901.123456", True),
-     ("150000000.01", "1.5e8", True), ("5", "1.0e400", False), ("1.0e400", "1.0e400", True)],
+     ("150000000.01", "1.5e8", True), ("5", "1.0e400", False), ("1.0e400", "1.0e400", True),
+     ("0", "0.000000731", False), ("7.311e-7", "0.000000731", True), ("0.0000001", "0.0", True), ("a\u00a0b", "a b", False),
+     ("a\u2028b", "a\nb", False), ("a\tb", "a b", True)],
 )  # fmt: skip
 def test_same_output(got, want, equal):
     assert same_output(got, want) is equal
