@@ -106,7 +106,7 @@ OWN = [
         "Ceci est une phrase tout à fait ordinaire en français.",
         "This is a perfectly ordinary sentence.",
     ),
-    ("language:is", {"language": "zh"}, "这是一个非常普通的句子，没有什么特别的地方。", "This is an ordinary sentence."),
+    ("language:is", {"language": "zh"}, "这是一个非常普通的句子，没有什么特别的地方。", "An ordinary sentence."),
 ]
 
 VERIFIER = InstructionVerifier()
