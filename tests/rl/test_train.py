@@ -400,6 +400,15 @@ def test_a_run_whose_groups_are_all_wrong_stops_with_a_checkpoint_and_goes_on(pl
     assert [r["step"] for r in metrics(place / "run")] == [1, 2, 3, 4, 5]
 
 
+def test_a_last_step_that_is_all_wrong_is_evaluated_before_it_says_so(place, graded):
+    cfg = graded(0.0).model_copy(update={"steps": 3})
+    with pytest.raises(UserError, match="step 3: all 4 groups"):
+        main(cfg)
+    main(cfg)  # no step is left, and the result is whole
+    results = json.loads((place / "run" / "manifest.json").read_text())["results"]
+    assert results["held_out"] == metrics(place / "run")[-1]["held_out"]
+
+
 def test_a_recipe_that_learnt_nothing_yet_can_be_mended_in_its_place(place, graded):
     (place / "level").write_text("1.0")
     cfg = graded(1.0)
