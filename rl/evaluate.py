@@ -71,7 +71,7 @@ def answer(
     out = []
     for i, task in enumerate(tasks):
         some, said = completions[i * n : (i + 1) * n], verdicts[i * n : (i + 1) * n]
-        found = [v.evidence.get("answer") for v in said]
+        found = [v.evidence.get("value", v.evidence.get("answer")) for v in said]
         out.append(
             Answered(
                 task=task,

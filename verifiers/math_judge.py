@@ -372,8 +372,21 @@ def judge(
             return _verdict("malformed", f"cannot be compared: {type(error).__name__}", evidence)
         if right:
             return _verdict("ok", detail, evidence)
-    malformed = detail.startswith("the answer cannot be read")
-    return _verdict("malformed" if malformed else "wrong", detail, evidence)
+    if detail.startswith("the answer cannot be read"):
+        return _verdict("malformed", detail, evidence)
+    return _verdict("wrong", detail, evidence | _number(found.answer))
+
+
+def _number(answer: str) -> dict[str, str]:
+    """`value` of an answer that is a rational number and nothing else: wrong answers are the same one by it (maj@k)."""
+    try:
+        reading = read(answer)
+        bare, value = reading.split == Split(reading.split.core), reading.value
+        return {"value": str(value.expr)[:80]} if bare and isinstance(value, Leaf) and value.expr.is_Rational else {}
+    except MemoryError:
+        raise
+    except Exception:  # too many digits, say: then it goes by what was written
+        return {}
 
 
 def _verdict(status: str, detail: str, evidence: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,16 @@ def test_means_count_tasks_alike_and_leave_out_what_the_machine_failed():
     assert found["pass@2"] == pytest.approx(1 - 1 / 6), "of the one task that was judged whole"
 
 
+def test_wrong_numbers_are_one_answer_whatever_their_form():
+    tasks = [Task(id="t", prompt="p", verifier="math", payload={"answer": "3"})]
+    said = iter(["1/2", "so 0.5", "\\boxed{\\frac12}", "3"])
+    with VerifierPool(verifier=verifier_for(tasks), probes=probes_for(tasks)) as verifiers:
+        engine = FakeEngine(lambda *_: next(said))
+        found = evaluate.answer(engine, verifiers, tasks, Sampling(max_tokens=40, n=4), seed=0)
+    assert found[0].answers == ["1/2", "1/2", "1/2", "3"]
+    assert evaluate.summary(found)["maj@4"] == 0.0
+
+
 def test_samples_that_were_lost_take_no_task_from_pass_at_1():
     some = [answered("x", [1, 1]), answered("y", [0, np.nan]), answered("z", [np.nan, np.nan])]
     found = evaluate.summary(some)
