@@ -40,7 +40,7 @@ def test_verify_writes_rows_and_a_table(tmp_path: pathlib.Path) -> None:
     verdicts = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["score"] for row in verdicts] == [1.0, 0.0, 0.0, 1.0]
     assert [row["status"] for row in verdicts] == ["ok", "wrong", "no_answer", "ok"]
-    assert verdicts[1]["evidence"] == {"gold": "3", "answer": "2", "method": "boxed"}
+    assert verdicts[1]["evidence"] == {"gold": "3", "answer": "2", "method": "boxed", "value": "2"}
     lines = done.output.splitlines()
     assert lines[1].split()[:4] == ["instructions", "1", "1", "1.0000"]
     assert lines[2].split()[:4] == ["math", "3", "3", "0.3333"]

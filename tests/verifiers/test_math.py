@@ -312,7 +312,7 @@ def test_the_last_box_wins() -> None:
 
 def test_evidence_shows_answer_gold_and_method() -> None:
     found = verdict("\\frac{1}{2}", "So \\boxed{0.25}.")
-    assert found.evidence == {"gold": "\\frac{1}{2}", "answer": "0.25", "method": "boxed"}
+    assert found.evidence == {"gold": "\\frac{1}{2}", "answer": "0.25", "method": "boxed", "value": "1/4"}
     assert found.status == "wrong"
     assert verdict("5", "I do not know").status == "no_answer"
 
