@@ -107,7 +107,7 @@ def after_rl(out: Path, judge: str, rows: str, steps: int, seed: int) -> str:
 
 def judge_run(reason: bool, compare: bool = False) -> JudgeRun:
     settings = [f"judge.reason={str(reason).lower()}", "max_tokens=96", "temperature=0", "length=256"]
-    pairs = ["pairwise=true", "judge.template=terse-pair", "judge.criteria=[{text: Better?}]"] if compare else []
+    pairs = ["pairwise=true", "judge.template=terse-pair", 'judge.criteria=[{text: "Better?"}]'] if compare else []
     return load(JudgeRun, ["judge-terse"], [*settings, *pairs])
 
 
