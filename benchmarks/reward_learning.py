@@ -8,7 +8,8 @@ once, and one that works the sum out, subtracts what the response says, and then
 shown rationales of two kinds, half of which only write the two numbers side by side, from which this model cannot tell
 whether they are equal; and that one after RL, for which a judgement is a task: its verdict is right or wrong, and which
 kind of rationale pays is for it to find out. And a judge that compares: it is shown a right and a wrong answer, in both
-orders, and works out both differences. `before` is what the start says as a judge of one, and of two.
+orders, and works out both differences. `before` is what the start says as a judge of one, and of two, though it never
+heard of verdicts: their probabilities, however small.
 3. Held-out sums: accuracy on pairs and on single answers, attacks, time. One seed is one training of each from the
 same start; nothing of the held-out sums is seen before.
 """
@@ -178,7 +179,10 @@ def main() -> None:
                 report = measured(score, test, False)
             elif kind == "before":
                 trained = 0.0
-                report = {str(two): judged(start, judge_run(True, two), held) for two in (False, True)}
+                asked = {two: judge_run(False, two) for two in (False, True)}
+                unsaid = {two: run.model_copy(update={"judge": run.judge.model_copy(update={"min_mass": 0.0})})
+                          for two, run in asked.items()}  # fmt: skip
+                report = {"pairs" if two else "single": judged(start, run, held) for two, run in unsaid.items()}
             else:
                 run = judge_run(kind != "verdict", kind == "compare")
                 make = task_rows if kind == "rl" else sft_rows
