@@ -35,11 +35,9 @@ config that differs), MachineError for a disk that is full or gone; what was wri
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import signal
 import subprocess
@@ -56,6 +54,7 @@ from cabochon.config import StageConfig
 from cabochon.console import Console, duration
 from cabochon.errors import MachineError, UserError
 from cabochon.files import sha256, write_whole
+from cabochon.locks import locked
 from cabochon.metrics import EventFile, Journal, plain, scalars
 from cabochon.trackers import Trackers, start_trackers, tracker_named
 
@@ -257,7 +256,7 @@ def open_run(
     for name in config.run.trackers:
         tracker_named(name)
     inputs = {"data": [_identity(Path(path)) for path in data]}
-    with _locked(place), contextlib.ExitStack() as stack:
+    with locked(place), contextlib.ExitStack() as stack:
         begun, differences = _begun(place), _differences(place, stage, config, inputs)
         if differences and not resume_anyway:
             raise UserError(
@@ -287,28 +286,6 @@ def open_run(
                 said = str(error) or f"the same command goes on in {place}"
                 run.event("stopped" if stopped else "failed", said, shown=stopped)
             raise
-
-
-@contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    """The directory, made where there is none, for this process alone; the lock goes with the process."""
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        file = (place / ".lock").open("a+")
-    except OSError as error:
-        raise UserError(f"{place}: cannot be a run directory: {error.strerror}; give another run.dir") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UserError(
-                f"{place}: process {file.read().strip() or '?'} is running there; wait for it, or give another run.dir"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def _begun(place: Path) -> bool:

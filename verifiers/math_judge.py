@@ -16,7 +16,7 @@ from cabochon.verifiers.math_extract import Extraction, extract
 from cabochon.verifiers.math_forms import spelled, time_of_day
 from cabochon.verifiers.math_lex import BASE_NAMES, LENGTH_LIMIT, MathSyntaxError, clean
 from cabochon.verifiers.math_parse import parse
-from cabochon.verifiers.math_units import Split, Unit, compound, conversion, parse_unit, split_unit
+from cabochon.verifiers.math_units import Split, asked_unit, compound, conversion, not_asked, parse_unit, split_unit
 from cabochon.verifiers.math_values import DEGREE, Based, Items, Leaf, Value, Words
 
 
@@ -210,9 +210,9 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
     assert answer.value is not None
     factor = conversion(gold.split.unit, answer.split.unit)
     if gold.split.unit is None and answer.split.unit not in (None, parse_unit("dollar")):  # a $ is a mere habit
-        asked = _asked_unit(prompt)
+        asked = asked_unit(prompt)
         cents = answer.split.unit == parse_unit("cents") and re.search(r"cents?\b|¢", prompt) is None
-        if cents or _not_asked(asked, answer.split.unit):
+        if cents or not_asked(asked, answer.split.unit):
             return False, "not the unit asked for"  # 5 cents where the question speaks of dollars
     if factor is None or (_in_degrees(gold) and not _angle(answer)) or (_in_degrees(answer) and not _angle(gold)):
         return False, "a different unit"
@@ -249,35 +249,6 @@ def _asks_base(base: int, prompt: str) -> bool:
     bases = re.findall(r"\b(?:in|to) (?:base[ -]\$?(\d+|[a-z]+)|(binary))", prompt.casefold())
     names = {BASE_NAMES.get(word, int(word) if word.isdigit() and len(word) < 3 else 0) for word, _ in bases if word}
     return names | {2 for _, binary in bases if binary} == {base}
-
-
-_HOW_MANY = re.compile(
-    r"\b(?P<how>how many|in) (?P<unit>(?:square |cubic )?[a-z]+(?: per [a-z]+)?)", re.IGNORECASE
-)
-
-
-def _asked_unit(prompt: str) -> Unit | None:
-    """The unit of the one quantity that the question asks "how many" of, or to be answered "in"; None where it asks for
-    several or for none."""
-    asked = {
-        each["unit"].casefold()
-        for each in _HOW_MANY.finditer(prompt)
-        if each["how"].casefold() != "in" or _measured(parse_unit(each["unit"]))
-    }
-    return parse_unit(asked.pop()) if len(asked) == 1 else None
-
-
-def _measured(unit: Unit) -> bool:
-    """Whether it is a unit that we know, and no word."""
-    return bool(unit.dimension) and not any(name.startswith("word:") for name, _ in unit.dimension)
-
-
-def _not_asked(asked: Unit | None, said: Unit | None) -> bool:
-    """Minutes where hours were asked for; or euros, or miles."""
-    factor = conversion(asked, said)
-    if factor is None:
-        return asked is not None and said is not None and _measured(asked) and _measured(said)
-    return factor != 1
 
 
 def _in_degrees(reading: Reading) -> bool:

@@ -290,3 +290,32 @@ def conversion(gold: Unit | None, answer: Unit | None) -> Fraction | None:
     if gold.dimension != answer.dimension or (gold.sense and answer.sense and gold.sense != answer.sense):
         return None
     return answer.factor / gold.factor
+
+
+_HOW_MANY = re.compile(
+    r"\b(?P<how>how many|in) (?P<unit>(?:square |cubic )?[a-z]+(?: per [a-z]+)?)", re.IGNORECASE
+)
+
+
+def asked_unit(prompt: str) -> Unit | None:
+    """The unit of the one quantity that the question asks "how many" of, or to be answered "in"; None where it asks for
+    several or for none."""
+    asked = {
+        each["unit"].casefold()
+        for each in _HOW_MANY.finditer(prompt)
+        if each["how"].casefold() != "in" or _measured(parse_unit(each["unit"]))
+    }
+    return parse_unit(asked.pop()) if len(asked) == 1 else None
+
+
+def _measured(unit: Unit) -> bool:
+    """Whether it is a unit that we know, and no word."""
+    return bool(unit.dimension) and not any(name.startswith("word:") for name, _ in unit.dimension)
+
+
+def not_asked(asked: Unit | None, said: Unit | None) -> bool:
+    """Minutes where hours were asked for; or euros, or miles."""
+    factor = conversion(asked, said)
+    if factor is None:
+        return asked is not None and said is not None and _measured(asked) and _measured(said)
+    return factor != 1
