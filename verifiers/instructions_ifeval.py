@@ -79,7 +79,9 @@ def keyword_frequency(text: str, keyword: str, frequency: int, relation: str) ->
 
 
 def no_forbidden_words(text: str, forbidden_words: list[str]) -> bool:
-    return not any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in forbidden_words)
+    """Of a phrase however it is spaced."""
+    phrases = [r"\s+".join(map(re.escape, phrase.split())) for phrase in forbidden_words]
+    return not any(re.search(rf"(?<!\w){phrase}(?!\w)", text, re.IGNORECASE) for phrase in phrases if phrase)
 
 
 def letter_frequency(text: str, letter: str, let_frequency: int, let_relation: str) -> bool:

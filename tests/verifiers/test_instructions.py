@@ -91,6 +91,7 @@ OWN = [
     ("length:lines", {"minimum": 2}, "a\nb", "a"),
     ("words:required", {"words": ["cat"]}, "A cat.", "Concatenate."),
     ("words:forbidden", {"words": ["C++", "cat"]}, "Concatenate in C.", "I like c++ much"),
+    ("words:forbidden", {"words": ["very good"]}, "It is good. Very, very goodish.", "very\n good"),
     ("format:json", {}, '{"a": 1}', '{"a": NaN}'),
     (
         "format:json_schema",
