@@ -46,6 +46,15 @@ def locked(place: Path) -> Iterator[None]:
         yield
 
 
+def held(place: Path) -> bool:
+    """Whether a process has this directory, as far as its lock file tells; the lock itself is left alone."""
+    try:
+        os.kill(int((place / ".lock").read_text().partition(" ")[0]), 0)
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
+
+
 def _taken(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -62,6 +62,14 @@ def test_and_not_for_ever(tmp_path, orphan, monkeypatch):
     os.kill(pid, 9)
 
 
+def test_who_looks_on_sees_whether_it_is_held(tmp_path):
+    assert not locks.held(tmp_path)
+    with locks.locked(tmp_path):
+        assert locks.held(tmp_path)
+    (tmp_path / ".lock").write_text("999999999 1")
+    assert not locks.held(tmp_path), "its process is gone"
+
+
 def test_a_directory_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be a run directory"), locks.locked(tmp_path / "file"):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cabochon.locks import held
 from cabochon.report import lineage, page, rollouts
 from cabochon.report.files import OF_A_JOB, Row, Tail, count_of, number_of, read_object, stamp
 from cabochon.report.series import Curves, Loads
@@ -90,7 +91,7 @@ class RunReader:
         if manifest is not None:
             return "finished"
         last = next((e["event"] for e in reversed(self._told) if e["event"] in ("stopped", "failed", "resumed")), "")
-        if _alive(self.place / ".lock"):
+        if held(self.place):
             return "running"
         return last if last in ("stopped", "failed") else "killed"
 
@@ -112,15 +113,6 @@ class RunReader:
         if odd := self._curves.odd + self._loads.odd:
             out.append(f"{odd} rows of metrics.jsonl and moe.jsonl that cannot be read as such were passed over")
         return out
-
-
-def _alive(lock: Path) -> bool:
-    """A process that has this run open, as far as its lock file tells; the lock itself is left alone."""
-    try:
-        os.kill(int(lock.read_text()), 0)
-    except (OSError, ValueError, OverflowError):
-        return False
-    return True
 
 
 def _shown(events: list[Row]) -> list[Row]:

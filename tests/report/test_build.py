@@ -1,7 +1,6 @@
 """Runs of every stage and state; long ones in little memory; looking changes nothing."""
 
 import json
-import os
 import re
 import tracemalloc
 from pathlib import Path
@@ -11,6 +10,7 @@ import runs
 from typer.testing import CliRunner
 
 from cabochon.cli import app
+from cabochon.locks import locked
 from cabochon.report.build import Readers, RunReader, report
 from cabochon.rl import evaluate
 
@@ -86,8 +86,8 @@ def test_files_that_are_missing_or_strange_leave_the_rest(tmp_path):
 def test_what_became_of_a_run(tmp_path, last, status):
     place = runs.rl_run(tmp_path / "run", 5, events=({"time": 1.8e9, "event": last, "message": ""},))
     assert snapshot(place)["status"] == status
-    (place / ".lock").write_text(str(os.getpid()))
-    assert snapshot(place)["status"] == "running"
+    with locked(place):
+        assert snapshot(place)["status"] == "running"
     runs.finish(place)
     assert snapshot(place)["status"] == "finished"
 
