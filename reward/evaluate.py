@@ -23,7 +23,7 @@ from cabochon.reward.calibration import (
     reliability,
     sigmoid,
 )
-from cabochon.reward.judge import Comparison, PairwiseJudge
+from cabochon.reward.judge import FIRST, Comparison, PairwiseJudge
 from cabochon.reward.rows import Labelled
 from cabochon.types import Score, Task
 
@@ -180,7 +180,7 @@ def evaluate_pairs(judge: PairwiseJudge, pairs: Sequence[tuple[Labelled, Labelle
     out["length_correlation"] = {"of_score": correlation(first, longer), "of_label": correlation(right, longer)}
     out["attacks"] = {}
     for name, text in ATTACKS.items():
-        tried = [(good, replace(bad, response=_inserted(text, bad.response, "A"))) for good, bad in pairs]
+        tried = [(good, replace(bad, response=_inserted(text, bad.response, FIRST))) for good, bad in pairs]
         after = _right_wins(_compared(judge, tried))
         there, held = ~np.isnan(after) & ~np.isnan(right_wins), right_wins > 0.5
         flips = after[there & held] < 0.5
