@@ -11,7 +11,6 @@ import atexit
 import collections
 import contextlib
 import os
-import pathlib
 import secrets
 import socket
 import struct
@@ -22,8 +21,8 @@ from collections.abc import Callable
 import docker
 import docker.errors
 
-from cabochon.verifiers.sandbox import rootfs
 from cabochon.verifiers.sandbox.base import Limits, Program, RunResult, SandboxError
+from cabochon.verifiers.sandbox.container import IDLE_SECONDS, LABEL, owner_label, reap, scripts, start
 from cabochon.verifiers.sandbox.engine import FAILURES, connect, engine_errors
 from cabochon.verifiers.sandbox.image import PUBLIC
 from cabochon.verifiers.sandbox.inside import TRAILER
@@ -32,37 +31,8 @@ from cabochon.verifiers.sandbox.seccomp import MACHINES, filter_bytes
 from cabochon.verifiers.sandbox.session import START_SECONDS, Ended, Lost, Session
 from cabochon.verifiers.sandbox.wire import frame
 
-LABEL = "cabochon.sandbox"
-MAX_AGE_SECONDS = 1800.0
-"""A container older than this is nobody's, whoever its label says owns it."""
-IDLE_SECONDS = 20.0
-"""A waiting container that has heard nothing for so long ends itself: its engine died, whose other ends stay open, or
-its owner is stopped. The owner says it is there every fifth of it."""
 SWEEP_SECONDS = 60.0
 _TRAILER_SIZE = len(TRAILER) + 16 + 8
-_OVERHEAD_BYTES = 24 << 20
-"""Process 1's own memory, on top of the program's limit."""
-
-
-def owner_label() -> str:
-    """This process, told apart from a later one with its number and from other machines' processes."""
-    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}:{os.getpid()}:{_started(os.getpid())}"
-
-
-def _started(pid: int) -> str:
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _alive(label: str) -> bool:
-    """Whether the owner a label names still runs; an owner on another machine counts as alive."""
-    boot, pid, started = ([*label.split(":"), "", "", ""])[:3]
-    if boot != owner_label().split(":")[0] or not pid.isdigit():
-        return True
-    return bool(started) and _started(int(pid)) == started
 
 
 class DockerSession(Session):
@@ -166,6 +136,7 @@ class DockerSandbox:
         self._starting = 0
         self._failure = ""
         self._open = False
+        self._scripts = ("", b"")
         self._used: dict[str, float] = {}
         """containers that were handed out, and when each should surely be gone"""
         self._local = threading.local()
@@ -196,7 +167,7 @@ class DockerSandbox:
             if self._open:
                 return
             with engine_errors(self.base_url, self.image):
-                self._api().inspect_image(self.image)
+                self._scripts = scripts(self._api().inspect_image(self.image))
                 reap(self._api())
             self._open = True
             for _ in range(self.starters):
@@ -206,34 +177,7 @@ class DockerSandbox:
 
     def _create(self, limits: Limits) -> DockerSession:
         """One started container. Raises one of FAILURES."""
-        api = self._api()
-        size = limits.file_bytes
-        memory = limits.memory_bytes + _OVERHEAD_BYTES
-        host = api.create_host_config(
-            network_mode="none", read_only=True, cap_drop=["ALL"], security_opt=["no-new-privileges"],
-            ipc_mode="private", log_config=docker.types.LogConfig(type="none", config={}),
-            mem_limit=memory, memswap_limit=memory, pids_limit=limits.pids + 2, auto_remove=True, shm_size=size,
-            cpu_period=100_000, cpu_quota=int(limits.cpus * 100_000), runtime=self.runtime or None,
-            tmpfs={"/tmp": f"rw,nosuid,nodev,size={size},mode=1777"},
-            ulimits=[docker.types.Ulimit(name="core", soft=0, hard=0),
-                     docker.types.Ulimit(name="nofile", soft=max(limits.nofile, 64), hard=max(limits.nofile, 64))],
-        )  # fmt: skip
-        script = rootfs.agent_script() + f"main(True, {IDLE_SECONDS})"
-        container = api.create_container(
-            self.image, entrypoint=["python3", "-I", "-S", "-X", "utf8", "-c"], command=[script], user="65534:65534",
-            stdin_open=True, environment={"HOME": "/tmp", "LANG": "C.UTF-8"}, working_dir="/tmp", hostname="sandbox",
-            host_config=host, labels={LABEL: "1", f"{LABEL}.owner": owner_label()}, network_disabled=True,
-        )["Id"]  # fmt: skip
-        try:
-            stream = api.attach_socket(container, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
-            sock = socket.socket(fileno=os.dup(stream.fileno()))
-            stream._response.close()  # else the library's own descriptor keeps the connection open after ours is closed
-            stream.close()
-            api.start(container)
-        except FAILURES:
-            with contextlib.suppress(*FAILURES):
-                api.remove_container(container, force=True)
-            raise
+        container, sock = start(self._api(), self.image, self._scripts, limits, self.runtime)
         began = time.time()
         return DockerSession(sock, limits.output_bytes, container, lambda: self._why_gone(container, began))
 
@@ -380,19 +324,6 @@ class DockerSandbox:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def reap(api: docker.APIClient, own: str = "") -> int:
-    """Removes containers whose owner is dead, that are over age, or, with `own`, that are this process's; how many."""
-    removed = 0
-    for container in api.containers(all=True, filters={"label": f"{LABEL}=1"}):
-        label = container["Labels"].get(f"{LABEL}.owner", "")
-        old = time.time() - container["Created"] > MAX_AGE_SECONDS
-        if label == own or old or not _alive(label):
-            with contextlib.suppress(docker.errors.APIError):  # it went by itself meanwhile
-                api.remove_container(container["Id"], force=True)
-                removed += 1
-    return removed
 
 
 def _remake(image: str, limits: Limits, warm: int, starters: int, runtime: str, base_url: str | None) -> DockerSandbox:

@@ -17,9 +17,9 @@ from functools import cache
 
 _LD_W_ABS, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_NEW_NAMESPACES = 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000 | 0x00020000 | 0x00000080
+NEW_NAMESPACES = 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000 | 0x00020000 | 0x00000080
 """CLONE_NEW{CGROUP,UTS,IPC,USER,PID,NET,NS,TIME}"""
-_FAMILIES = (1, 2, 10)
+FAMILIES = (1, 2, 10)
 """AF_UNIX, AF_INET, AF_INET6: the last two reach nothing but the namespace's own, empty, network"""
 
 _COMMON = {
@@ -90,9 +90,9 @@ def filter_bytes(machine: str | None = None, *, hidden_memory: bool = True) -> b
         out += [_op(_JEQ, number, 0, 4), _op(_LD_W_ABS, 16), _op(_JEQ, 0, 0, 1), _op(_RET, _ALLOW), refuse]
     out += [_op(_JEQ, _SET_PRIORITY[machine], 0, 6), _op(_LD_W_ABS, 16), _op(_JEQ, 0, 0, 3), _op(_LD_W_ABS, 24)]
     out += [_op(_JEQ, 0, 0, 1), _op(_RET, _ALLOW), refuse]
-    out += [_op(_JEQ, clone, 0, 4), _op(_LD_W_ABS, 16), _op(_JSET, _NEW_NAMESPACES, 0, 1), refuse, _op(_RET, _ALLOW)]
-    out += [_op(_JEQ, socket, 0, 2 + len(_FAMILIES)), _op(_LD_W_ABS, 16)]
-    for i, family in enumerate(_FAMILIES):
-        out.append(_op(_JEQ, family, len(_FAMILIES) - i, 0))
+    out += [_op(_JEQ, clone, 0, 4), _op(_LD_W_ABS, 16), _op(_JSET, NEW_NAMESPACES, 0, 1), refuse, _op(_RET, _ALLOW)]
+    out += [_op(_JEQ, socket, 0, 2 + len(FAMILIES)), _op(_LD_W_ABS, 16)]
+    for i, family in enumerate(FAMILIES):
+        out.append(_op(_JEQ, family, len(FAMILIES) - i, 0))
     out += [refuse, _op(_RET, _ALLOW)]
     return b"".join(out)

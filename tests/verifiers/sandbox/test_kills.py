@@ -14,7 +14,8 @@ from cabochon.errors import UserError
 from cabochon.types import Task
 from cabochon.verifiers.code import CodeVerifier
 from cabochon.verifiers.sandbox.base import Limits, SandboxError, python_program
-from cabochon.verifiers.sandbox.docker import LABEL, DockerSandbox, reap
+from cabochon.verifiers.sandbox.container import LABEL, reap
+from cabochon.verifiers.sandbox.docker import DockerSandbox
 from cabochon.verifiers.sandbox.engine import connect
 from cabochon.verifiers.sandbox.image import build
 from cabochon.verifiers.sandbox.testing import host_image, sandbox
