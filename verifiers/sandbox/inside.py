@@ -11,6 +11,7 @@ Imports are few on purpose: start-up is most of what a run costs.
 from __future__ import annotations
 
 import builtins
+import gc
 import os
 import sys
 from struct import pack as struct_pack
@@ -141,8 +142,8 @@ def _supervise(wall_seconds: float, channel: Channel) -> None:
     everything, says how the child ended and exits. Process 1 cannot be killed from inside its own namespace, so no
     program outlives its host or its time, whatever became of the host. The child is held until the frame behind the
     order is read here: what signs the last words is never in its memory, nor in its reach on the pipe."""
+    import _signal  # the module around it brings enumerations, and they take as long as the interpreter's own start
     import select
-    import signal
     import time
 
     gate, opened = os.pipe()
@@ -153,7 +154,7 @@ def _supervise(wall_seconds: float, channel: Channel) -> None:
         os.close(gate)
         _dumpable(True)
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal Python handles, which a program could send
+    _signal.signal(_signal.SIGINT, _signal.SIG_IGN)  # the one signal Python handles, which a program could send
     secret = channel.read()
     os.close(opened)
     watch = select.poll()
@@ -171,9 +172,9 @@ def _supervise(wall_seconds: float, channel: Channel) -> None:
             finished = other.si_pid == child
             if not finished:
                 os.waitpid(other.si_pid, 0)  # an orphan of the program
-    code = -int(signal.SIGKILL)
+    code = -_signal.SIGKILL
     try:  # noqa: SIM105 (contextlib costs an import)
-        os.kill(-1, signal.SIGKILL)
+        os.kill(-1, _signal.SIGKILL)
     except ProcessLookupError:
         pass
     while True:
@@ -210,15 +211,15 @@ def _refuse(filters: dict[str, bytes]) -> None:
     if program is None:
         return
     import _ctypes
-    from array import array
 
-    class Pointer(_ctypes._SimpleCData):
-        _type_ = "P"
+    class Address(_ctypes._SimpleCData):
+        """Of the bytes it is given."""
 
-    code = array("B", program)
-    head = array("B", struct_pack("@HP", len(program) // 8, code.buffer_info()[0]))
+        _type_ = "z"
+
+    head = struct_pack("@H6x", len(program) // 8) + bytes(Address(program))  # struct sock_fprog
     prctl = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl")  # type: ignore
-    if _ctypes.call_function(prctl, (22, 2, Pointer(head.buffer_info()[0]), 0, 0)):
+    if _ctypes.call_function(prctl, (22, 2, Address(head), 0, 0)):
         raise OSError("the kernel refused the seccomp filter")
 
 
@@ -244,6 +245,7 @@ def _run(order: dict[str, Any], home: str) -> None:
         source = f.read()
     del order
     sys.modules["__main__"] = module
+    gc.freeze()  # what is loaded by now is not looked through again, which the interpreter's end does several times
     exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)  # else under the imports of this file
 
 
