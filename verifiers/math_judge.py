@@ -148,10 +148,13 @@ def matches(gold: str, answer: str, *, prompt: str = "", choices: Sequence[str] 
 
 _CLOCK = re.compile(r"0?(\d{1,2}:[0-5]\d)")
 _CAPITALS = re.compile(r"[A-Z]{3,}|[IVXLC]{2,}")
+_WORD = re.compile(r"[a-z]{3,}")
+_OF_NUMBER = r"\b{}\s?(?:\\left)?\(\s?(-?[\d./]+)\s?(?:\\right)?\)"
 
 
 def _as_written(gold: str, answer: str, prompt: str) -> tuple[bool, str] | None:
-    """Times and names in capitals are compared as they are written: 2:30 is no ratio here, SAS no product."""
+    """Times, words and names in capitals are compared as they are written: 2:30 is no ratio here, SAS no product. And
+    `f(4) = 2` says nothing of an f(3) that the question speaks of."""
     ratio = re.search(r"ratio|scale|proportion|odds", prompt.casefold()) is not None
     if not ratio and (moment := time_of_day(gold)) is not None and (said := time_of_day(answer)) is not None:
         return moment == said, "compared as times"
@@ -161,6 +164,12 @@ def _as_written(gold: str, answer: str, prompt: str) -> tuple[bool, str] | None:
     if _CAPITALS.fullmatch(name := _plain(gold).replace(" ", "")):
         letters = _plain(answer).replace(" ", "") == name
         return letters or same_words(name, _plain(answer)), "compared letter by letter"
+    if _WORD.fullmatch(name) and _WORD.fullmatch(given := _plain(answer).strip().casefold()):  # dog is no product
+        return given == name or same_words(name, given), "compared letter by letter"
+    if value := re.match(_OF_NUMBER.format("([A-Za-z])") + r"\s?=", answer):
+        asked = re.findall(_OF_NUMBER.format(value[1]), prompt)
+        if asked and value[2] not in asked:
+            return False, f"{value[1]} of another number than the question's"
     return None
 
 
