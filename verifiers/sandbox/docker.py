@@ -136,6 +136,7 @@ class DockerSandbox:
         self._starting = 0
         self._failure = ""
         self._open = False
+        self._image = ""
         self._scripts = ("", b"")
         self._used: dict[str, float] = {}
         """containers that were handed out, and when each should surely be gone"""
@@ -167,7 +168,8 @@ class DockerSandbox:
             if self._open:
                 return
             with engine_errors(self.base_url, self.image):
-                self._scripts = scripts(self._api().inspect_image(self.image))
+                image = self._api().inspect_image(self.image)
+                self._image, self._scripts = image["Id"], scripts(image)  # its name may come to mean another one
                 reap(self._api())
             self._open = True
             for _ in range(self.starters):
@@ -177,7 +179,7 @@ class DockerSandbox:
 
     def _create(self, limits: Limits) -> DockerSession:
         """One started container. Raises one of FAILURES."""
-        container, sock = start(self._api(), self.image, self._scripts, limits, self.runtime)
+        container, sock = start(self._api(), self._image, self._scripts, limits, self.runtime)
         began = time.time()
         return DockerSession(sock, limits.output_bytes, container, lambda: self._why_gone(container, began))
 
