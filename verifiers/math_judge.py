@@ -164,9 +164,10 @@ def _as_written(gold: str, answer: str, prompt: str) -> tuple[bool, str] | None:
     if _CAPITALS.fullmatch(name := _plain(gold).replace(" ", "")):
         letters = _plain(answer).replace(" ", "") == name
         return letters or same_words(name, _plain(answer)), "compared letter by letter"
-    if _WORD.fullmatch(name) and _WORD.fullmatch(given := _plain(answer).strip().casefold()):  # dog is no product
-        return given == name or same_words(name, given), "compared letter by letter"
-    if value := re.match(_OF_NUMBER.format("([A-Za-z])") + r"\s?=", answer):
+    word = _plain(answer).strip().casefold()
+    if _WORD.fullmatch(name) and _WORD.fullmatch(word):  # dog is no product
+        return word == name or same_words(name, word), "compared letter by letter"
+    if (value := re.match(_OF_NUMBER.format("([A-Za-z])") + r"\s?=", answer)) is not None:
         asked = re.findall(_OF_NUMBER.format(value[1]), prompt)
         if asked and value[2] not in asked:
             return False, f"{value[1]} of another number than the question's"
