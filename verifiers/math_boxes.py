@@ -29,10 +29,14 @@ _BARE = re.compile(
 )
 """What a box without braces holds."""
 _ESCAPED = re.compile(r"\\.|[{}]", re.DOTALL)
-_MINUS = re.compile(r"(?:^|[\s=:$(\[])[-−]$|[=$(\[]\s?[-−]\s$")
+_MINUS = re.compile(r"(?:^|[\s=:$(\[])[-−–]$|[=$(\[]\s?[-−–]\s$")
+_OPENING = re.compile(r"(?:\\[,;:!]|\$|\\\(|\{|\\(?:mathbf|mathrm|bm|bf|text|textbf)\s?\{)+$")
+"""What may stand between a sign and its box."""
 _POWER = re.compile(r"\^(?:\{[^{}]{1,40}\}|\d)")
 _SCALE = r"(?:hundred|thousand|million|billion|trillion|dozen|percent)\b"
-BEHIND = re.compile(rf"\s{{0,3}}\\?%|(?:\s?(?:\$|\\\)|\\text\{{))?\s{{0,3}}(?P<word>(?<=[\s{{]){_SCALE})")
+BEHIND = re.compile(
+    rf"\s{{0,3}}\\?%|(?:(?:\s|\\[,;: ]){{0,3}}(?:\$|\\\)|\\text\{{))?\s{{0,3}}(?P<word>(?<=[\s{{]){_SCALE})"
+)
 _GAP = r"(?:[ \t]|\\[,;:! ]|~){0,5}"
 _PART = re.compile(
     rf"{_GAP}(?:\\(?:times|cdot|div|pi|sqrt|d?frac|pm|mp|theta|log|ln|sin|cos|tan|binom|p?mod|bmod)(?![A-Za-z])|\*\s?\d"
@@ -41,7 +45,9 @@ _PART = re.compile(
     r"|(?:\\left\s?)?\((?:[\d.]{1,9}|[a-z])\s?[-+*/^])"
     r"|_\{?\d|\.?\d|(?:,|\{,\}|\\,)\d{3}(?!\d)|[a-z](?![a-z])|!+(?=\$|\\\))"
     r"|,\s?[-+]?(?:\d{1,9}|\\infty)\s?(?:\\right)?\\?[)\]}]|(?:\\right\s?)?\)\s?[\^!]|\\(?:mathrm|text)\{i\}"
+    r"|\\text\{\s?(?:k|mil|bil)\s?\}|\s?(?:\$|\\\))?\s?(?:×|\\times(?![a-z])|[/:]\s?\d|\^\{?\\circ\}?\s?[CF]\s(?:below|under))"
     r"|\s?(?:\$|\\\))?\s{1,3}(?:squared|cubed|factorial"
+    r"|and (?:a|one|two|three) (?:half|third|quarter|fourth)s?\b"
     r"|(?:times|plus|minus|over|divided by|multiplied by|(?:more|less|fewer|greater|larger|smaller) than)\s\$?-?\d)"
 )
 _PART_BEFORE = re.compile(
@@ -51,7 +57,8 @@ _PART_BEFORE = re.compile(
     r"|\\(?:[lg](?:eq?|t)|[lg]eqslant)|(?<![A-Za-z\\])[a-z](?=\Z)"
     r"|\$-?\d[\d.]*,|\d\$\sand\s\$"
     r"|(?<![\w.])\d+(?:\s*[-+*/^])?)\s*$|(?:(?<!\w)0\.|\d,)$"
-    r"|(?i:\b(?:half|twice|double|triple|(?:root|square|cube|negative|reciprocal|inverse|half) of))\s(?:\$|\\\()?$"
+    r"|(?i:\b(?:half|twice|double|triple|negative|minus"
+    r"|(?:root|square|cube|negative|reciprocal|inverse|half) of))\s(?:\$|\\\()?$"
 )
 """What stands at a box, outside of it, and changes its value: `-\\boxed{5}`, `\\boxed{5}^2`, `\\boxed{5}\\%`."""
 _DENIED = re.compile(
@@ -88,6 +95,7 @@ _OR_ELSE = re.compile(
 """What stands between the boxes of one answer, `\\boxed{2} or \\boxed{3}`, and a second one behind, `\\boxed{2} or 3`.
 """
 _BESIDE_LIMIT = 20
+_UNFILLED = re.compile(r"(?:[\s.…]|\\(?:[lc]?dots|text\{\s?\}))*")
 
 
 def last_box(text: str) -> Found | None:
@@ -105,6 +113,8 @@ def last_box(text: str) -> Found | None:
             position = close + 1
         elif _BARE.match(text, position):
             boxes.append((start.start(), position, -1))
+    while len(boxes) > 1 and _UNFILLED.fullmatch(text, boxes[-1][1] + 1, boxes[-1][2]):
+        boxes.pop()  # "I put my answer in \\boxed{}"
     denied = None
     while boxes:
         found = _content(text, *boxes[-1])
@@ -153,7 +163,8 @@ def _content(text: str, start: int, inside: int, close: int) -> Found | None:
     said_twice = content.isdigit() and before.endswith(f" {content} ")  # = 42 \\boxed{42}
     if content and (_PART.match(text, behind) or (not said_twice and _PART_BEFORE.search(before))):
         return Found(method="boxed", problem="the box is a part of an expression")
-    return Found(answer=f"-({content})" if _MINUS.search(before[-4:]) else content, method="boxed")
+    sign = _OPENING.sub("", before)
+    return Found(answer=f"-({content})" if _MINUS.search(sign[-4:]) else content, method="boxed")
 
 
 def _closing_brace(text: str, start: int) -> int:

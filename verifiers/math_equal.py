@@ -311,8 +311,9 @@ def _same_collections(gold: Items, answer: Items) -> bool:
     if max(len(wanted), len(given)) > _ITEMS_LIMIT:
         return False
     labels = {label for label, _ in map(unlabel, wanted) if label is not None}
-    if len(labels) > 1 and (gold.brackets == "or") != (answer.brackets == "or"):
-        return False  # x = 1 or y = 2 is not both
+    names = all(isinstance(item, Leaf) and item.expr.is_Symbol for item in wanted)
+    if (names or len(labels) > 1) and (gold.brackets == "or") != (answer.brackets == "or"):
+        return False  # x = 1 or y = 2 is not both, A or C neither
     if gold.kind == "set":
         wanted, given = _distinct(wanted), _distinct(given)
     elif answer.kind == "set":
@@ -327,6 +328,13 @@ def _same_collections(gold: Items, answer: Items) -> bool:
             return False
         given.pop(partner)
     return True
+
+
+def in_order(gold: Value, answer: Value) -> bool:
+    """Whether the answer names the gold's values in their order."""
+    if not (isinstance(gold, Items) and isinstance(answer, Items) and len(gold.items) == len(answer.items)):
+        return True
+    return gold.kind == "set" or all(map(equal, gold.items, answer.items))
 
 
 def _is_set(value: Value) -> bool:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cabochon.verifiers.math_boxes import BEHIND, Found, last_box
+from cabochon.verifiers.math_lex import signs
 
-Method = Literal["boxed", "hashes", "answer_is", "last_expression"]
+Method = Literal["boxed", "answer_tag", "hashes", "answer_is", "last_expression"]
 
 TEXT_LIMIT = 400_000
 """Only this many characters at the end of a completion are searched; an answer stands at the end."""
@@ -23,7 +24,7 @@ TEXT_LIMIT = 400_000
 class Extraction:
     """Where answers are looked for: each method in turn, the first that finds one decides."""
 
-    methods: tuple[Method, ...] = ("boxed", "hashes", "answer_is", "last_expression")
+    methods: tuple[Method, ...] = ("boxed", "answer_tag", "hashes", "answer_is", "last_expression")
     think_close: str = "</think>"
     """end of the thinking part; empty if there is none"""
     require_final_part: bool = False
@@ -61,6 +62,8 @@ def extract(text: str, rules: Extraction = Extraction()) -> Found | None:
         match method:
             case "boxed":
                 found = _corrected(part, last_box(part))
+            case "answer_tag":
+                found = _in_tag(part)
             case "hashes":
                 found = _after_hashes(part)
             case "answer_is":
@@ -78,7 +81,9 @@ _HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(.*)$", re.MULTILINE)
 _PHRASE = re.compile(
     r"\b(?:answers?|result|solutions?|(?:correct|right|best)\s(?:option|choice))\b"
     r"(?:\s+(?:to|for)\s+[^.:\n]{1,80}?)?\s{0,3}(?:\*\*)?\s{0,3}(?:is|are|:|=)"
-    r"(?:\s{1,3}(?:therefore|then|thus|hence|simply)\b)?\s{0,3}(?:\*\*)?[:=]?[ \t]{0,3}",
+    r"(?:\s{1,3}(?:therefore|then|thus|hence|simply|exactly|just|indeed|clearly|equal to|given by)\b)?"
+    r"\s{0,3}(?:\*\*)?[:=]?[ \t]{0,3}"
+    r"|(?:答案|正解|答え)(?:是|为|為|は|：|:)[:：]?\s{0,3}|\b(?:[Оо]твет|답)\s?[:：]\s{0,3}",
     re.IGNORECASE,
 )
 _NAMED_OPTION = re.compile(
@@ -89,7 +94,16 @@ _NAMED_OPTION = re.compile(
     r"(?=[.!]?\s{0,3}(?:\n|$|because|since))"
 )
 """`Option B is correct`, `(B) is the answer`, where a sentence says no more."""
-_SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|(?<=\S)\s+\(?(?:because|since|so|which|as)\b")
+_SENTENCE_END = re.compile(r"\n|。|[.!?](?=\s|$)|(?<=\S)\s+\(?(?:because|since|so|which|as)\b")
+
+
+def _in_tag(text: str) -> Found | None:
+    """What the last `<answer>` holds, whether it is closed or generation was stopped at its end."""
+    _, opening, rest = text.rpartition("<answer>")
+    inside = rest.partition("</answer>")[0].strip()
+    if not opening or not inside:
+        return None
+    return _after_hashes(inside) or _after_phrase(inside) or _last_expression(inside)
 
 
 def _after_hashes(text: str) -> Found | None:
@@ -194,8 +208,16 @@ _NUMBER = re.compile(
 )
 
 
-_PROSE = re.compile(r"(?<![\\A-Za-z])(?!(?:or|and|in|pi|sin|cos|tan|ln|log|sqrt|exp)\b)[A-Za-z]{2,}")
-"""A word: what has none is an answer as a whole."""
+_PROSE = re.compile(
+    r"(?<![\\A-Za-z])(?!(?:or|and|in|pi|sin|cos|tan|ln|log|sqrt|exp)\b)[A-Za-z]{2,}|[\u0400-\u1fff\u3040-\ud7ff]"
+)
+"""A word, in whatever script: what has none is an answer as a whole."""
+
+
+_DASH = re.compile(r"(?<![\w)}\]])–(?=\$?\d)")
+"""A dash that can only be a minus."""
+_ASIDE = re.compile(r"\s\((?!(?:in )?base|mod)([^()]{1,200})\)(?=[\s.!;*]{0,9}\Z)")
+"""`6 (not 5).`, `8 apples (3 red and 5 green)`: what is said besides, at the end."""
 
 
 def _last_expression(text: str) -> Found | None:
@@ -203,7 +225,8 @@ def _last_expression(text: str) -> Found | None:
     whole = text.strip()
     if len(whole) <= 120 and "\n" not in whole and not _PROSE.search(whole):
         return Found(answer=_trim(whole), method="last_expression") if _trim(whole) else None
-    tail = text[-5_000:]
+    tail = _ASIDE.sub(lambda aside: "" if _PROSE.search(aside[1]) else aside[0], text[-5_000:].rstrip())
+    tail = _DASH.sub("-", signs(tail, alone=False))
     formula, number = _last(_MATH, tail), _last(_NUMBER, tail)
     found = formula if formula is not None and (number is None or number.end() <= formula.end()) else number
     if found is None or _one_of_several(tail[max(0, found.start() - 60) : found.start()]):
@@ -218,7 +241,12 @@ def _last_expression(text: str) -> Found | None:
 
 
 _ONE_OF_SEVERAL = re.compile(
-    r"(?:\b(?:or|than|never|negative|minus|plus|over|times|twice|thrice|double|through|differs from)|[\d$)}]\sand"
+    r"(?:\b(?:or|than|at least|at most|or equal to|instead of|except(?: for)?|excluding|nor|without|never|negative"
+    r"|minus|plus|over|times|twice|thrice|double|through|differs from"
+    r"|divided by|divisible by|(?:multiple|factor) of|mod|modulo|in base|(?:all|anything) but|to the(?: power(?: of)?)?)"
+    r"|[\d$)}]\s(?:and|out of)"
+    r"|\b(?:ratio|odds|scale|score)\b[^.\n]{0,20}\d\sto|\d\s?(?:hours?|hrs?|minutes?|feet|foot|ft|yards?|dollars?|pounds?"
+    r"|lbs?|weeks?|days?|years?|meters?|miles?|km)(?:,?\sand)?"
     r"|\b(?:root|half|third|quarter|log) of"
     r"|(?:\b(?:not|cannot|never)|n't)(?:\s(?:be|equal(?:\sto)?|think (?:it|that) is))?"
     r"|!=|[<>]=|[≠≤≥±]|\\(?:neq?|pm|mp)\s?\$?|\\(?:cdot|times)\s?\$|\$\s?[-+*/])\s?\$?$|[\d$],\s?$|[\d}]\$$",
@@ -226,8 +254,10 @@ _ONE_OF_SEVERAL = re.compile(
 )
 """What stands before the last of several, before what the answer is not, and before a part of it."""
 _MORE = re.compile(
-    r"\s?[-+*/^]\s?(?:\d?[B-HJ-Zb-z](?![A-Za-z])|\\|\()|\s(?:times\s(?=[\d$\\(])|squared|cubed|factorial|pi|sqrt|over|divided"
-    r"|multiplied|mod|modulo|plus|minus|halves|to the|is (?:wrong|incorrect|not))\b"
+    r"\s?[-+*/^]\s?(?:\d?[B-HJ-Zb-z](?![A-Za-z])|\\|\()|\s(?:times\s(?=[\d$\\(])|squared|cubed|factorial|pi|sqrt|over"
+    r"|divided|multiplied|mod|modulo|plus|minus|(?:third|quarter|fourth|fifth|sixth|eighth|tenth)s|halves"
+    r"|and (?:a|one) (?:half|third|quarter)|to the"
+    r"|is (?:wrong|incorrect|not|impossible|extraneous|rejected|invalid|too)|(?:does|can|is)(?:n't|not| not))\b"
 )
 """What stands behind a part of it."""
 
@@ -238,10 +268,13 @@ def _one_of_several(before: str) -> bool:
     return not inside and _ONE_OF_SEVERAL.search(before) is not None
 
 
-_BINDS = re.compile(r"[\^_({\[/+<>|\\,-]\s*$|(?<=\S):$|[\w)}]\*$|\s\*\s+$|\d\s*[x×]\s*$|\d\s+$")
+_BINDS = re.compile(
+    r"[\^_({\[/+<>|\\,-]\s*$|(?<=\S):$|[\w)}]\*$|\s\*\s+$|\d\s*[x×]\s*$|\d\s+$"
+    r"|\\[A-Za-z]+\s*$|log_\{\d+\}\s*$|\d\s?[–—]\s?$"
+)
 _RUN = re.compile(
     r"(?:\\[A-Za-z]+|(?<![A-Za-z])(?:log|ln|sin|cos|tan|sqrt|exp|pi)(?![A-Za-z])|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
-    r"|[\d.,+\-*/^_<>()\[\]{}|:!×\s])+\Z"
+    r"|[\d.,+\-–—*/^_<>()\[\]{}|:!×\s])+\Z"
 )
 _TAG = re.compile(r"<[^<>]{0,40}>\s*$")
 _RUNS_ON = re.compile(
@@ -266,6 +299,7 @@ def _whole_run(text: str, number: re.Match[str]) -> str:
 def _trim(answer: str) -> str:
     """Without surrounding markup and closing punctuation."""
     answer = answer.strip().strip("*`").strip().removeprefix("### ").strip()
-    while answer and answer[-1] in ".,;:" and not answer.endswith("\\,"):
+    answer = answer[1:-1].strip() if len(answer) > 2 and answer[0] + answer[-1] in ('""', "“”") else answer
+    while answer and answer[-1] in ".,;:。" and not answer.endswith("\\,"):
         answer = answer[:-1].rstrip("*` ")
     return answer

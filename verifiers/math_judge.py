@@ -10,11 +10,12 @@ from typing import Any
 
 from sympy import Rational, pi
 
+from cabochon.verifiers.math_asked import as_written, asks_base, asks_order, asks_percent, plain, restates
 from cabochon.verifiers.math_boxes import last_box
-from cabochon.verifiers.math_equal import contradicts, equal, same_words
+from cabochon.verifiers.math_equal import contradicts, equal, in_order, same_words
 from cabochon.verifiers.math_extract import Extraction, extract
-from cabochon.verifiers.math_forms import spelled, time_of_day
-from cabochon.verifiers.math_lex import BASE_NAMES, LENGTH_LIMIT, MathSyntaxError, clean
+from cabochon.verifiers.math_forms import spelled
+from cabochon.verifiers.math_lex import MathSyntaxError, clean
 from cabochon.verifiers.math_parse import parse
 from cabochon.verifiers.math_units import Split, asked_unit, compound, conversion, not_asked, parse_unit, split_unit
 from cabochon.verifiers.math_values import DEGREE, Based, Items, Leaf, Value, Words
@@ -86,6 +87,7 @@ _UNDECIDED = re.compile(
     r"|(?<![A-Za-z\\])(?:[B-HJ](?![A-Za-z])|A is\b)"
 )
 """What follows a chosen option names another one, or takes the choice back."""
+_LETTERS = re.compile(r"\W*(?:[A-Ja-j](?:\W+|\Z))+")
 
 
 def chosen(text: str, *, alone: bool = False) -> str | None:
@@ -105,6 +107,8 @@ def chosen(text: str, *, alone: bool = False) -> str | None:
         return None
     if _UNDECIDED.search(rest):
         return None
+    if _LETTERS.fullmatch(rest) and set(re.findall("[a-j]", rest.casefold())) - {letter.casefold()}:
+        return None  # (B), C
     return letter.upper()
 
 
@@ -117,7 +121,7 @@ def matches(gold: str, answer: str, *, prompt: str = "", choices: Sequence[str] 
         if given is None and re.fullmatch("[a-j]", answer) and choices and answer not in choices:
             given = answer.upper()
         if given is not None:
-            said = answer.strip().strip("(").lstrip()[1:].lstrip("). :")
+            said = re.sub(r"^\\text(?:bf)?\s?\{", "", answer.strip()).strip("(").lstrip()[1:].lstrip("). :}")
             others = [text for other, text in enumerate(choices) if other != place and said and same_text(text, said)]
             return given == letter and not others, f"option {given}" + (", with the text of another" if others else "")
         if place < len(choices):
@@ -130,70 +134,22 @@ def matches(gold: str, answer: str, *, prompt: str = "", choices: Sequence[str] 
     left, right = _read_gold(gold), read(answer)
     if same_text(left.text, right.text) and (left.value is None or not contradicts(left.value)):
         return True, "the same text"
-    if (apart := _as_written(left.text, right.text, prompt)) is not None:
+    if (apart := as_written(plain(left.text), plain(right.text), prompt)) is not None:
         return apart
-    if _restates(left.text, right.text, prompt):
+    if restates(left.text, right.text, prompt):
         return False, "the question's own expression, not worked out"
     if left.value is None or right.value is None:
         if left.value is None or isinstance(left.value, Words):
-            plain = re.search(r"[^\w\s.,:'-]", _plain(left.text)) is None
-            return plain and same_words(_plain(left.text), _plain(right.text)), "compared as words"
+            words = re.search(r"[^\w\s.,:'-]", plain(left.text)) is None
+            return words and same_words(plain(left.text), plain(right.text)), "compared as words"
         return False, f"the answer cannot be read: {right.problem}"
     right_one, why = _same_quantities(left, right, prompt)
+    if right_one and asks_order(prompt) and not in_order(left.value, right.value):
+        return False, "in another order"
     if not right_one and isinstance(left.value, Items) and _GROUPED.fullmatch(right.split.core):
         pieces = _whole(right.split.core, right.split)  # 100,200 where the gold is a list
         return _same_quantities(left, pieces, prompt) if pieces.value is not None else (False, why)
     return right_one, why
-
-
-_CLOCK = re.compile(r"0?(\d{1,2}:[0-5]\d)")
-_CAPITALS = re.compile(r"[A-Z]{3,}|[IVXLC]{2,}")
-_WORD = re.compile(r"[a-z]{3,}")
-_OF_NUMBER = r"\b{}\s?(?:\\left)?\(\s?(-?[\d./]+)\s?(?:\\right)?\)"
-
-
-def _as_written(gold: str, answer: str, prompt: str) -> tuple[bool, str] | None:
-    """Times, words and names in capitals are compared as they are written: 2:30 is no ratio here, SAS no product. And
-    `f(4) = 2` says nothing of an f(3) that the question speaks of."""
-    ratio = re.search(r"ratio|scale|proportion|odds", prompt.casefold()) is not None
-    if not ratio and (moment := time_of_day(gold)) is not None and (said := time_of_day(answer)) is not None:
-        return moment == said, "compared as times"
-    if not ratio and (time := _CLOCK.fullmatch(gold)):
-        given = _CLOCK.fullmatch(answer)
-        return given is not None and given.group(1) == time.group(1), "compared as times"
-    if _CAPITALS.fullmatch(name := _plain(gold).replace(" ", "")):
-        letters = _plain(answer).replace(" ", "") == name
-        return letters or same_words(name, _plain(answer)), "compared letter by letter"
-    word = _plain(answer).strip().casefold()
-    if _WORD.fullmatch(name) and _WORD.fullmatch(word):  # dog is no product
-        return word == name or same_words(name, word), "compared letter by letter"
-    if (value := re.match(_OF_NUMBER.format("([A-Za-z])") + r"\s?=", answer)) is not None:
-        asked = re.findall(_OF_NUMBER.format(value[1]), prompt)
-        if asked and value[2] not in asked:
-            return False, f"{value[1]} of another number than the question's"
-    return None
-
-
-_WORK = re.compile(r"(?<=[^\s({])\s*[-+*/^!_|(]|\\(?!pi(?![A-Za-z])|%|text|mathrm|infty|\$|[{}])[A-Za-z]+")
-
-
-def _restates(gold: str, answer: str, prompt: str) -> bool:
-    """Whether an answer is a piece of the question that asks for work, and not how the gold is written."""
-    bare = [_unbound(side) for side in (gold, answer)]
-    if bare[0] == bare[1] or len(bare[1]) < 2 or not prompt or _WORK.search(split_unit(answer).core) is None:
-        return False
-    try:
-        return bare[1] in _unbound(clean(prompt[-LENGTH_LIMIT:]))
-    except MathSyntaxError:
-        return False
-
-
-def _unbound(text: str) -> str:
-    """Without spaces, brackets and the several ways to write a product or a fraction."""
-    part = r"\s?(?:\{([^{}]{1,60})\}|(\w))"
-    text = re.sub(r"\^\s?\{(\w{1,9})\}", r"^\1", text)
-    text = re.sub(rf"\\frac{part}{part}", r"\1\2/\3\4", text)
-    return re.sub(r"[\s{}()]", "", re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "*", text))
 
 
 def same_text(one: str, two: str) -> bool:
@@ -207,37 +163,33 @@ def _tight(text: str) -> str:
     return re.sub(r"\s+(?=\\[A-Za-z])|\s*([^\w\s\\])\s*|(?<=\\)([A-Za-z]+)\s+(?![A-Za-z])", r"\1\2", text)
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text)
-
-
-_ASKS_PERCENT = re.compile(r"(?:^|[^\d.}\s\\])\s*(?:\\?%|percent)", re.IGNORECASE)
-"""Percent without a number in front: "what percentage", "as a percent", not "a 20% discount"."""
-
-
 def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool, str]:
     assert gold.value is not None
     assert answer.value is not None
     factor = conversion(gold.split.unit, answer.split.unit)
-    if gold.split.unit is None and answer.split.unit not in (None, parse_unit("dollar")):  # a $ is a mere habit
-        asked = asked_unit(prompt)
+    asked = asked_unit(prompt)
+    habit = answer.split.unit == parse_unit("dollar") and asked != parse_unit("cents")  # a $ is a mere habit
+    if gold.split.unit is None and answer.split.unit is not None and not habit:
         cents = answer.split.unit == parse_unit("cents") and re.search(r"cents?\b|¢", prompt) is None
-        if cents or not_asked(asked, answer.split.unit):
+        radians = asked == parse_unit("degrees") and _in_radians(answer)
+        if cents or radians or not_asked(asked, answer.split.unit):
             return False, "not the unit asked for"  # 5 cents where the question speaks of dollars
     if factor is None or (_in_degrees(gold) and not _angle(answer)) or (_in_degrees(answer) and not _angle(gold)):
         return False, "a different unit"
-    ask_percent = _ASKS_PERCENT.search(prompt) is not None
+    ask_percent = asks_percent(prompt)
     if "base" in prompt.casefold() and isinstance(gold.value, Based) and answer.text == gold.value.digits:
         return True, "the same digits, base understood"
-    if isinstance(answer.value, Based) and gold.text == answer.value.digits and _asks_base(answer.value.base, prompt):
+    if isinstance(answer.value, Based) and gold.text == answer.value.digits and asks_base(answer.value.base, prompt):
         return True, "the same digits, in the base asked for"
     one, two = gold.value, answer.value
     if gold.split.percent != answer.split.percent and not ask_percent:
         one, two = (_percent(side.value, side.split.percent) for side in (gold, answer))  # type: ignore[arg-type]
     elif gold.split.percent != answer.split.percent:
-        if equal(one, two):
+        part = re.search(r"frac|/", gold.text) is not None
+        decimal = re.search(r"\b(?:decimal|fraction)\b", prompt) is not None and not gold.split.percent
+        if not part and not decimal and equal(one, two):
             return True, "the same number of percent"
-        number = isinstance(one, Leaf) and one.expr.is_Rational and not re.search(r"frac|/", gold.text)
+        number = isinstance(one, Leaf) and one.expr.is_Rational and not part and not decimal
         if not gold.split.percent and number:
             return False, "a different number of percent"  # 5000% is 50, but 50 was to be percent
         one, two = (_percent(side.value, side.split.percent) for side in (gold, answer))  # type: ignore[arg-type]
@@ -252,13 +204,6 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
         two = Leaf(two.expr * Rational(factor.numerator, factor.denominator))
     right = equal(one, two)
     return right, "the same value" if right else "a different value"
-
-
-def _asks_base(base: int, prompt: str) -> bool:
-    """Whether a question wants a number in a base: "in base 2", "to base $2$", "in binary"."""
-    bases = re.findall(r"\b(?:in|to) (?:base[ -]\$?(\d+|[a-z]+)|(binary))", prompt.casefold())
-    names = {BASE_NAMES.get(word, int(word) if word.isdigit() and len(word) < 3 else 0) for word, _ in bases if word}
-    return names | {2 for _, binary in bases if binary} == {base}
 
 
 def _in_degrees(reading: Reading) -> bool:
@@ -333,7 +278,7 @@ def judge(
         return _verdict("malformed", found.problem, evidence)
     if not found.answer:
         return _verdict("no_answer", f"an empty answer ({found.method})", evidence)
-    number = _plain_integer(found.answer)
+    number = None if "$" in found.answer and "cent" in prompt else _plain_integer(found.answer)
     for gold in golds:
         wanted = _plain_integer(gold)
         if wanted is not None and wanted == number:

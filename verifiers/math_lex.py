@@ -36,10 +36,12 @@ _UNICODE = str.maketrans({
     "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
     "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "⟨": r"\langle ",
     "⟩": r"\rangle ", "’": "'", "‘": "'", "′": "'", "\u00a0": " ", "\u202f": " ", "\u2009": " ", "，": ",", "：": ":",
+    "－": "-", "＋": "+", "＝": "=",
     "（": "(", "）": ")", "\ufeff": "", "\u200b": "", "∨": r" \lor ", "∧": r" \land ", "→": r" \to ",
     "∖": r" \setminus ",
 })
 
+_IN_TEXT = {sign: latex for sign, latex in _UNICODE.items() if chr(sign) not in "–—°’‘"}
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _LEVEL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789-+n0123456789")
@@ -53,13 +55,20 @@ _SPACING = re.compile(
 )
 
 
+def signs(text: str, *, alone: bool = True) -> str:
+    """Mathematical signs of Unicode as LaTeX. `alone`: it is all mathematics, where a long dash is a minus, too."""
+    text = _RAISED.sub(lambda run: "^{" + run.group().translate(_LEVEL) + "}", text)
+    text = _LOWERED.sub(lambda run: "_{" + run.group().translate(_LEVEL) + "}", text)
+    return text.translate(_UNICODE if alone else _IN_TEXT)
+
+
 def clean(text: str) -> str:
     """The answer without the markup that carries no meaning. Raises MathSyntaxError when it is far too long."""
     if len(text) > LENGTH_LIMIT:
         raise MathSyntaxError(f"the answer is {len(text)} characters long")
-    text = _RAISED.sub(lambda run: "^{" + run.group().translate(_LEVEL) + "}", text)
-    text = _LOWERED.sub(lambda run: "_{" + run.group().translate(_LEVEL) + "}", text)
-    text = " ".join(text.translate(_UNICODE).split())
+    text = " ".join(signs(text).split())
+    if re.search(r"~~[^~]+~~", text):
+        raise MathSyntaxError("struck out")
     if _TO_DERIVE.search(text):
         raise MathSyntaxError("a derivative that is not worked out")
     text = _DRESS.sub("", text)

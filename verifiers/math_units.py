@@ -55,11 +55,11 @@ _NEVER = frozenset(
      "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty",
      "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "zero", "only", "without", "nope", "halfs", "thou",
      "grand", "myriad", "milliard", "milliards", "against", "negated", "inverted", "raised", "mille", "ppm",
-     "approx"]
+     "approx", "mil", "bil", "kk", "prozent", "drittel", "viertel", "tercio", "tercios", "tausend", "hundert"]
 )
 """What makes another number of the one before it, takes it back or offers a second: no unit."""
 _NUMBERS = re.compile(
-    r"\w*illi(?:on|ard)s?|\w*(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|teenth|tieth|illionth)s?"
+    r"\w*illi(?:on|ard)(?:s|en)?|mill[oó]n(?:es)?|\w*(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|teenth|tieth|illionth)s?"
     r"|lakhs|crores|scores|googols?|zillions?|myriads|percents|basis|bps|quadrupled|quintupled|mill|rejected|extraneous"
     r"|invalid|impossible|undefined|none|fails|failed|excluded|mistaken|unsure|bounds?|contradiction"
 )
