@@ -46,7 +46,9 @@ _RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
     (re.compile(r"(?<!\d)(\d{1,20})\.(\d{3,40})\s?(?:\.\.\.|…|\\[lc]?dots(?![A-Za-z]))"), _periodic),
     (re.compile(r"(\\mathbb\s?\{?\s?R\s?\}?|\\R(?![A-Za-z])|ℝ)\s?[-\\]\s?(?=\\\{)"), r"\1 \\setminus "),
     (re.compile(r"^(?:=|\\(?:Rightarrow|implies|therefore)(?![A-Za-z])|[⇒∴]|\\to(?![A-Za-z]))\s?"), ""),
-    (re.compile(rf"^{_TEXT}\s?\{{\s?(?:(?:[Ff]inal )?[Aa]ns(?:wer)?|[Tt]otal|[Rr]esult)\s?[:=]?\s?\}}\s?(?=[-\\$\d])"), ""),
+    (re.compile(
+        rf"^{_TEXT}\s?\{{\s?(?:(?:[Ff]inal )?[Aa]ns(?:wer)?|[Tt]otal|[Rr]esult)\s?[:=]?\s?\}}\s?(?=[-\\$\d])"
+    ), ""),
     (re.compile(r"\\sqrt\s?(\d{2,20})(?![\d.])"), r"\\sqrt{\1}"),
     (re.compile(r"(?<=\d)\s?[xX]\s?(?=10\s?\^)"), r" \\times "),
     (re.compile(r"(?<![\d.])(\d{1,20})\.(\d{0,20})\((\d{1,20})\)$"), r"\1.\2\\overline{\3}"),
