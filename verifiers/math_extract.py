@@ -243,7 +243,7 @@ def _last_expression(text: str) -> Found | None:
 _ONE_OF_SEVERAL = re.compile(
     r"(?:\b(?:or|than|at least|at most|or equal to|instead of|except(?: for)?|excluding|nor|without|never|negative"
     r"|minus|plus|over|times|twice|thrice|double|through|differs from"
-    r"|divided by|divisible by|(?:multiple|factor) of|mod(?:ulo)?|in base|(?:all|anything) but|to the(?: power(?: of)?)?)"
+    r"|divided by|divisible by|(?:multiple|factor) of|mod(?:ulo)?|in base|(?:all|anything) but|to the(?: power)?)"
     r"|[\d$)}]\s(?:and|out of)"
     r"|\b(?:ratio|odds|scale|score)\b[^.\n]{0,20}\d\sto|\d\s?(?:hours?|hrs?|minutes?|feet|foot|ft|yards?|dollars?|pounds?"
     r"|lbs?|weeks?|days?|years?|meters?|miles?|km)(?:,?\sand)?"

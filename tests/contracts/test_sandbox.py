@@ -147,7 +147,7 @@ def test_pickled_copy_works(box):
 def test_no_network_no_root_no_host(box):
     source = """
 import os, socket
-print(os.getuid(), os.getgid(), sorted(n for n in os.environ if n.startswith(('CABOCHON', 'PYTEST', 'DOCKER'))))
+print(os.getuid() >= 20000, os.getgid(), sorted(n for n in os.environ if n.startswith(('CABOCHON', 'PYTEST', 'DOCKER'))))
 try: socket.create_connection(('127.0.0.1', 22), 1); print('connected')
 except OSError as e: print('refused')
 for path in ('/root/x', '/x', '/usr/x', '/etc/x'):
@@ -156,10 +156,69 @@ for path in ('/root/x', '/x', '/usr/x', '/etc/x'):
 print(sorted(int(p) for p in os.listdir('/proc') if p.isdigit())[-1] < 1000, os.path.exists('/home'), os.path.exists('/work'))
 """
     assert box.run(python_program(source)).stdout.decode().splitlines() == [
-        "65534 65534 []",
+        "True 65534 []",
         "refused",
         "True False False",
     ]
+
+
+SOCKETS = """
+import os, socket, time
+def fill():
+    held = []
+    for _ in range(20):
+        end = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        end.bind(('127.0.0.1', 0)); end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20); end.setblocking(False)
+        start = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        for _ in range(100):
+            try: start.sendto(bytes(4096), end.getsockname())
+            except OSError: break
+        start.close()
+        held.append(end)
+    return held
+r, w = os.pipe()
+for _ in range(16):
+    if os.fork() == 0:
+        held, n = fill(), 0
+        time.sleep(2.0)
+        for end in held:
+            try:
+                while True: n += len(end.recv(1 << 16))
+            except OSError: pass
+        os.write(w, n.to_bytes(8, 'little'))
+        os._exit(0)
+print(sum(int.from_bytes(os.read(r, 8), 'little') for _ in range(16)))
+"""
+
+
+@pytest.mark.bubblewrap
+def test_buffers_of_sockets_are_limited():
+    with opened("bubblewrap", SMALL) as box:
+        if not box._ensure().cgroups:
+            pytest.skip("no control groups here")
+        result = box.run(python_program(SOCKETS), short(wall_seconds=15.0, memory_bytes=24 << 20))
+    assert result.status == "oom" or int(result.stdout) < 24 << 20, result
+
+
+def test_what_goes_with_the_interpreter_is_told(box):
+    source = """
+class A:
+    def __del__(self): print('gone')
+def unfinished():
+    try: yield 1
+    finally: print('finally')
+a, b = A(), unfinished()
+next(b)
+print('end')
+"""
+    assert sorted(box.run(python_program(source)).stdout.split()) == [b"end", b"finally", b"gone"]
+
+
+def test_threads_that_still_run_at_the_end_change_nothing(box):
+    source = "import threading, time\ndef beat():\n    while True: time.sleep(0.0002)\nfor _ in range(4): threading.Thread(target=beat, daemon=True).start()\ntime.sleep(0.05)\nprint(1)"
+    for _ in range(6):
+        result = box.run(python_program(source))
+        assert (result.status, result.stdout) == ("ok", b"1\n"), result
 
 
 def test_no_new_privileges_and_seccomp(box):
@@ -224,6 +283,19 @@ def test_other_limits_than_the_pools(box):
 def test_closed_and_used_again(box):
     box.close()
     assert box.run(python_program("print(2)")).stdout == b"2\n"
+
+
+@pytest.mark.bubblewrap
+def test_packages_that_are_brought_along():
+    from cabochon.verifiers.sandbox.bubblewrap import BubblewrapSandbox
+
+    opened("bubblewrap", SMALL).close()
+    program = python_program("import numpy\nprint(numpy.linalg.inv(numpy.eye(3)).sum())")
+    limits = short(memory_bytes=512 << 20)
+    with BubblewrapSandbox(limits=limits, warm=1, packages=("numpy",)) as box:
+        assert box.run(program).stdout == b"3.0\n"
+    with opened("bubblewrap", limits) as box:
+        assert b"No module named 'numpy'" in box.run(program).stderr
 
 
 @pytest.mark.docker

@@ -33,6 +33,8 @@ class Groups:
                     if os.access(folder, os.W_OK) and os.path.exists(f"{folder}/cgroup.procs"):
                         self.parents[name] = folder
                         break
+        for parent in set(self.parents.values()):
+            _sweep(parent)
         self.usable = {"memory", "pids"} <= self.parents.keys() and self._works()
 
     def _version2(self, root: str, path: str) -> None:
@@ -75,8 +77,9 @@ class Group:
                 _write(f"{memory}/memory.swap.max", "0")
             return
         _write(f"{memory}/memory.limit_in_bytes", str(memory_bytes))
-        with contextlib.suppress(OSError):
-            _write(f"{memory}/memory.memsw.limit_in_bytes", str(memory_bytes))
+        for more in ("memsw", "kmem.tcp"):  # swap; and buffers of internet sockets, which version 1 counts apart
+            with contextlib.suppress(OSError):
+                _write(f"{memory}/memory.{more}.limit_in_bytes", str(memory_bytes))
         if "cpu" in groups.parents:
             with contextlib.suppress(OSError):
                 _write(f"{cpu}/cpu.cfs_quota_us", str(int(cpus * 100_000)))
@@ -117,6 +120,16 @@ class Group:
             self.folders = left
             time.sleep(0.002)
         return False
+
+
+def _sweep(parent: str) -> None:
+    """Removes the groups of launchers that were killed; one that is in use cannot be removed."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(parent):
+            pid = name.removeprefix("cabochon-").partition("-")[0]
+            if name.startswith("cabochon-") and pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+                with contextlib.suppress(OSError):
+                    os.rmdir(f"{parent}/{name}")
 
 
 def _write(path: str, text: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import secrets
 import socket
 import time
 
@@ -31,6 +32,9 @@ IDLE_SECONDS = 20.0
 its owner is stopped. The owner says it is there every fifth of it."""
 _OVERHEAD_BYTES = 24 << 20
 """Process 1's own memory, on top of the program's limit."""
+_FIRST_USER, _USERS = 20_000, 40_000
+"""Each container has a user of its own, for whom the kernel counts pages of pipes, queued signals and descriptors on
+their way; below 65,536, which is what an engine without root has."""
 _MAIN = f"from cabochon.verifiers.sandbox.inside import main\nmain(True, {IDLE_SECONDS})"
 
 
@@ -68,8 +72,9 @@ def start(
                  docker.types.Ulimit(name="nofile", soft=max(limits.nofile, 64), hard=max(limits.nofile, 64))],
     )  # fmt: skip
     script, source = scripts
+    user = _FIRST_USER + secrets.randbelow(_USERS)
     container = api.create_container(
-        image, entrypoint=["python3", "-I", "-S", "-X", "utf8", "-c"], command=[script], user="65534:65534",
+        image, entrypoint=["python3", "-I", "-S", "-X", "utf8", "-c"], command=[script], user=f"{user}:65534",
         stdin_open=True, environment={"HOME": "/tmp", "LANG": "C.UTF-8"}, working_dir="/tmp", hostname="sandbox",
         host_config=host, labels={LABEL: "1", f"{LABEL}.owner": owner_label()}, network_disabled=True,
     )["Id"]  # fmt: skip

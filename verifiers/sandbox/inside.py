@@ -91,6 +91,8 @@ def main(supervised: bool = False, idle_seconds: float = 3600.0) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as f:
             f.write(data)
+    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    sys.path.append(f"{sys.prefix}/lib/{version}/site-packages")  # which -S left out
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # which `site`, not imported here, brings
     if order["mode"] == "run":
         _run(order, home)
@@ -239,13 +241,13 @@ def _run(order: dict[str, Any], home: str) -> None:
     path = os.path.join(home, order["argv"][0])
     sys.argv = [path, *order["argv"][1:]]
     sys.path.insert(0, home)
-    module = ModuleType("__main__")
+    gc.freeze()  # what is loaded by now is not looked through again, which the interpreter's end does several times
+    module = ModuleType("__main__")  # not frozen: what it holds is told when it goes
     module.__dict__.update(__file__=path, __builtins__=__builtins__, __spec__=None)
     with open(path, "rb") as f:
         source = f.read()
     del order
     sys.modules["__main__"] = module
-    gc.freeze()  # what is loaded by now is not looked through again, which the interpreter's end does several times
     exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)  # else under the imports of this file
 
 

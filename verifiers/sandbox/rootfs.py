@@ -72,7 +72,10 @@ def build(target: pathlib.Path, packages: tuple[str, ...] = ()) -> None:
     site.mkdir()
     for name in packages:
         _bring(name, site)
-    for library in sorted(libraries([executable, *stdlib.rglob("*.so")])):
+    needed = libraries([executable, *stdlib.rglob("*.so")])
+    # libc opens this one when a thread ends, and nothing says so: without it that ends the program
+    needed |= {unwinder for lib in needed if (unwinder := lib.with_name("libgcc_s.so.1")).exists()}
+    for library in sorted(lib for lib in needed if not lib.is_relative_to(target)):
         usual = library.parts[1] in ("lib", "lib64", "usr")
         # elsewhere means beside an interpreter in somebody's home; /usr/lib is searched too, and says nothing of the
         # home
@@ -103,6 +106,8 @@ def _bring(name: str, site: pathlib.Path) -> None:
     origin = pathlib.Path(spec.origin)
     if spec.submodule_search_locations:
         shutil.copytree(origin.parent, site / name, ignore=shutil.ignore_patterns("tests", "test"), dirs_exist_ok=True)
+        if (own := origin.parent.with_name(f"{name}.libs")).exists():  # shared libraries that a wheel brings
+            shutil.copytree(own, site / own.name, dirs_exist_ok=True)
     else:
         shutil.copy2(origin, site / origin.name)
 
@@ -133,7 +138,7 @@ def cached(packages: tuple[str, ...] = ()) -> pathlib.Path:
     executable = pathlib.Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     stat = executable.stat()
     source = f"{sorted(packages)} {sys.prefix if packages else ''}"
-    key = f"5 {executable} {stat.st_mtime_ns} {stat.st_size} {sys.version} {source}"
+    key = f"6 {executable} {stat.st_mtime_ns} {stat.st_size} {sys.version} {source}"
     folder = cache_folder() / f"root-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     return _fill_once(folder, lambda draft: build(draft, packages))
 

@@ -3,9 +3,9 @@
 Classic BPF over `struct seccomp_data` (nr at 0, arch at 4, args from 16), as seccomp(2) describes; no libseccomp.
 Refused: mounting, namespaces, tracing, keys, BPF, perf, io_uring, handles, modules, clocks, and sockets other than
 local and internet ones (AF_VSOCK would reach the host of a virtual machine, for it is not namespaced); what the kernel
-counts per user, whom all sandboxes and perhaps the host's own programs share; limits and priorities of any process but
-the caller, for process 1 must stay able to end the others. `clone3`, whose flags a filter cannot see, and any system
-call newer than this table are ENOSYS, so libc falls back.
+counts per user, whom all sandboxes and perhaps the host's own programs share, or for all of the machine (io_setup);
+limits and priorities of any process but the caller, for process 1 must stay able to end the others. `clone3`, whose
+flags a filter cannot see, and any system call newer than this table are ENOSYS, so libc falls back.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _COMMON = {
     "quotactl_fd": 443, "pidfd_getfd": 438,
 }  # fmt: skip
 _X86_64 = {
+    "io_setup": 206,
     "ptrace": 101, "syslog": 103, "personality": 135, "ustat": 136, "vhangup": 153, "modify_ldt": 154,
     "pivot_root": 155,
     "_sysctl": 156, "adjtimex": 159, "chroot": 161, "acct": 163, "settimeofday": 164, "mount": 165, "umount2": 166,
@@ -40,7 +41,8 @@ _X86_64 = {
     "bpf": 321, "userfaultfd": 323,
 }  # fmt: skip
 _AARCH64 = {
-    "lookup_dcookie": 18, "umount2": 39, "mount": 40, "pivot_root": 41, "nfsservctl": 42, "chroot": 51, "vhangup": 58,
+    "io_setup": 0, "lookup_dcookie": 18,
+    "umount2": 39, "mount": 40, "pivot_root": 41, "nfsservctl": 42, "chroot": 51, "vhangup": 58,
     "quotactl": 60, "acct": 89, "personality": 92, "unshare": 97, "kexec_load": 104, "init_module": 105,
     "delete_module": 106, "clock_settime": 112, "syslog": 116, "ptrace": 117, "reboot": 142, "sethostname": 161,
     "setdomainname": 162, "settimeofday": 170, "adjtimex": 171, "add_key": 217, "request_key": 218, "keyctl": 219,

@@ -28,7 +28,7 @@ _ALLOWED = {
     "descriptors": """
         dup dup2 dup3 fcntl ioctl pipe pipe2 poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait
         epoll_pwait epoll_pwait2 eventfd eventfd2 signalfd signalfd4 timerfd_create timerfd_settime timerfd_gettime
-        io_setup io_destroy io_submit io_cancel io_getevents io_pgetevents inotify_add_watch inotify_rm_watch""",
+        inotify_add_watch inotify_rm_watch""",
     "memory": """
         brk mmap munmap mremap mprotect madvise msync mincore mlock mlock2 mlockall munlock munlockall membarrier
         pkey_alloc pkey_free pkey_mprotect remap_file_pages shmget shmat shmdt shmctl semget semop semtimedop semctl

@@ -11,7 +11,7 @@ from cabochon.verifiers.sandbox.base import python_program
 from cabochon.verifiers.sandbox.container import scripts
 from cabochon.verifiers.sandbox.docker import DockerSandbox
 from cabochon.verifiers.sandbox.engine import connect
-from cabochon.verifiers.sandbox.image import AGENT_LABEL
+from cabochon.verifiers.sandbox.image import AGENT_LABEL, build
 from cabochon.verifiers.sandbox.seccomp_profile import profile
 from cabochon.verifiers.sandbox.testing import host_image
 
@@ -21,7 +21,7 @@ REFUSED = {  # of x86_64 and of aarch64
     "unshare": (272, 97), "ptrace": (101, 117), "mount": (165, 40), "bpf": (321, 280), "keyctl": (250, 219),
     "process_vm_readv": (310, 270), "io_uring_setup": (425, 425), "perf_event_open": (298, 241),
     "open_by_handle_at": (304, 265), "personality": (135, 92), "timer_create": (222, 107), "mq_open": (240, 180),
-    "setns": (308, 268), "userfaultfd": (323, 282),
+    "setns": (308, 268), "userfaultfd": (323, 282), "io_setup": (206, 0),
 }  # fmt: skip
 TRIES = """
 import ctypes, errno, os, socket, sys, threading
@@ -92,6 +92,24 @@ def test_the_profile_names_each_call_once():
     names = [name for rule in rules for name in rule["names"]]
     assert len(set(names)) == len(names) - 2  # `socket`: one rule for each of three families
     assert not set(REFUSED) & set(names)
+
+
+def test_each_container_is_a_user_of_its_own():
+    with opened("docker") as box:
+        program = python_program("import os; print(os.getuid())")
+        assert len({box.run(program).stdout for _ in range(3)}) > 1
+
+
+def test_an_image_with_a_package():
+    opened("docker").close()
+    build("cabochon-sandbox:test-package", ("yaml",))
+    try:
+        with DockerSandbox(image="cabochon-sandbox:test-package", warm=1) as box:
+            assert box.run(python_program("import yaml; print(yaml.safe_load('a: 1'))")).stdout == b"{'a': 1}\n"
+    finally:
+        api = connect(None)
+        api.remove_image("cabochon-sandbox:test-package", force=True)
+        api.close()
 
 
 def test_an_image_without_our_modules_is_given_their_source(monkeypatch):

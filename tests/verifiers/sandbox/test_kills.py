@@ -103,6 +103,30 @@ def test_bubblewrap_leaves_nothing_when_killed(whom):
     assert until(lambda: not living(below)), living(below)
 
 
+@pytest.mark.bubblewrap
+def test_groups_of_a_killed_launcher_go_with_the_next_one():
+    need("bubblewrap")
+
+    def groups(pid):
+        return list(pathlib.Path("/sys/fs/cgroup").glob(f"**/cabochon-{pid}-*"))
+
+    process, launcher = owner("bubblewrap")
+    made = groups(launcher)
+    if not made:
+        process.kill()
+        pytest.skip("no control groups here")
+    os.kill(int(launcher), signal.SIGKILL)
+    process.kill()
+    process.wait()
+    assert groups(launcher)
+
+    def swept():
+        sandbox("bubblewrap", warm=1).close()
+        return not groups(launcher)
+
+    assert until(swept), groups(launcher)
+
+
 def containers(api, pid):
     return [c for c in api.containers(all=True, filters={"label": f"{LABEL}=1"})
             if c["Labels"][f"{LABEL}.owner"].split(":")[1] == str(pid)]  # fmt: skip

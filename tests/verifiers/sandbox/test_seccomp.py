@@ -33,7 +33,8 @@ def decide(program, nr, arch, arg0=0, arg1=0):
      (425, 0, "EPERM"), (435, 0, "ENOSYS"), (463, 0, "ENOSYS"), (0x40000000, 0, "ENOSYS"), (56, 0x1200011, ALLOW),
      (56, 0x10000011, "EPERM"), (56, 0x40000000, "EPERM"), (41, 1, ALLOW), (41, 2, ALLOW), (41, 16, "EPERM"), (41, 17,
      "EPERM"),
-     (41, 40, "EPERM"), (319, 0, ALLOW), (222, 0, "EPERM"), (240, 0, "EPERM"), (253, 0, "EPERM"), (294, 0, "EPERM")],
+     (41, 40, "EPERM"), (319, 0, ALLOW), (206, 0, "EPERM"),
+     (222, 0, "EPERM"), (240, 0, "EPERM"), (253, 0, "EPERM"), (294, 0, "EPERM")],
 )  # fmt: skip
 def test_x86_decisions(nr, arg0, want):
     expected = want if want == ALLOW else ERRNO | getattr(errno, want)
