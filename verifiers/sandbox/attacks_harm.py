@@ -48,6 +48,7 @@ ESCAPES: dict[str, str] = {
     "keyring": _LIBC + "def solve():\n    return 'escaped' if c.syscall(248, b'user', b'x', b'y', 1, -3) > 0 else ''",
     "BPF and perf": _LIBC + "def solve():\n    b = ctypes.create_string_buffer(128)\n    return 'escaped' if c.syscall(321, 0, b, 72) > 0 or c.syscall(298, b, 0, -1, -1, 0) > 0 else ''",
     "what its user may have": _LIBC + "def solve():\n    got = [c.inotify_init() for _ in range(200)]\n    return 'escaped' if max(got) >= 0 else ''",
+    "what the machine may have": _LIBC + "def solve():\n    got = [c.syscall({'x86_64': 206, 'aarch64': 0}[os.uname().machine], 1000, ctypes.byref(ctypes.c_ulong())) for _ in range(60)]\n    return 'escaped' if max(got) >= 0 else ''",
     "signals the owner": "import os\ndef solve():\n    os.kill({pid}, 0)\n    return 'escaped'",
     "signals everyone": "import os, signal\nsignal.signal(15, signal.SIG_IGN)\ndef solve():\n    os.kill(-1, 9); os.kill(1, 9); os.killpg(0, 9)\n    return ''",
     "interrupts process 1": "import os, time\ndef solve():\n    for _ in range(50): os.kill(1, 2)\n    time.sleep(0.5)\n    return ''",

@@ -12,6 +12,7 @@ SQUARES: dict[str, str] = {
     "a server of its own": "import socket, threading\ndef solve(x):\n    s = socket.create_server(('127.0.0.1', 0))\n    threading.Thread(target=lambda: s.accept()[0].sendall(str(x * x).encode())).start()\n    return int(socket.create_connection(s.getsockname()).recv(99))",
     "database": "import sqlite3\ndef solve(x):\n    d = sqlite3.connect('a.db'); d.execute('create table if not exists t (a)'); d.execute('insert into t values (?)', (x,)); d.commit()\n    return d.execute('select a * a from t order by rowid desc').fetchone()[0]",
     "leaves the folder": "import os\nos.chdir('/')\ndef solve(x): return x * x",
+    "a thread that never ends": "import threading, time\ndef beat():\n    while True: time.sleep(0.0003)\nthreading.Thread(target=beat, daemon=True).start()\ndef solve(x): return x * x",
     "plain": "def solve(x):\n    return x * x",
     "reads its annotations": "import inspect\ndef solve(x: int):\n    kind = inspect.signature(solve).parameters['x'].annotation\n    return kind(x) * kind(x)",
     "lowers itself": "import os, resource as r\nos.nice(1); os.sched_setaffinity(0, os.sched_getaffinity(0))\nr.setrlimit(r.RLIMIT_NOFILE, (32, 32))\ndef solve(x): return x * x",
