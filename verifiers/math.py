@@ -1,4 +1,5 @@
-"""Mathematical answers: the last box of the final part, compared by value, in a process that can be killed.
+"""Mathematical answers: the last box of the final part, else what `<answer>` holds, what follows `####` or "the answer
+is", or the last expression; compared by value, in a process that can be killed.
 
 `MathVerifier().verify(task, text)` reads the gold from `task.payload["answer"]` (a string, or a list of strings any
 of which will do) and, for multiple choice, the options' texts from `task.payload["choices"]`. What counts as the same

@@ -12,7 +12,7 @@ from cabochon.verifiers.math_units import split_unit
 _CLOCK = re.compile(r"0?(\d{1,2}:[0-5]\d)")
 _CAPITALS = re.compile(r"[A-Z]{3,}|[IVXLC]{2,}")
 _WORD = re.compile(r"[a-z]{3,}")
-_SPOKEN = re.compile(r"\d{1,4}(?:-\d{1,4}){1,2}|\d{1,2}/\d{1,2}/\d{2,4}")
+_IN_DIGITS = re.compile(r"\d{1,4}(?:-\d{1,4}){1,2}|\d{1,2}/\d{1,2}/\d{2,4}")
 """A date, a score, a range of pages, a telephone number."""
 _ARROW = re.compile(r"\\(?:vec|overrightarrow)\s?\{\s?([A-Z]{2})\s?\}")
 _OF_NUMBER = r"\b{}\s?(?:\\left)?\(\s?(-?[\d./]+)\s?(?:\\right)?\)"
@@ -28,9 +28,9 @@ def as_written(gold: str, answer: str, prompt: str) -> tuple[bool, str] | None:
     if not ratio and (time := _CLOCK.fullmatch(gold)):
         given = _CLOCK.fullmatch(answer)
         return given is not None and given.group(1) == time.group(1), "compared as times"
-    if _SPOKEN.fullmatch(gold):
-        given_parts, parts = (re.sub(r"\b0+(?=\d)", "", side.replace(" ", "")) for side in (answer, gold))
-        return given_parts == parts, "compared as it is written"
+    if _IN_DIGITS.fullmatch(gold):
+        one, two = (re.sub(r"\b0+(?=\d)", "", side.replace(" ", "")) for side in (gold, answer))
+        return one == two, "compared as it is written"
     if _CAPITALS.fullmatch(name := gold.replace(" ", "")):
         return answer.replace(" ", "") == name or same_words(name, answer), "compared letter by letter"
     word = answer.strip().casefold()
@@ -51,8 +51,6 @@ def plain(text: str) -> str:
 
 
 _WORK = re.compile(r"(?<=[^\s({])\s*[-+*/^!_|(]|\\(?!pi(?![A-Za-z])|%|text|mathrm|infty|\$|[{}])[A-Za-z]+")
-
-
 _QUANTITY = re.compile(r"\\?\$?(-?\d+(?:[.:/]\d+)*)")
 _ASKS_FORM = re.compile(
     r"\b(?:round(?:ed|ing)?|nearest|convert(?:ed)?|express(?:ed)?|rewrite|simplif(?:y|ied)|reduced?"

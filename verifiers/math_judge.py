@@ -88,6 +88,7 @@ _UNDECIDED = re.compile(
 )
 """What follows a chosen option names another one, or takes the choice back."""
 _LETTERS = re.compile(r"\W*(?:[A-Ja-j](?:\W+|\Z))+")
+"""Nothing but options."""
 
 
 def chosen(text: str, *, alone: bool = False) -> str | None:
@@ -163,6 +164,9 @@ def _tight(text: str) -> str:
     return re.sub(r"\s+(?=\\[A-Za-z])|\s*([^\w\s\\])\s*|(?<=\\)([A-Za-z]+)\s+(?![A-Za-z])", r"\1\2", text)
 
 
+_CENTS = re.compile(r"\bcents?\b|¢")
+
+
 def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool, str]:
     assert gold.value is not None
     assert answer.value is not None
@@ -170,7 +174,7 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
     asked = asked_unit(prompt)
     habit = answer.split.unit == parse_unit("dollar") and asked != parse_unit("cents")  # a $ is a mere habit
     if gold.split.unit is None and answer.split.unit is not None and not habit:
-        cents = answer.split.unit == parse_unit("cents") and re.search(r"cents?\b|¢", prompt) is None
+        cents = answer.split.unit == parse_unit("cents") and _CENTS.search(prompt) is None
         radians = asked == parse_unit("degrees") and _in_radians(answer)
         if cents or radians or not_asked(asked, answer.split.unit):
             return False, "not the unit asked for"  # 5 cents where the question speaks of dollars
@@ -278,7 +282,7 @@ def judge(
         return _verdict("malformed", found.problem, evidence)
     if not found.answer:
         return _verdict("no_answer", f"an empty answer ({found.method})", evidence)
-    number = None if "$" in found.answer and "cent" in prompt else _plain_integer(found.answer)
+    number = None if "$" in found.answer and _CENTS.search(prompt) else _plain_integer(found.answer)
     for gold in golds:
         wanted = _plain_integer(gold)
         if wanted is not None and wanted == number:

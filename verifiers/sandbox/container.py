@@ -13,6 +13,7 @@ import pathlib
 import secrets
 import socket
 import time
+from typing import Any
 
 import docker
 import docker.errors
@@ -38,10 +39,10 @@ their way; below 65,536, which is what an engine without root has."""
 _MAIN = f"from cabochon.verifiers.sandbox.inside import main\nmain(True, {IDLE_SECONDS})"
 
 
-def scripts(image: dict[str, object]) -> tuple[str, bytes]:
+def scripts(image: dict[str, Any]) -> tuple[str, bytes]:
     """What `python -c` is given in a container of this image (the engine's description of it), and what it then reads
     as more of the same: nothing where the image carries our very modules, else their source."""
-    labels = (image.get("Config") or {}).get("Labels") or {}  # type: ignore[attr-defined]
+    labels = (image.get("Config") or {}).get("Labels") or {}
     if labels.get(AGENT_LABEL) == rootfs.agent_key():
         return f"import sys\nsys.path.insert(0, '/agent')\n{_MAIN}", b""
     source = (rootfs.agent_script() + _MAIN).encode()
@@ -56,9 +57,9 @@ exec(source)"""
 
 
 def start(
-    api: docker.APIClient, image: str, scripts: tuple[str, bytes], limits: Limits, runtime: str
+    api: docker.APIClient, image: str, program: tuple[str, bytes], limits: Limits, runtime: str
 ) -> tuple[str, socket.socket]:
-    """The name of a container that has begun, and its streams. Raises one of FAILURES."""
+    """The name of a container that has begun `program` (see `scripts`), and its streams. Raises one of FAILURES."""
     size = limits.file_bytes
     memory = limits.memory_bytes + _OVERHEAD_BYTES
     host = api.create_host_config(
@@ -71,7 +72,7 @@ def start(
         ulimits=[docker.types.Ulimit(name="core", soft=0, hard=0),
                  docker.types.Ulimit(name="nofile", soft=max(limits.nofile, 64), hard=max(limits.nofile, 64))],
     )  # fmt: skip
-    script, source = scripts
+    script, source = program
     user = _FIRST_USER + secrets.randbelow(_USERS)
     container = api.create_container(
         image, entrypoint=["python3", "-I", "-S", "-X", "utf8", "-c"], command=[script], user=f"{user}:65534",
