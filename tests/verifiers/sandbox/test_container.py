@@ -87,6 +87,17 @@ def test_calls_of_another_architecture_end_the_program():
     assert (out, code) == ("", 128 + 31)  # SIGSYS
 
 
+def test_a_program_is_under_the_profile_and_the_filter():
+    with opened("docker") as box:
+        status = box.run(python_program("print(open('/proc/self/status').read())")).stdout.decode()
+        assert "Seccomp_filters:\t2" in status
+        api = connect(None)
+        box.fill()
+        options = api.inspect_container(box._waiting[0].container)["HostConfig"]["SecurityOpt"]
+        assert f"seccomp={profile()}" in options
+        api.close()
+
+
 def test_the_profile_names_each_call_once():
     rules = json.loads(profile())["syscalls"]
     names = [name for rule in rules for name in rule["names"]]
