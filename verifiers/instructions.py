@@ -1,8 +1,9 @@
 """Instructions that can be checked: IFEval's constraints and our own, each by name.
 
 `task.payload` holds either IFEval's own columns, `instruction_id_list` and `kwargs` (a list of the same length), or
-`constraints`: a list of `{"kind": "length:words", "maximum": 50}`. See `instructions_check` for the kinds. All of it
-runs in a killable worker, because a pattern, a schema or a language guess may take for ever on a hostile text.
+`constraints`: a list of `{"kind": "length:words", "maximum": 50}`. See `instructions_arguments` for the kinds and
+what each takes. The checks run in a killable worker, because a pattern, a schema or a language guess may take for ever
+on a hostile text.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from cabochon.types import Task, Verdict
 from cabochon.verifiers.base import verdict_of_outcome
+from cabochon.verifiers.instructions_arguments import checked
 from cabochon.verifiers.math_extract import Extraction, final_part
 from cabochon.verifiers.workers import WorkerConfig, shared_pool
 
@@ -30,7 +32,8 @@ class InstructionVerifier:
     """loose: IFEval's eight variants of the response, any of which may keep a constraint"""
     partial: bool = False
     think_close: str = "</think>"
-    """constraints are about what follows the thinking part; empty for all of the text"""
+    """constraints are about what follows the thinking part, and a response that has nothing behind it is none; empty
+    for all of the text"""
     deadline: float = 5.0
     """seconds for all constraints of one response"""
     workers: WorkerConfig = field(default=INSTRUCTION_WORKERS)
@@ -39,7 +42,9 @@ class InstructionVerifier:
         """Raises ValueError where the task's constraints are not usable."""
         wanted = constraints(task)
         if self.think_close:
-            text = final_part(text, Extraction(think_close=self.think_close)).strip()
+            text = final_part(text, Extraction(think_close=self.think_close, require_final_part=True)).strip()
+        if not text.strip():
+            return Verdict(score=0.0, status="no_answer", detail="an empty response")
         if len(text) > LENGTH_LIMIT:
             return Verdict(score=0.0, status="malformed", detail=f"the response is {len(text)} characters long")
         outcome = shared_pool(self.workers).call(
@@ -53,18 +58,32 @@ class InstructionVerifier:
 
 
 def constraints(task: Task) -> list[tuple[str, dict[str, Any]]]:
-    """Kind and arguments of each constraint of a task. Raises ValueError if there are none or they are not in form."""
+    """Kind and `checked` arguments of each constraint of a task. Raises ValueError if there are none, or one is not in
+    form."""
     payload = task.payload
-    if "instruction_id_list" in payload:
-        kinds, given = list(payload["instruction_id_list"]), list(payload.get("kwargs", ()))
-        given = given or [{} for _ in kinds]
-        if len(kinds) != len(given) or not kinds:
-            raise ValueError(f"task {task.id}: {len(kinds)} instruction ids but {len(given)} kwargs")
-        return [(str(kind), dict(arguments or {})) for kind, arguments in zip(kinds, given, strict=True)]
     rows = payload.get("constraints")
-    if not rows or not all(isinstance(row, Mapping) and "kind" in row for row in rows):
+    if "instruction_id_list" in payload:
+        kinds, given = _listed(task, "instruction_id_list"), _listed(task, "kwargs")
+        given = given or [{} for _ in kinds]
+        if len(kinds) != len(given):
+            raise ValueError(f"task {task.id}: {len(kinds)} instruction ids but {len(given)} kwargs")
+        rows = [{**(arguments or {}), "kind": kind} for kind, arguments in zip(kinds, given, strict=True)]
+    if not rows or not isinstance(rows, list) or not all(isinstance(row, Mapping) and "kind" in row for row in rows):
         raise ValueError(
             f'task {task.id}: payload needs "constraints" (a list of objects with a "kind") or IFEval\'s '
             '"instruction_id_list" and "kwargs"'
         )
-    return [(str(row["kind"]), {name: value for name, value in row.items() if name != "kind"}) for row in rows]
+    try:
+        return [
+            (str(row["kind"]), checked(str(row["kind"]), {name: row[name] for name in row if name != "kind"}))
+            for row in rows
+        ]
+    except ValueError as error:
+        raise ValueError(f"task {task.id}: {error}") from None
+
+
+def _listed(task: Task, column: str) -> list[Any]:
+    value = task.payload.get(column)
+    if not isinstance(value, list | None):
+        raise ValueError(f"task {task.id}: payload[{column!r}] must be a list, got {type(value).__name__}")
+    return value or []

@@ -8,72 +8,57 @@ Names with IFEval's spelling take IFEval's arguments. Our own kinds: `length:cha
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jsonschema
+from referencing import Registry
+from referencing.exceptions import Unresolvable
 
 from cabochon.verifiers import instructions_ifeval as ifeval
-
-IFEVAL_KINDS = (
-    "keywords:existence", "keywords:frequency", "keywords:forbidden_words", "keywords:letter_frequency",
-    "language:response_language", "length_constraints:number_sentences", "length_constraints:number_paragraphs",
-    "length_constraints:number_words", "length_constraints:nth_paragraph_first_word",
-    "detectable_content:number_placeholders", "detectable_content:postscript", "detectable_format:number_bullet_lists",
-    "detectable_format:constrained_response", "detectable_format:number_highlighted_sections",
-    "detectable_format:multiple_sections", "detectable_format:json_format", "detectable_format:title",
-    "combination:two_responses", "combination:repeat_prompt", "startend:end_checker", "startend:quotation",
-    "change_case:capital_word_frequency", "change_case:english_capital", "change_case:english_lowercase",
-    "punctuation:no_comma",
-)
-OWN_KINDS = (
-    "length:characters", "length:words", "length:sentences", "length:lines", "words:required", "words:forbidden",
-    "format:json", "format:json_schema", "format:regex", "format:contains", "language:is",
-)
+from cabochon.verifiers.instructions_arguments import OWN_KINDS
 
 
 def follows(kind: str, arguments: Mapping[str, Any], text: str) -> bool:
-    """Whether `text` keeps one constraint. Raises ValueError or KeyError for a constraint that is not usable."""
-    given = {name: value for name, value in arguments.items() if value is not None}  # IFEval rows pad with nulls
-    return _ifeval(kind, given, text) if kind in IFEVAL_KINDS else _own(kind, given, text)
+    """Whether `text` keeps one constraint, with `checked` arguments. Raises ValueError where a schema is not usable."""
+    return _own(kind, arguments, text) if kind in OWN_KINDS else _ifeval(kind, arguments, text)
 
 
 def _ifeval(kind: str, given: Mapping[str, Any], text: str) -> bool:
     match kind:
         case "keywords:existence":
-            return ifeval.all_keywords(text, list(given["keywords"]))
+            return ifeval.all_keywords(text, given["keywords"])
         case "keywords:frequency":
-            return ifeval.keyword_frequency(text, given["keyword"], int(given["frequency"]), given["relation"])
+            return ifeval.keyword_frequency(text, given["keyword"], given["frequency"], given["relation"])
         case "keywords:forbidden_words":
-            return ifeval.no_forbidden_words(text, list(given["forbidden_words"]))
+            return ifeval.no_forbidden_words(text, given["forbidden_words"])
         case "keywords:letter_frequency":
-            return ifeval.letter_frequency(text, given["letter"], int(given["let_frequency"]), given["let_relation"])
+            return ifeval.letter_frequency(text, given["letter"], given["let_frequency"], given["let_relation"])
         case "language:response_language":
             return ifeval.is_language(text, given["language"])
         case "length_constraints:number_sentences":
-            return ifeval.compares(ifeval.count_sentences(text), given["relation"], int(given["num_sentences"]))
+            return ifeval.compares(ifeval.count_sentences(text), given["relation"], given["num_sentences"])
         case "length_constraints:number_paragraphs":
-            return ifeval.paragraphs(text, int(given["num_paragraphs"]))
+            return ifeval.paragraphs(text, given["num_paragraphs"])
         case "length_constraints:number_words":
-            return ifeval.compares(len(ifeval.words(text)), given["relation"], int(given["num_words"]))
+            return ifeval.compares(len(ifeval.words(text)), given["relation"], given["num_words"])
         case "length_constraints:nth_paragraph_first_word":
             return ifeval.nth_paragraph_first_word(
-                text, int(given["num_paragraphs"]), int(given["nth_paragraph"]), given["first_word"]
+                text, given["num_paragraphs"], given["nth_paragraph"], given["first_word"]
             )
         case "detectable_content:number_placeholders":
-            return ifeval.placeholders(text, int(given["num_placeholders"]))
+            return ifeval.placeholders(text, given["num_placeholders"])
         case "detectable_content:postscript":
             return ifeval.postscript(text, given["postscript_marker"])
         case "detectable_format:number_bullet_lists":
-            return ifeval.bullet_lists(text, int(given["num_bullets"]))
+            return ifeval.bullet_lists(text, given["num_bullets"])
         case "detectable_format:constrained_response":
             return ifeval.constrained_response(text)
         case "detectable_format:number_highlighted_sections":
-            return ifeval.highlighted_sections(text, int(given["num_highlights"]))
+            return ifeval.highlighted_sections(text, given["num_highlights"])
         case "detectable_format:multiple_sections":
-            return ifeval.multiple_sections(text, given["section_spliter"], int(given["num_sections"]))
+            return ifeval.multiple_sections(text, given["section_spliter"], given["num_sections"])
         case "detectable_format:json_format":
             return ifeval.json_value(text)[0]
         case "detectable_format:title":
@@ -87,7 +72,7 @@ def _ifeval(kind: str, given: Mapping[str, Any], text: str) -> bool:
         case "startend:quotation":
             return ifeval.quoted(text)
         case "change_case:capital_word_frequency":
-            return ifeval.capital_words(text, int(given["capital_frequency"]), given["capital_relation"])
+            return ifeval.capital_words(text, given["capital_frequency"], given["capital_relation"])
         case "change_case:english_capital":
             return ifeval.all_capital(text)
         case "change_case:english_lowercase":
@@ -106,9 +91,9 @@ def _own(kind: str, given: Mapping[str, Any], text: str) -> bool:
         case "length:lines":
             return _within(len(text.splitlines()), given)
         case "words:required":
-            return all(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in given["words"])
+            return all(ifeval.has_word(text, word) for word in given["words"])
         case "words:forbidden":
-            return ifeval.no_forbidden_words(text, list(given["words"]))
+            return ifeval.no_forbidden_words(text, given["words"])
         case "format:json":
             return ifeval.json_value(text, strict=True)[0]
         case "format:json_schema":
@@ -118,26 +103,23 @@ def _own(kind: str, given: Mapping[str, Any], text: str) -> bool:
             return re.fullmatch(given["pattern"], text.strip(), re.DOTALL) is not None
         case "format:contains":
             return re.search(given["pattern"], text) is not None
-        case "language:is":
-            return ifeval.is_language(text, given["language"])
-    near = difflib.get_close_matches(kind, IFEVAL_KINDS + OWN_KINDS, n=1, cutoff=0.0)
-    raise ValueError(f"no constraint is called {kind!r}; the nearest is {near[0]!r}")
+    return ifeval.is_language(text, given["language"])  # language:is, the last of OWN_KINDS
 
 
 def _within(count: int, given: Mapping[str, Any]) -> bool:
-    if not {"minimum", "maximum"} & set(given):
-        raise ValueError("a length constraint needs `minimum` or `maximum`")
-    return int(given.get("minimum", 0)) <= count <= int(given.get("maximum", count))
+    return bool(given.get("minimum", 0) <= count <= given.get("maximum", count))
 
 
 def _fits(value: Any, schema: Any) -> bool:
+    """Whether a value is one of a schema's, of the `format`s that need no further package too. Nothing is fetched."""
+    form = jsonschema.validators.validator_for(schema)
     try:
-        jsonschema.validate(value, schema)
-    except jsonschema.ValidationError:
-        return False
+        form.check_schema(schema)
+        return bool(form(schema, registry=Registry(), format_checker=form.FORMAT_CHECKER).is_valid(value))
     except jsonschema.SchemaError as error:
         raise ValueError(f"the JSON schema is not one: {error.message}") from error
-    return True
+    except Unresolvable as error:
+        raise ValueError(f"the JSON schema refers to {error.ref!r}, which is not in it") from error
 
 
 def variants(text: str) -> list[str]:
@@ -148,15 +130,13 @@ def variants(text: str) -> list[str]:
 
 
 def judge(text: str, constraints: list[list[Any]], loose: bool, partial: bool) -> dict[str, Any]:
-    """The verdict on `constraints` ([kind, arguments] each); `unusable` where a constraint is not one."""
+    """The verdict on `constraints` ([kind, `checked` arguments] each); `unusable` where a schema is none."""
     readings = variants(text) if loose else [text]
     kept: list[bool] = []
     for kind, arguments in constraints:
         try:
             kept.append(any(bool(reading.strip()) and follows(kind, arguments, reading) for reading in readings))
-        except KeyError as error:
-            return {"unusable": f"constraint {kind} lacks its argument {error}"}
-        except (ValueError, TypeError, re.error) as error:
+        except ValueError as error:
             return {"unusable": f"constraint {kind}: {error}"}
     broken = [kind for (kind, _), fine in zip(constraints, kept, strict=True) if not fine]
     score = sum(kept) / len(kept) if partial else float(not broken)

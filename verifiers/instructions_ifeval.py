@@ -39,10 +39,14 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text)
 
 
+_BLOCK = re.compile(r"\n\s*\n|(?:\A|(?<=\n))[ \t]*(?:[-*•#>]+|\d{1,3}[.)])[ \t]")
+
+
 def count_sentences(text: str) -> int:
-    """Stretches that end in ., ! or ? before white space; abbreviations and initials do not end one."""
+    """Stretches that end in ., ! or ? before white space, at an empty line or before the next point of a list; a mere
+    line break, abbreviations and initials do not end one."""
     count = 0
-    for line in text.splitlines():
+    for line in (" ".join(block.split()) for block in _BLOCK.split(text)):
         start = 0
         for end in _SENTENCE_END.finditer(line):
             piece = line[start : end.end()]
@@ -79,9 +83,24 @@ def keyword_frequency(text: str, keyword: str, frequency: int, relation: str) ->
 
 
 def no_forbidden_words(text: str, forbidden_words: list[str]) -> bool:
-    """Of a phrase however it is spaced."""
-    phrases = [r"\s+".join(map(re.escape, phrase.split())) for phrase in forbidden_words]
-    return not any(re.search(rf"(?<!\w){phrase}(?!\w)", text, re.IGNORECASE) for phrase in phrases if phrase)
+    return not any(has_word(text, word) for word in forbidden_words)
+
+
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""Letters of scripts that put no spaces between words, or endings onto them: Thai to Han, kana, Hangul."""
+
+
+def has_word(text: str, phrase: str) -> bool:
+    """Whether a word or phrase stands in a text, however it is spaced and capitalised; no part of a longer word."""
+
+    def edge(letter: str, mark: str) -> str:
+        return mark if re.match(r"\w", letter) and not _UNSPACED.match(letter) else ""
+
+    spaced = r"\s+".join(map(re.escape, phrase.split()))
+    pattern = edge(phrase[0], r"(?<!\w)") + spaced + edge(phrase[-1], r"(?!\w)")
+    return re.search(pattern, text, re.IGNORECASE) is not None
 
 
 def letter_frequency(text: str, letter: str, let_frequency: int, let_relation: str) -> bool:
@@ -148,12 +167,14 @@ def unfenced(text: str) -> str:
 
 
 def json_value(text: str, *, strict: bool = False) -> tuple[bool, Any]:
-    """Whether the text is one JSON value, and the value. `strict` refuses NaN and Infinity, which JSON does not have.
-    """
+    """Whether the text is one JSON value, and the value. `strict` refuses NaN and Infinity, which JSON does not have,
+    and half a code fence."""
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)
 
+    if strict and text.strip().startswith("```") != text.strip().endswith("```"):
+        return False, None
     try:
         return True, json.loads(unfenced(text), parse_constant=refuse if strict else None)
     except (ValueError, RecursionError):

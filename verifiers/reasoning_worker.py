@@ -7,7 +7,8 @@ a full solution only:
 
 * *exact*: the answer is the oracle's, white space at line ends and runs of blanks aside. Sound for every puzzle; the
   default.
-* *value*: the oracle is a number, compared as `math_judge` does.
+* *value*: the oracle is a number or a polynomial, compared as `math_judge` does, digit by digit where it is a numeral.
+  What is still to be worked out (`5 - 9`, the question's own product) is no answer.
 * *arithmetic*: countdown and puzzle24; our own exact evaluation, with just the given numbers, each once.
 * *scorer*: puzzles with many right answers whose scorers simulate the solution and do not evaluate text. Only their
   full mark counts, and only for text made of the characters such an answer needs.
@@ -153,7 +154,9 @@ def _by_rule(name: str, source: Any, entry: dict[str, Any], oracle: str | None, 
             unit = read(answer).split.unit
             if oracle is None or (unit is not None and unit.dimension[0][0].startswith("word:")):
                 return False, "words after the number"
-            return matches(oracle, answer)
+            if not worked_out(oracle, read(answer.rpartition("=")[2]).split.core):
+                return False, "an expression where its value was asked for, or another number of digits"
+            return matches(oracle, answer, prompt=str(entry["question"]))
         case "arithmetic":
             target = 24 if name == "puzzle24" else entry["metadata"]["target"]
             return arithmetic(answer, entry["metadata"]["numbers"], target)
@@ -163,6 +166,20 @@ def _by_rule(name: str, source: Any, entry: dict[str, Any], oracle: str | None, 
             right = float(source.score_answer(answer.strip(), entry)) == 1.0
             return right, "a full solution" if right else "not a full solution"
     return False, "not the oracle's answer"
+
+
+_NUMERAL = re.compile(r"-?\d+(?:\.\d+)?")
+_OPERATOR = re.compile(r"(?<=[^\s(])\s*(?:\*\*|[-+*/^]|\\(?:cdot|times|div|d?frac)(?![A-Za-z]))")
+
+
+def worked_out(oracle: str, answer: str) -> bool:
+    """Whether an answer is as far worked out as the oracle: a numeral of the same value where that is one, else
+    without brackets or more operators than it has."""
+    if _NUMERAL.fullmatch(oracle):
+        answer = re.sub(r",(?=\d{3}(?!\d))", "", answer).replace(" ", "").removeprefix("+").removesuffix("^\\circ")
+        return _NUMERAL.fullmatch(answer) is not None and Fraction(answer) == Fraction(oracle)
+    brackets, operators = (answer.count("(") > oracle.count("("), len(_OPERATOR.findall(answer)))
+    return not brackets and operators <= len(_OPERATOR.findall(oracle))
 
 
 def _frozen(value: Any) -> Any:

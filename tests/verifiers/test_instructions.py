@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from cabochon.types import Task, Verdict
 from cabochon.verifiers.instructions import InstructionVerifier, constraints
-from cabochon.verifiers.instructions_check import IFEVAL_KINDS, OWN_KINDS, follows, variants
+from cabochon.verifiers.instructions_arguments import IFEVAL_KINDS, LANGUAGES, OWN_KINDS, checked
+from cabochon.verifiers.instructions_check import follows, variants
 from cabochon.verifiers.instructions_ifeval import count_sentences, words
 
 # kind, arguments as IFEval rows write them, a text that keeps it, a text that breaks it
@@ -134,10 +135,10 @@ def test_the_lists_are_complete() -> None:
 
 @pytest.mark.parametrize(("kind", "arguments", "kept", "broken"), IFEVAL + OWN)
 def test_each_kind_kept_and_broken(kind: str, arguments: dict, kept: str, broken: str) -> None:
-    assert follows(kind, arguments, kept)
-    assert not follows(kind, arguments, broken)
+    assert follows(kind, checked(kind, arguments), kept)
+    assert not follows(kind, checked(kind, arguments), broken)
     padded = {**arguments, "num_words": arguments.get("num_words"), "forbidden_words": arguments.get("forbidden_words")}
-    assert follows(kind, padded, kept)  # IFEval rows carry every argument, most of them null
+    assert follows(kind, checked(kind, padded), kept)  # IFEval rows carry every argument, most of them null
 
 
 def test_a_whole_task_strict_and_loose() -> None:
@@ -158,9 +159,15 @@ def test_partial_credit_only_when_asked_for() -> None:
     assert InstructionVerifier(partial=True).verify(wanted, "Plain.").score == 0.5
 
 
-@pytest.mark.parametrize("kind", ["punctuation:no_comma", "keywords:forbidden_words", "length:words"])
-def test_silence_keeps_no_constraint(kind: str) -> None:
-    arguments = {"forbidden_words": ["x"], "maximum": 3}
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("punctuation:no_comma", {}),
+        ("keywords:forbidden_words", {"forbidden_words": ["x"]}),
+        ("length:words", {"maximum": 3}),
+    ],
+)
+def test_silence_keeps_no_constraint(kind: str, arguments: dict) -> None:
     for text in ("", "  \n"):
         found = VERIFIER.verify(task((kind, arguments)), text)
         assert (found.score, found.status) == (0.0, "no_answer")
@@ -168,6 +175,60 @@ def test_silence_keeps_no_constraint(kind: str) -> None:
 
 def test_thinking_is_not_part_of_the_response() -> None:
     assert VERIFIER.verify(task(("punctuation:no_comma", {})), "<think>a, b, c</think>Plain.").score == 1.0
+
+
+@pytest.mark.parametrize("text", ["<think>blue sky</think>", "<think>blue sky", "<think>a</think> \n "])
+def test_thoughts_alone_are_no_response(text: str) -> None:
+    found = VERIFIER.verify(task(("words:required", {"words": ["blue"]})), text)
+    assert (found.score, found.status) == (0.0, "no_answer")
+
+
+@pytest.mark.parametrize(
+    ("word", "stands", "is_part"),
+    [
+        ("!", "Stop!Now", "Stop."),
+        ("50%", "It is 50%of it", "It is 150 %"),
+        ("50%", "at 50%.", "at 150%."),
+        ("C++", "c++11", "C+ +"),
+        ("你好", "我说你好吗", "你不好"),
+        ("すし", "おすしです", "さし"),
+        ("고양이", "고양이가 잔다", "고등어"),
+        ("very good", "Very\n good!", "very goodish"),
+        ("cat", "the cat's", "concatenate"),
+        (" cat\n", "A cat.", "cats"),
+    ],
+)
+def test_a_word_stands_or_is_part_of_another(word: str, stands: str, is_part: str) -> None:
+    for kind, with_it in (("words:required", True), ("words:forbidden", False)):
+        given = checked(kind, {"words": [word]})
+        assert follows(kind, given, stands) is with_it
+        assert follows(kind, given, is_part) is not with_it
+
+
+def test_languages_are_those_that_can_be_told() -> None:
+    import os
+
+    from langdetect.detector_factory import PROFILES_DIRECTORY
+
+    assert {*os.listdir(PROFILES_DIRECTORY), "zh"} == LANGUAGES
+    for said, code in (("en-US", "en"), ("EN", "en"), ("zh_TW", "zh-tw"), ("zh-Hans", "zh"), ("pt-BR", "pt")):
+        assert checked("language:is", {"language": said}) == {"language": code}
+
+
+def test_a_schema_s_formats_are_checked_and_nothing_is_fetched() -> None:
+    day = {"type": "string", "format": "date"}
+    assert follows("format:json_schema", {"schema": day}, '"2024-02-29"')
+    assert not follows("format:json_schema", {"schema": day}, '"2023-02-29"')
+    with pytest.raises(ValueError, match="refers to 'http://localhost/x', which is not in it"):
+        follows("format:json_schema", {"schema": {"$ref": "http://localhost/x"}}, "1")
+    inside = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer"}}}
+    assert follows("format:json_schema", {"schema": inside}, "1")
+
+
+def test_half_a_fence_is_no_json() -> None:
+    assert follows("format:json", {}, "```json\n[1]\n```")
+    assert not follows("format:json", {}, "```json\n[1]")
+    assert not follows("format:json", {}, "[1]\n```")
 
 
 def test_loose_variants() -> None:
@@ -178,6 +239,8 @@ def test_words_and_sentences() -> None:
     assert words("It's 3.5 well-known") == ["It", "s", "3", "5", "well", "known"]
     assert count_sentences("Mr. A. Smith paid 3.5 dollars, e.g. on Monday. Then he left!\nAnd so on") == 3
     assert count_sentences("") == 0
+    assert count_sentences("It is a long\nsentence over\nlines. And one more.") == 2
+    assert count_sentences("A title\n\nOne sentence\n- a point\n- another. With two\n1. and three\n2.5 of it") == 6
 
 
 def test_a_pattern_that_backtracks_for_ever_is_cut_off() -> None:
@@ -221,6 +284,20 @@ def test_ten_megabytes_are_malformed() -> None:
     [
         ({"constraints": [{"kind": "lenght:words", "maximum": 3}]}, "nearest is 'length:words'"),
         ({"constraints": [{"kind": "length:words"}]}, "`minimum` or `maximum`"),
+        ({"constraints": [{"kind": "length:words", "max": 3}]}, "takes no 'max'; the nearest is 'maximum'"),
+        ({"constraints": [{"kind": "format:json", "strict": True}]}, "takes no 'strict'; it takes none"),
+        ({"constraints": [{"kind": "length:words", "minimum": 4, "maximum": 3}]}, "minimum 4 is more than maximum 3"),
+        ({"constraints": [{"kind": "length:words", "maximum": 0}]}, "must be a whole number of at least 1, got '0'"),
+        ({"constraints": [{"kind": "length:words", "minimum": "3"}]}, "a whole number of at least 0, got '3'"),
+        ({"constraints": [{"kind": "length:words", "minimum": 2.5}]}, "a whole number of at least 0, got '2.5'"),
+        ({"constraints": [{"kind": "length:words", "minimum": True}]}, "a whole number of at least 0, got 'True'"),
+        ({"constraints": [{"kind": "words:required", "words": "blue"}]}, "words must be a list of texts, got 'blue'"),
+        ({"constraints": [{"kind": "words:required", "words": []}]}, "words must be a list of texts, got '[]'"),
+        ({"constraints": [{"kind": "words:required", "words": ["a", " "]}]}, "words must be a list of texts"),
+        ({"constraints": [{"kind": "startend:end_checker", "end_phrase": " "}]}, "end_phrase must be a text"),
+        ({"constraints": [{"kind": "language:is", "language": "english"}]}, "the nearest is"),
+        ({"constraints": {"kind": "format:json"}}, '"constraints"'),
+        ({"instruction_id_list": "format:json"}, "'instruction_id_list'] must be a list, got str"),
         ({"constraints": [{"kind": "keywords:existence"}]}, "lacks its argument 'keywords'"),
         ({"constraints": [{"kind": "format:json_schema", "schema": {"type": "nonsense"}}]}, "JSON schema"),
         ({"constraints": [{"kind": "format:regex", "pattern": "("}]}, "format:regex"),
@@ -236,6 +313,15 @@ def test_unusable_constraints_name_the_task_and_the_fault(payload: dict, says: s
     with pytest.raises(ValueError, match="i/2") as raised:
         VERIFIER.verify(Task(id="i/2", prompt="", verifier="instructions", payload=payload), '{"a": 1}')
     assert says in str(raised.value)
+
+
+def test_rows_of_ifeval_as_tables_write_them() -> None:
+    rows = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": None}
+    assert constraints(Task(id="a", prompt="", verifier="i", payload=rows)) == [("punctuation:no_comma", {})]
+    rows = {"instruction_id_list": ["length_constraints:number_paragraphs"], "kwargs": [{"num_paragraphs": 3.0}]}
+    assert constraints(Task(id="a", prompt="", verifier="i", payload=rows))[0][1] == {"num_paragraphs": 3}
+    marker = checked("detectable_content:postscript", {"postscript_marker": "P.P.S "})
+    assert follows("detectable_content:postscript", marker, "Bye.\nP. P. S. Call me.")
 
 
 def test_constraints_in_both_forms() -> None:

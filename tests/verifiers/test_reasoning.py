@@ -6,7 +6,7 @@ import pytest
 
 from cabochon.errors import UserError
 from cabochon.verifiers.reasoning import Puzzles, ReasoningVerifier, puzzle_tasks
-from cabochon.verifiers.reasoning_worker import answer_of, arithmetic, rule_of, same_text
+from cabochon.verifiers.reasoning_worker import answer_of, arithmetic, rule_of, same_text, worked_out
 
 pytest.importorskip("reasoning_gym")
 VERIFIER = ReasoningVerifier()
@@ -147,6 +147,40 @@ def test_where_the_answer_stands() -> None:
 )
 def test_arithmetic_over_given_numbers(text: str, right: bool) -> None:
     assert arithmetic(text, [1, 2, 3], 9)[0] is right
+
+
+@pytest.mark.parametrize(
+    ("oracle", "paid", "unpaid"),
+    [
+        ("-4", ["-4", "− 4", "-4.0", "5 - 9 = -4", "x = -4"], ["5 - 9", "-8/2", "-\\sqrt{16}", "-2^2", "-4 + 0"]),
+        ("3037", ["3,037", "$3037", "3037^\\circ"], ["3036+1", "30,37", "1000\\cdot3 + 37", "\\frac{6074}{2}"]),
+        ("-127.2111", ["-127.2111", "-127.21110"], ["-127.21111", "-127.211", "205.2089 - 838.12 + 505.7"]),
+        ("35/99", ["35/99", "\\frac{35}{99}"], ["1/99 + 34/99", "1 - 64/99"]),
+        ("-2.0 - 4.0i", ["-2-4i", "-4i - 2"], ["(-7.0 + 2.0i) + (5.0 - 6.0i)", "-7 + 5 - 4i"]),
+        ("x**2 - x - 2", ["x^2 - x - 2", "-x + x^2 - 2"], ["(x + 1)*(x - 2)", "(x-2)(x+1)", "x^2 - 2x + x - 2"]),
+    ],
+)
+def test_what_is_still_to_be_worked_out_is_no_answer(oracle: str, paid: list[str], unpaid: list[str]) -> None:
+    from cabochon.verifiers.math_judge import matches, read
+
+    def is_paid(answer: str) -> bool:
+        return worked_out(oracle, read(answer.rpartition("=")[2]).split.core) and matches(oracle, answer)[0]
+
+    assert [answer for answer in paid if not is_paid(answer)] == []
+    assert [answer for answer in unpaid if is_paid(answer)] == []
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "decimal_chain_sum", "products", "complex_arithmetic", "dice"])
+def test_the_question_said_back_is_not_paid(name: str) -> None:
+    import re
+
+    for task in puzzle_tasks(Puzzles(name=name, size=3, seed=4)):
+        question = str(task.prompt).partition("\n\nGive the final")[0]
+        asked = re.sub(r"^.*?: |=\s*$|\. Give only.*", "", question.strip())
+        gold = str(task.payload["answer"])
+        assert VERIFIER.verify(task, f"<answer>{gold}</answer>").score == 1.0
+        for echo in (question, asked, f"{asked} = ", f"{gold} + 0", f"1 * {gold}", f"{gold}1" if "." in gold else ""):
+            assert VERIFIER.verify(task, f"<answer>{echo}</answer>").score == 0.0, echo
 
 
 def test_comparing_texts_settles_most_answers_without_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
