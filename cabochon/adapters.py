@@ -20,7 +20,7 @@ from typing import Any, Literal
 from cabochon.data import Row, read_rows
 from cabochon.errors import UserError
 from cabochon.files import encodable, write_whole
-from cabochon.verifiers.functions import checked_address
+from cabochon.verifiers.addresses import checked_address
 
 Form = Literal["verl", "skyrl", "verifiers"]
 

@@ -81,17 +81,22 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file with this text, durable, or as it was before; its directory is made. Raises MachineError."""
-    temporary = path.with_name(f".{path.name}.partial")
+    """The file with this text, durable, or as it was before; its directory is made. What a link points to is replaced,
+    and a device or a pipe written to. Raises MachineError."""
+    place = path.resolve()
+    temporary = place.with_name(f".{place.name}.partial")
     with writing(path):
+        if place.exists() and not place.is_file() and not place.is_dir():
+            place.write_text(text, encoding="utf-8")
+            return
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
-            sync(path.parent)
+            temporary.replace(place)
+            sync(place.parent)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)

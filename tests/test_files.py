@@ -1,6 +1,7 @@
 """Files and directories that appear whole or not at all."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,19 @@ def test_a_file_appears_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     assert names(path.parent) == ["a.json"]
     with pytest.raises(MachineError, match=r"b\.json: cannot be written: (File exists|Not a directory)$"):
         write_whole(path / "b.json", "")
+
+
+def test_a_file_behind_a_link_is_replaced_and_a_pipe_is_written_to(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "file")
+    write_whole(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "elsewhere" / "file").read_text() == "text"
+    os.mkfifo(tmp_path / "pipe")
+    with os.fdopen(os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)) as reader:
+        write_whole(tmp_path / "pipe", "text")
+        assert reader.read() == "text"
+    assert not (tmp_path / "pipe").is_file()
 
 
 def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path):

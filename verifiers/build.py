@@ -84,9 +84,17 @@ def python_runner(sandbox: Sandbox, limits: Limits | None = None) -> Callable[[s
 
 
 def verifier_for(tasks: Iterable[Task], *, sandbox: SandboxName = "bubblewrap") -> ByTask:
-    """One verifier for all the names these tasks ask for."""
-    names = sorted({task.verifier for task in tasks})
-    return ByTask(routes=tuple((name, verifier_named(name, sandbox=sandbox)) for name in names))
+    """One verifier for all the names these tasks ask for. Raises UserError naming a task whose verifier is none."""
+    first: dict[str, Task] = {}
+    for task in tasks:
+        first.setdefault(task.verifier, task)
+    routes = []
+    for name in sorted(first):
+        try:
+            routes.append((name, verifier_named(name, sandbox=sandbox)))
+        except UserError as error:
+            raise UserError(f"task {first[name].id}: {error}") from None
+    return ByTask(routes=tuple(routes))
 
 
 def probes_for(tasks: Iterable[Task]) -> list[Probe]:

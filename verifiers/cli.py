@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import pathlib
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cabochon.errors import UserError
+from cabochon.files import write_whole
 
 if TYPE_CHECKING:
     from cabochon.types import Task, Verdict
@@ -31,6 +35,8 @@ def verify_command(
     from cabochon.verifiers.build import probes_for, verifier_for
     from cabochon.verifiers.pool import VerifierPool
 
+    if out is not None:
+        _check_out(out, file)
     tasks, texts = _rows(file, column, reward)
     verifier = verifier_for(tasks, sandbox=_sandbox(sandbox))
     probes = [probe for probe in probes_for(tasks) if probe.gold is not None]
@@ -40,11 +46,10 @@ def verify_command(
     )
     with pool:
         verdicts = pool.verify(tasks, texts)
+    print(_table(tasks, verdicts), flush=True)  # before the file: a full disk takes nobody's result away
     if out is not None:
-        with out.open("w", encoding="utf-8") as lines:
-            for task, verdict in zip(tasks, verdicts, strict=True):
-                lines.write(json.dumps(_row(task, verdict)) + "\n")
-    print(_table(tasks, verdicts))
+        rows = (_row(task, verdict) for task, verdict in zip(tasks, verdicts, strict=True))
+        write_whole(out, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     if any(verdict.status == "infra_error" for verdict in verdicts):
         raise typer.Exit(1)
 
@@ -91,30 +96,62 @@ def _sandbox(name: str) -> Literal["bubblewrap", "docker"]:
     raise UserError(f"--sandbox is bubblewrap or docker, got {name!r}")
 
 
+def _check_out(out: pathlib.Path, file: pathlib.Path) -> None:
+    """Before the work. Raises UserError."""
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a directory; expected the name of a file, such as {out / 'verdicts.jsonl'}")
+    if out.exists() and file.exists() and out.samefile(file):
+        raise UserError(f"--out {out}: is the file that is read; choose another name")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {out}: cannot be written there: {above} is not a directory that may be written to")
+
+
 def _rows(file: pathlib.Path, column: str, reward: str | None) -> tuple[list[Task], list[str]]:
     from dataclasses import replace
 
-    from cabochon.verifiers.tasks import read_rows, task_of_row
+    from cabochon.verifiers.tasks import check_payload, read_rows, task_of_row
 
     tasks: list[Task] = []
     texts: list[str] = []
     for where, row in read_rows(file):
-        text = row.pop(column, None)
-        if not isinstance(text, str):
-            raise UserError(f"{where}: column {column!r} must hold the completion as text; the row has {sorted(row)}")
+        if column not in row:
+            raise UserError(f"{where}: no column {column!r} with the completion; the row has {sorted(row)}")
+        texts.append(_completion(where, column, row.pop(column)))
         task = task_of_row(where, row, f"{file.stem}/{len(tasks)}", reward)
         tasks.append(replace(task, verifier=reward) if reward else task)
-        texts.append(text)
+        check_payload(where, tasks[-1])
     if not tasks:
         raise UserError(f"{file}: holds no rows")
     return tasks, texts
 
 
+def _completion(where: str, column: str, value: Any) -> str:
+    """A completion as text, or the one message of an assistant that TRL has in its place. Raises UserError."""
+    match value:
+        case str() | [{"role": "assistant", "content": str()}]:
+            return value if isinstance(value, str) else str(value[0]["content"])
+    shown = json.dumps(value)[:60]
+    raise UserError(f"{where}: column {column!r} must be a text or a list with one assistant's message, got {shown}")
+
+
 def _row(task: Task, verdict: Verdict) -> dict[str, object]:
     return {
         "id": task.id, "verifier": task.verifier, "score": verdict.score, "status": verdict.status,
-        "detail": verdict.detail, "evidence": verdict.evidence, "seconds": round(verdict.seconds, 6),
+        "detail": verdict.detail, "evidence": _plain(verdict.evidence), "seconds": round(verdict.seconds, 6),
     }
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that are not finite as text: JSON has none."""
+    match value:
+        case float() if not math.isfinite(value):
+            return repr(value)
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case Mapping():
+            return {str(name): _plain(item) for name, item in value.items()}
+    return value
 
 
 def _table(tasks: list[Task], verdicts: list[Verdict]) -> str:

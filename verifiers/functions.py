@@ -2,25 +2,26 @@
 those of a verifiers (v0) rubric.
 
 A function is addressed as `module:function`, `path.py:function` or `trl.rewards:name`. It runs in a killable worker
-with a clean environment: one that hangs, crashes or eats memory costs its item, and one that raises gives an
-`infra_error` (no score) rather than a silent zero. It sees one completion at a time; `task.payload` gives its
-columns.
+with a clean environment: one that hangs, crashes, eats memory or raises costs its item, which then has no score
+(`infra_error`), since nobody can tell whether the model or the function is to blame. It sees one completion at a time;
+`task.payload` gives its columns.
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
-import importlib.util
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cabochon.errors import UserError
 from cabochon.types import Task, Verdict
+from cabochon.verifiers.addresses import checked_address
 from cabochon.verifiers.base import infra_error, verdict_of_outcome
 from cabochon.verifiers.workers import WorkerConfig, shared_pool
+
+TRL_NAMES = frozenset(["prompts", "completions", "log_extra", "log_metric"])
+RUBRIC_NAMES = frozenset(["prompt", "completion", "state"])
+"""what functions are given besides a row's columns"""
 
 _FIXED = ("cabochon.verifiers.functions_worker",)
 
@@ -49,9 +50,11 @@ class _AtAddress:
             {"address": self.address, **arguments},
             deadline=self.deadline, on_stall="fail",
         )
-        if outcome.status != "done":
+        if outcome.status == "done":
+            return _scaled(self.address, outcome.value, self.low, self.high, outcome.seconds)
+        if outcome.status == "infra_error":
             return verdict_of_outcome(outcome)
-        return _scaled(self.address, outcome.value, self.low, self.high, outcome.seconds)
+        return infra_error(f"{self.address} ended in {outcome.status}: {outcome.detail}", outcome.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +75,19 @@ class FunctionVerifier(_AtAddress):
         plain = isinstance(task.prompt, str)
         chat = not plain if self.chat is None else self.chat
         prompt: Any = [{"role": "user", "content": task.prompt}] if plain and chat else task.prompt
-        return self._called(
+        verdict = self._called(
             "trl",
             {
                 "factory": None if self.arguments is None else dict(self.arguments),
                 "prompt": prompt if isinstance(prompt, str) else [dict(message) for message in prompt],
                 "completion": [{"role": "assistant", "content": text}] if chat else text,
-                "columns": dict(task.payload),
+                "columns": {"id": task.id, "domain": task.domain, **_unlike(task, TRL_NAMES)},
             },
         )
+        if not chat and verdict.detail.startswith("TypeError: string ind"):
+            hint = f"{verdict.detail}; does it read messages? It gets them where `prompt` is a list of messages"
+            return replace(verdict, detail=hint)
+        return verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,71 +121,22 @@ class RubricVerifier(_AtAddress):
             {
                 "prompt": prompt,
                 "completion": [{"role": "assistant", "content": text}],
-                "columns": {"answer": "", "info": {}, "task": task.domain, **task.payload},
+                "columns": {"answer": "", "info": {}, "task": task.domain, **_unlike(task, RUBRIC_NAMES)},
             },
         )
 
 
-def checked_address(address: str) -> str:
-    """The address with its file made absolute. Raises UserError where it is not one."""
-    place, mark, name = address.rpartition(":")
-    if not mark or not place or not name.isidentifier():
-        raise UserError(f'{address!r}: a reward function is "module:function" or "path.py:function"')
-    if not place.endswith(".py"):
-        _refuse_file_as_module(place, name)
-        return address
-    place = os.path.abspath(os.path.expanduser(place))
-    if not os.path.isfile(place):
-        raise UserError(f"{place}: no such file (reward function {name!r})")
-    defined = names_defined(place)
-    if defined is not None and name not in defined:
-        raise UserError(f"{place}: defines no {name!r}{_nearest(name, defined)}")
-    return f"{place}:{name}"
-
-
-def _refuse_file_as_module(place: str, name: str) -> None:
-    """A worker starts elsewhere and with a clean path: a file of the current directory is no module to it."""
-    file = place.replace(".", "/") + ".py"
-    if os.path.isfile(file) and importlib.util.find_spec(place.partition(".")[0]) is None:
-        raise UserError(f'{place}:{name}: no module {place!r} is installed; for the file here write "{file}:{name}"')
-
-
-def names_defined(file: str) -> list[str] | None:
-    """What a Python file binds at its top level, read and not run; None where only running it tells.
-
-    Raises UserError for a file that is no Python.
-    """
-    try:
-        with open(file, "rb") as source:
-            body = ast.parse(source.read(), file).body
-    except (SyntaxError, ValueError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as Python: {error}") from None
-    names: list[str] = []
-    for node in body:
-        match node:
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                names.append(name)
-            case ast.Assign(targets=targets) if all(isinstance(t, ast.Name) for t in targets):
-                names += [t.id for t in targets if isinstance(t, ast.Name)]
-            case ast.AnnAssign(target=ast.Name(id=name)):
-                names.append(name)
-            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases) if all(a.name != "*" for a in aliases):
-                names += [alias.asname or alias.name.partition(".")[0] for alias in aliases]
-            case ast.Expr(value=ast.Constant()):
-                pass
-            case _:  # a call, an `if`, a loop, unpacked or starred: anything may be bound
-                return None
-    return names
-
-
-def _nearest(name: str, defined: list[str]) -> str:
-    near = difflib.get_close_matches(name, defined, n=1, cutoff=0.0)
-    return f"; the nearest name in it is {near[0]!r}" if near else "; it defines nothing"
+def _unlike(task: Task, taken: frozenset[str]) -> dict[str, Any]:
+    """The payload. Raises ValueError where one of its columns would stand in for what the model wrote."""
+    if clash := sorted(taken & set(task.payload)):
+        raise ValueError(f"task {task.id}: a column may not be called {clash[0]!r}: functions are given that by us")
+    return dict(task.payload)
 
 
 def _workers(address: str, memory_mib: int, keep_environment: tuple[str, ...]) -> WorkerConfig:
-    module = address.rpartition(":")[0]
-    preload = _FIXED if module.endswith(".py") else (*_FIXED, module)
+    """Workers that have the function's module or file imported: that takes none of an item's time."""
+    place = address.rpartition(":")[0]
+    preload = (*_FIXED, f"{_FIXED[0]}:warm_file {place}" if place.endswith(".py") else place)
     return WorkerConfig(preload=preload, memory_mib=memory_mib, keep_environment=keep_environment)
 
 
@@ -186,13 +144,12 @@ def _scaled(address: str, value: Mapping[str, Any], low: float, high: float, sec
     reward, extra = value["value"], value["extra"]
     if reward is None:
         return Verdict(score=None, status="ok", detail=f"{address} abstains", evidence=extra, seconds=seconds)
-    if not low <= reward <= high:
-        return infra_error(
-            f"{address} returned {reward:g}, outside [{low:g}, {high:g}]: let it return what lies in there", seconds,
-            reward=reward, **extra,
-        )
-    score = (reward - low) / (high - low)
+    slack = 1e-6 * (high - low)  # what float32 makes of an end of the range
+    if not low - slack <= reward <= high + slack:
+        detail = f"{address} returned {reward:.9g}, outside [{low:g}, {high:g}]: let it return what lies in there"
+        return replace(infra_error(detail, seconds), evidence={**extra, "reward": reward})
+    score = min(max((reward - low) / (high - low), 0.0), 1.0)
     return Verdict(
         score=score, status="ok" if score == 1.0 else "wrong", detail=f"reward {reward:g}",
-        evidence={"reward": reward, **extra}, seconds=seconds,
+        evidence={**extra, "reward": reward}, seconds=seconds,
     )

@@ -42,7 +42,7 @@ def final_part(text: str, rules: Extraction) -> str:
         return said if again and said.strip() else after  # thoughts that begin anew after the answer
     if text.count(rules.think_close) > 1:  # and that end where the text does
         said, *more = text.split(rules.think_close)[1:]
-        said = "".join(part.partition(open_tag)[0] for part in (said, *more))
+        said = "\n".join(part.partition(open_tag)[0] for part in (said, *more))
         if said.strip():
             return said
     if rules.require_final_part and (mark or open_tag in text):

@@ -19,6 +19,8 @@ from typing import Any
 
 from cabochon.errors import UserError
 from cabochon.types import Prompt, Task
+from cabochon.verifiers.instructions import constraints
+from cabochon.verifiers.math import gold_answers
 from cabochon.verifiers.math_boxes import last_box
 
 LINE_LIMIT = 64 << 20
@@ -44,8 +46,10 @@ class Columns:
 def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """`FILE:LINE` and object of each line. Raises UserError naming both for one that is not a JSON object."""
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such file")
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; expected a file of JSON lines")
     if path.suffix in (".csv", ".tsv", ".parquet", ".xlsx"):
         raise UserError(f"{path}: expected JSON lines, one object a line; pandas writes them from such a file: "
                         "frame.to_json('tasks.jsonl', orient='records', lines=True)")
@@ -59,7 +63,10 @@ def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 row = json.loads(raw)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: not JSON: {str(error)[:200]}") from error
+                hint = ""
+                if raw.strip() in (b"[", b"{", b"[{"):
+                    hint = "; a line holds one whole object (jq -c '.[]' makes such lines of an array)"
+                raise UserError(f"{where}: not JSON: {str(error)[:200]}{hint}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}; each line holds one")
             yield where, row
@@ -81,6 +88,7 @@ def read_tasks(
         if task.domain == "default":
             task = Task(id=task.id, prompt=task.prompt, verifier=task.verifier, payload=task.payload,
                         domain=domain or path.stem)
+        check_payload(where, task)
         if task.id in seen:
             raise UserError(f"{where}: the id {task.id!r} was used at {seen[task.id]}")
         seen[task.id] = where
@@ -129,8 +137,8 @@ def task_of_row(where: str, row: Mapping[str, Any], name: str, verifier: str | N
         payload = row.get("payload", {k: v for k, v in row.items() if k not in OWN})
         if not isinstance(payload, dict):
             raise UserError(f"{where}: column 'payload' must be an object, got {type(payload).__name__}")
-        return Task(id=str(row.get("id", name)), prompt=_prompt(where, row["prompt"], "prompt"), payload=payload,
-                    verifier=_text(where, row, "verifier"), domain=str(row.get("domain", "default")))
+        return Task(id=_named(row, "id", name), prompt=_prompt(where, row["prompt"], "prompt"), payload=payload,
+                    verifier=_text(where, row, "verifier"), domain=_named(row, "domain", "default"))
     if {"question", "answer"} <= set(row):
         return Task(id=name, prompt=_text(where, row, "question"), verifier="math",
                     payload={"answer": _after_hashes(where, _text(where, row, "answer"))})
@@ -142,7 +150,7 @@ def task_of_row(where: str, row: Mapping[str, Any], name: str, verifier: str | N
         prompt = _text(where, row, "prompt")
         payload = {"prompt": prompt, "test": _text(where, row, "test"), "entry_point": _text(where, row, "entry_point"),
                    "reference": prompt + str(row.get("canonical_solution", ""))}
-        return Task(id=str(row.get("task_id", name)), prompt=prompt, verifier="code", payload=payload)
+        return Task(id=_named(row, "task_id", name), prompt=prompt, verifier="code", payload=payload)
     if "prompt" in row:
         raise UserError(f"{where}: no column 'verifier', which says who judges the answer; the row has {sorted(row)}")
     if "verifier" in row:
@@ -151,6 +159,24 @@ def task_of_row(where: str, row: Mapping[str, Any], name: str, verifier: str | N
         f"{where}: not a task: expected `prompt`, `verifier` and what that needs in `payload`, or a GSM8K, MATH, MBPP "
         f"or HumanEval row; this one has the columns {sorted(row)}"
     )
+
+
+def _named(row: Mapping[str, Any], column: str, otherwise: str) -> str:
+    """A column's value as text; a null is as none."""
+    value = row.get(column)
+    return otherwise if value is None else str(value)
+
+
+def check_payload(where: str, task: Task) -> None:
+    """What can be told without judging. Raises UserError."""
+    try:
+        match task.verifier:
+            case "math":
+                gold_answers(task)
+            case "instructions":
+                constraints(task)
+    except ValueError as error:
+        raise UserError(f"{where}: {str(error).removeprefix(f'task {task.id}: ')}") from None
 
 
 def _after_hashes(where: str, answer: str) -> str:
@@ -164,15 +190,18 @@ def _after_hashes(where: str, answer: str) -> str:
 
 
 def _math(where: str, row: Mapping[str, Any], name: str) -> Task:
-    if isinstance(row.get("answer"), str) and row["answer"].strip():
-        gold = row["answer"].strip()
+    answer = row.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        gold = str(answer)
+    elif isinstance(answer, str) and answer.strip():
+        gold = answer.strip()
     else:
         box = last_box(_text(where, row, "solution"))
         if box is None or not box.answer:
             raise UserError(f"{where}: the MATH solution has no \\boxed answer and the row no 'answer'")
         gold = box.answer
     domain = str(row.get("subject") or row.get("type") or "default")
-    return Task(id=str(row.get("unique_id", name)), prompt=_text(where, row, "problem"), verifier="math",
+    return Task(id=_named(row, "unique_id", name), prompt=_text(where, row, "problem"), verifier="math",
                 payload={"answer": gold}, domain=domain)
 
 
@@ -181,9 +210,10 @@ def _mbpp(where: str, row: Mapping[str, Any], name: str) -> Task:
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise UserError(f"{where}: column 'test_list' must be a list of assert lines")
     words = _text(where, row, "text" if "text" in row else "prompt")
-    setup = row.get("test_setup_code") or "\n".join(row.get("test_imports", []))
+    imports = row.get("test_imports") or []
+    setup = row.get("test_setup_code") or (imports if isinstance(imports, str) else "\n".join(map(str, imports)))
     prompt = f"{words.strip()}\nYour code should pass this test:\n{tests[0]}"
-    identity = f"mbpp/{row['task_id']}" if "task_id" in row else name
+    identity = name if row.get("task_id") is None else f"mbpp/{row['task_id']}"
     return Task(id=identity, prompt=prompt, verifier="code",
                 payload={"test_list": tests, "test_setup_code": setup, "reference": str(row.get("code", ""))})
 

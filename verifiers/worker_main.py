@@ -171,7 +171,7 @@ def _reap(pid: int, patience: float = 10.0) -> int:
 
 
 def zygote(control_fd: int, preload: list[str], memory_bytes: int) -> None:
-    """Import `preload` (and call what has a colon in it), then obey the owner.
+    """Import `preload` (and call what has a colon in it, with the text behind a space), then obey the owner.
 
     `F` with a socket forks a worker on it, `R` and a pid reaps one.
     """
@@ -179,7 +179,8 @@ def zygote(control_fd: int, preload: list[str], memory_bytes: int) -> None:
     owner = os.getppid()
     for target in preload:
         if ":" in target:
-            resolve(target)()
+            function, *text = target.split(" ", 1)
+            resolve(function)(*text)
         else:
             importlib.import_module(target)
     gc.collect()

@@ -81,7 +81,8 @@ class WorkerConfig:
     memory_mib: int = 2048
     """cap on the address space of one worker"""
     preload: tuple[str, ...] = ()
-    """modules the zygote imports before it forks, and functions ("module:function") it calls to warm them up"""
+    """modules the zygote imports before it forks, and functions it calls to warm them up ("module:function", where
+    need be with a text for it behind a space)"""
     keep_environment: tuple[str, ...] = ()
     """names passed on from the environment; everything else is withheld, so that no secret is in reach"""
     start_seconds: float = 120.0

@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from cabochon.errors import UserError
+from cabochon.errors import MachineError, UserError
 from cabochon.verifiers.cli import reward_test_command, verify_command
 
 APP = typer.Typer()
@@ -61,10 +61,74 @@ def test_verify_tells_what_is_wrong_with_a_row(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "rows.jsonl", [ROWS[0], {"question": "Q", "answer": "#### 1"}])
     done = RUN.invoke(APP, ["verify", path])
     assert isinstance(done.exception, UserError)
-    assert str(done.exception).startswith(f"{path}:2: column 'completion'")
-    unknown = write(tmp_path / "unknown.jsonl", [{"prompt": "p", "verifier": "maths", "completion": "x"}])
+    assert str(done.exception).startswith(f"{path}:2: no column 'completion' with the completion; the row has")
+    unknown = write(tmp_path / "unknown.jsonl", [ROWS[0], {"prompt": "p", "verifier": "maths", "completion": "x"}])
     done = RUN.invoke(APP, ["verify", unknown])
+    assert str(done.exception).startswith("task unknown/1: no verifier is called 'maths'")
     assert "nearest is 'math'" in str(done.exception)
+    null = write(tmp_path / "null.jsonl", [{**ROWS[0], "completion": None}])
+    done = RUN.invoke(APP, ["verify", null])
+    assert str(done.exception).endswith("must be a text or a list with one assistant's message, got null")
+    no_gold = write(tmp_path / "gold.jsonl", [{"prompt": "p", "verifier": "math", "completion": "x"}])
+    done = RUN.invoke(APP, ["verify", no_gold])
+    assert str(done.exception) == f'{no_gold}:1: payload["answer"] must be a gold answer, got None'
+
+
+def test_verify_reads_a_completion_that_is_a_message(tmp_path: pathlib.Path) -> None:
+    said = [{"role": "assistant", "content": "\\boxed{2}"}]
+    done = RUN.invoke(APP, ["verify", write(tmp_path / "rows.jsonl", [{**ROWS[0], "completion": said}])])
+    assert done.output.splitlines()[1].split()[:4] == ["math", "1", "1", "1.0000"]
+
+
+def test_where_the_verdicts_cannot_go_is_said_before_anything_is_judged(tmp_path: pathlib.Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", ROWS)
+    before = pathlib.Path(rows).read_text()
+    (tmp_path / "link.jsonl").symlink_to(rows)
+    for out, says in (
+        (str(tmp_path), "is a directory; expected the name of a file, such as"),
+        (rows, "is the file that is read; choose another name"),
+        (str(tmp_path / "link.jsonl"), "is the file that is read; choose another name"),
+        (f"{rows}/x/out.jsonl", "rows.jsonl is not a directory that may be written to"),
+    ):
+        done = RUN.invoke(APP, ["verify", rows, "--out", out])
+        assert isinstance(done.exception, UserError)
+        assert says in str(done.exception)
+        assert "verifier" not in done.output
+    assert pathlib.Path(rows).read_text() == before
+
+
+def test_a_full_disk_leaves_the_table_and_the_file_as_it_was(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "out.jsonl"
+    out.write_text("an earlier run\n")
+    rows = write(tmp_path / "rows.jsonl", ROWS)
+    monkeypatch.setattr("cabochon.files.os.fsync", full)
+    done = RUN.invoke(APP, ["verify", rows, "--out", str(out)])
+    assert isinstance(done.exception, MachineError)
+    assert str(done.exception) == f"{out}: cannot be written: No space left on device"
+    assert "no_answer 1, ok 1, wrong 1" in done.output
+    assert out.read_text() == "an earlier run\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
+
+
+def test_verdict_rows_are_json_whatever_a_reward_says(tmp_path: pathlib.Path) -> None:
+    reward = tmp_path / "own.py"
+    reward.write_text(
+        "def score(completions, log_metric, **kwargs):\n    log_metric('loss', float('inf'))\n    return [1.0]\n"
+    )
+    out = tmp_path / "made" / "out.jsonl"
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "x"}])
+    done = RUN.invoke(APP, ["verify", rows, "--reward", f"{reward}:score", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    assert json.loads(out.read_text(), parse_constant=refuse)["evidence"] == {"loss": "inf", "reward": 1.0}
 
 
 @pytest.mark.parametrize("name", ["math", "instructions", "thinking"])

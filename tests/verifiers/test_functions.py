@@ -33,6 +33,14 @@ def wants_tokens(completion_ids, **kwargs): return [1.0]
 def raises(completions, **kwargs): raise ConnectionError("judge is down")
 def spins(completions, **kwargs):
     while True: pass
+def eats(completions, **kwargs): return [float(len(b"x" * (4 << 30)))]
+def faults(completions, **kwargs): os.kill(os.getpid(), 11)
+def recurses(completions, **kwargs): return recurses(completions)
+def third(completions, x): return x
+def which(completions, id, domain, log_extra, log_metric):
+    log_extra("seen", [f"{i} {d}" for i, d in zip(id, domain)])
+    log_metric("length", len(completions[0]))
+    return [1.0]
 def secret(completions, **kwargs): return [float("JUDGE_KEY" in os.environ)]
 def factory(bonus):
     def reward(completions, **kwargs): return [bonus]
@@ -40,7 +48,7 @@ def factory(bonus):
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     index = (extra_info or {}).get("index")
-    return {"score": float(ground_truth in solution_str), "source": data_source, "index": index}
+    return {"score": float(ground_truth in solution_str), "source": data_source, "index": index, "loss": float("nan")}
 def plain_score(data_source, solution_str, ground_truth, extra_info=None):
     return solution_str == ground_truth
 """
@@ -108,8 +116,23 @@ def test_a_function_that_fails_is_an_infra_error_not_a_zero(rewards: str, name: 
     assert "functions_worker" not in found.detail, "the author of a reward looks for the mistake in their own file"
 
 
-def test_a_module_without_the_function_is_an_infra_error() -> None:
-    found = FunctionVerifier(address="json:no_such").verify(task(), "x")
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("json:laods", "json: defines no 'laods'; the nearest name in it is 'loads'"),
+        ("json.decodr:loads", "no module 'json.decodr' is installed$"),
+        ("jsn.decoder:loads", "no module 'jsn' is installed$"),
+    ],
+)
+def test_an_address_in_a_module_is_looked_up_before_anything_is_judged(address: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        FunctionVerifier(address=address)
+    for known in ("json:loads", "json.decoder:JSONDecoder", "math:sqrt", "os.path:join"):
+        FunctionVerifier(address=known)
+
+
+def test_a_name_that_only_running_a_module_tells_is_an_infra_error() -> None:
+    found = FunctionVerifier(address="os:no_such").verify(task(), "x")
     assert (found.score, found.status) == (None, "infra_error")
     assert "no_such" in found.detail
 
@@ -117,8 +140,64 @@ def test_a_module_without_the_function_is_an_infra_error() -> None:
 def test_a_function_that_hangs_is_killed(rewards: str) -> None:
     start = time.monotonic()
     found = FunctionVerifier(address=f"{rewards}:spins", deadline=0.5).verify(task(), "x")
-    assert found.status == "timeout"
+    assert (found.score, found.status) == (None, "infra_error"), "whose fault it is nobody knows"
+    assert "spins ended in timeout: no verdict within 0.5 s" in found.detail
     assert time.monotonic() - start < 6
+
+
+@pytest.mark.parametrize(("name", "ends"), [("eats", "oom"), ("faults", "crash"), ("recurses", "recursion")])
+def test_memory_faults_and_recursion_are_no_zero(rewards: str, name: str, ends: str) -> None:
+    found = FunctionVerifier(address=f"{rewards}:{name}", memory_mib=512).verify(task(), "x")
+    assert (found.score, found.status) == (None, "infra_error")
+    assert f"{name} ended in {ends}: " in found.detail
+
+
+def test_a_file_s_neighbours_and_its_slow_start(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "neighbour_of_mine.py").write_text("import time\ntime.sleep(1.5)\nPAID = 0.5\n")
+    (tmp_path / "json.py").write_text("raise RuntimeError('not the json of the library')\n")
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import json\nfrom neighbour_of_mine import PAID\ndef score(completions): return [PAID]\n"
+    )
+    found = FunctionVerifier(address=f"{path}:score", deadline=1.0).verify(task(), "x")
+    assert (found.score, found.detail) == (0.5, "reward 0.5"), "what a file imports takes none of an item's time"
+
+
+def test_what_a_file_raises_is_told_at_each_call(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("import no_such_neighbour\ndef score(completions): return [1.0]\n")
+    verifier = FunctionVerifier(address=f"{path}:score")
+    for _ in range(2):
+        found = verifier.verify(task(), "x")
+        assert (found.status, found.detail) == (
+            "infra_error", "ModuleNotFoundError: No module named 'no_such_neighbour' (mine.py:1)"
+        )
+
+
+def test_the_row_s_id_and_domain_are_columns(rewards: str) -> None:
+    found = FunctionVerifier(address=f"{rewards}:which").verify(task(), "x")
+    assert (found.score, found.evidence["seen"], found.evidence["length"]) == (1.0, "f/0 default", 1)
+    assert FunctionVerifier(address=f"{rewards}:which").verify(task(id="own"), "x").evidence["seen"] == "own default"
+
+
+@pytest.mark.parametrize("column", ["completions", "prompts", "log_extra"])
+def test_a_column_does_not_stand_in_for_what_the_model_wrote(rewards: str, column: str) -> None:
+    with pytest.raises(ValueError, match=f"f/0: a column may not be called '{column}'"):
+        FunctionVerifier(address=f"{rewards}:length").verify(task(**{column: "long enough"}), "no")
+
+
+def test_a_function_that_wants_messages_says_how_to_get_them(rewards: str) -> None:
+    found = FunctionVerifier(address=f"{rewards}:chat").verify(task(solution="42"), "42")
+    assert found.status == "infra_error"
+    assert found.detail.endswith("It gets them where `prompt` is a list of messages")
+    assert "string ind" in found.detail
+
+
+def test_the_ends_of_a_range_as_float32_has_them(rewards: str) -> None:
+    assert FunctionVerifier(address=f"{rewards}:third").verify(task(x=1.0000001), "x").score == 1.0
+    assert FunctionVerifier(address=f"{rewards}:third").verify(task(x=-1e-7), "x").score == 0.0
+    found = FunctionVerifier(address=f"{rewards}:third").verify(task(x=1.00001), "x")
+    assert "returned 1.00001, outside [0, 1]" in found.detail
 
 
 def test_the_environment_is_withheld_unless_named(rewards: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +230,7 @@ def test_verls_compute_score(rewards: str) -> None:
     verifier = VerlVerifier(address=f"{rewards}:compute_score")
     found = verifier.verify(task(data_source="gsm8k", ground_truth="72", extra_info={"index": 3}), "#### 72")
     assert (found.score, found.evidence["source"], found.evidence["index"]) == (1.0, "gsm8k", 3)
+    assert found.evidence["loss"] == "nan", "JSON has no NaN"
     assert VerlVerifier(address=f"{rewards}:plain_score").verify(task(ground_truth="a"), "a").score == 1.0
     with pytest.raises(ValueError, match="ground_truth"):
         verifier.verify(task(), "x")
@@ -174,8 +254,8 @@ def test_a_file_of_this_directory_is_no_module(tmp_path: pathlib.Path, monkeypat
     for name in ("stars.py", "mine/stars.py", "json.py"):
         (tmp_path / name).write_text("def score(completions): return [1.0]\n")
     monkeypatch.chdir(tmp_path)
-    for module, file in {"stars": "stars.py", "mine.stars": "mine/stars.py"}.items():
-        with pytest.raises(UserError, match=f'no module {module!r} is installed; .* write "{file}:score"'):
+    for module, top, file in (("stars", "stars", "stars.py"), ("mine.stars", "mine", "mine/stars.py")):
+        with pytest.raises(UserError, match=f'no module {top!r} is installed; .* write "{file}:score"'):
             FunctionVerifier(address=f"{module}:score")
     FunctionVerifier(address="json:loads")
 

@@ -76,6 +76,36 @@ def test_a_row_without_payload_has_its_other_columns_for_one_as_in_trl(tmp_path:
     assert read_tasks(known, verifier="mine.py:f")[0].verifier == "code", "known shapes stay"
 
 
+def test_columns_as_tables_write_them(tmp_path: pathlib.Path) -> None:
+    rows = [
+        {"id": None, "domain": None, "prompt": "p", "verifier": "thinking"},
+        {"problem": "P", "solution": "so \\boxed{5}", "answer": 4, "unique_id": None},
+        {"problem": "P2", "solution": "so \\boxed{5}", "answer": None},
+        {**MBPP, "task_id": None, "test_setup_code": None, "test_imports": None},
+        {**MBPP, "task_id": 8, "test_imports": "import math"},
+        {**MBPP, "task_id": 9, "test_imports": ["import math", "import re"]},
+        {**HUMANEVAL, "task_id": None},
+    ]
+    found = read_tasks(write(tmp_path / "t.jsonl", *rows))
+    assert [task.id for task in found] == ["t/0", "t/1", "t/2", "t/3", "mbpp/8", "mbpp/9", "t/6"]
+    assert found[0].domain == "t"
+    assert [task.payload["answer"] for task in found[1:3]] == ["4", "5"]
+    assert [task.payload["test_setup_code"] for task in found[3:6]] == ["", "import math", "import math\nimport re"]
+
+
+def test_a_pipe_is_read_and_a_directory_is_not(tmp_path: pathlib.Path) -> None:
+    import os
+    import threading
+
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(json.dumps(GSM8K),))
+    writer.start()
+    assert [task.id for task in read_tasks(tmp_path / "pipe")] == ["pipe/0"]
+    writer.join()
+    with pytest.raises(UserError, match="is a directory; expected a file of JSON lines"):
+        read_tasks(tmp_path)
+
+
 def test_a_column_map(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "x.jsonl", {"q": "What?", "a": 5, "k": "id-1", "topic": "t"})
     columns = Columns(prompt="q", verifier="math", payload={"answer": "a"}, id="k", domain="topic")
@@ -97,6 +127,13 @@ def test_a_column_map(tmp_path: pathlib.Path) -> None:
         ({"prompt": 3, "verifier": "math"}, "list of messages"),
         ({"prompt": "p", "verifier": "m", "payload": 3}, "payload"),
         ("[" * 100_000, "not JSON"),
+        ("[", "a line holds one whole object (jq -c '.[]' makes such lines of an array)"),
+        ({"prompt": "p", "verifier": "math", "payload": {}}, 'payload["answer"] must be a gold answer, got None'),
+        ({"prompt": "p", "verifier": "instructions"}, 'payload needs "constraints"'),
+        (
+            {"prompt": "p", "verifier": "instructions", "constraints": [{"kind": "length:words", "max": 3}]},
+            "constraint length:words takes no 'max'; the nearest is 'maximum'",
+        ),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: pathlib.Path, row: object, says: str) -> None:
