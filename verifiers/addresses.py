@@ -71,6 +71,8 @@ def names_defined(file: str) -> list[str] | None:
     names: list[str] = []
     for node in body:
         match node:
+            case ast.FunctionDef(name="__getattr__"):
+                return None
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 names.append(name)
             case ast.Assign(targets=targets) if all(isinstance(t, ast.Name) for t in targets):

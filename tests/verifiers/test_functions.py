@@ -280,7 +280,7 @@ def test_a_function_that_its_file_does_not_define(tmp_path: pathlib.Path, text: 
     [
         "from math import fsum as score", "score = lambda completions: [1.0]", "score: object = print",
         "if True:\n    def score(completions): return [1.0]", "from os.path import *", "score, other = 1, 2",
-        "globals().update(score=print)",
+        "globals().update(score=print)", "def __getattr__(name): return print",
     ],
 )
 def test_a_function_that_may_be_there_is_left_to_its_first_call(tmp_path: pathlib.Path, text: str) -> None:
