@@ -15,6 +15,7 @@ _WORD = re.compile(r"[a-z]{3,}")
 _IN_DIGITS = re.compile(r"\d{1,4}(?:-\d{1,4}){1,2}|\d{1,2}/\d{1,2}/\d{2,4}")
 """A date, a score, a range of pages, a telephone number."""
 _ARROW = re.compile(r"\\(?:vec|overrightarrow)\s?\{\s?([A-Z]{2})\s?\}")
+_CONGRUENT = re.compile(r"(?:[a-z]\s?\\equiv\s?)?(-?\d{1,18})\s?\\pmod\s?\{([1-9]\d{0,17})\}")
 _OF_NUMBER = r"\b{}\s?(?:\\left)?\(\s?(-?[\d./]+)\s?(?:\\right)?\)"
 
 
@@ -36,6 +37,13 @@ def as_written(gold: str, answer: str, prompt: str) -> tuple[bool, str] | None:
     word = answer.strip().casefold()
     if _WORD.fullmatch(name) and _WORD.fullmatch(word):  # dog is no product
         return word == name or same_words(name, word), "compared letter by letter"
+    if (given := _CONGRUENT.fullmatch(answer)) is not None:
+        residue, modulus = int(given[1]), int(given[2])
+        if (wanted := _CONGRUENT.fullmatch(gold)) is not None:
+            same = modulus == int(wanted[2]) and (residue - int(wanted[1])) % modulus == 0
+            return same, "compared as classes"
+        if re.fullmatch(r"\d{1,18}", gold) and re.search(rf"(?<!\d){modulus}(?!\d)", prompt):
+            return residue == int(gold), "compared as remainders"
     if (arrow := _ARROW.fullmatch(gold)) is not None and (other := _ARROW.fullmatch(answer)) is not None:
         return arrow[1] == other[1], "compared letter by letter"
     if (value := re.match(_OF_NUMBER.format("([A-Za-z])") + r"\s?=", answer)) is not None:
@@ -71,10 +79,11 @@ def restates(gold: str, answer: str, prompt: str) -> bool:
         return False
     if len(bare[1]) > 1 and _WORK.search(split_unit(answer).core) is not None and bare[1] in question:
         return True
-    wanted, said = (_QUANTITY.match(side.replace(",", "")) for side in bare)
+    wanted, said = (_QUANTITY.match(re.sub(r"(\.\d*?)0+(?!\d)|,", r"\1", side).rstrip(".")) for side in bare)
     if said is None or (wanted is not None and wanted[1] == said[1]) or not _ASKS_FORM.search(prompt):
         return False
-    return re.search(rf"(?<![\d.]){re.escape(said[1])}(?!\.?\d)", question.replace(",", "")) is not None
+    zeros = "0*" if "." in said[1] else r"(?:\.0+)?"
+    return re.search(rf"(?<![\d.]){re.escape(said[1])}{zeros}(?!\.?\d)", question.replace(",", "")) is not None
 
 
 def _unbound(text: str) -> str:

@@ -68,8 +68,13 @@ _DENIED = re.compile(
     re.IGNORECASE,
 )
 _TAKEN_BACK = re.compile(
-    r"\s?(?:\$|\\\))?\s{1,3}(?:(?:is|was|would be|seems)\s(?:wrong|incorrect|false|not (?:right|correct|the answer)"
-    r"|too (?:big|small|large|little|high|low|many|few|much))|(?:cannot|can't|can not) be (?:right|correct|true|it)"
+    r"\s?(?:\$|\\\))?[.!]?\s{1,3}(?:(?:[Ww]ait|[Hh]owever|[Bb]ut|[Aa]ctually|[Hh]mm|[Oo]ops|[Ss]orry)[,.!]?\s)?"
+    r"(?:[Tt]hat|[Tt]his|[Ii]t)(?:(?:'s|\s(?:is|was|seems))\s(?:wrong|incorrect|impossible|extraneous"
+    r"|not (?:right|correct|possible|the answer))"
+    r"|\s(?:does not|doesn't|cannot|can't)\s(?:satisfy|work|hold|fit|make sense|be (?:right|correct)))\b|"
+    r"\s?(?:\$|\\\))?\s{1,3}(?:(?:is|was|would be|seems)\s(?:(?:an? )?(?:[a-z]{3,9} )?(?:wrong|incorrect|false"
+    r"|extraneous)|not (?:right|correct|the answer)|too (?:big|small|large|little|high|low|many|few|much))"
+    r"|(?:cannot|can't|can not) be (?:right|correct|true|it)"
     r"|(?:is|was)n't\s(?:right|correct|true|it|the answer)|(?:does not|doesn't|won't|fails to) (?:work|hold|fit))\b"
     r"|\s?(?:\$|\\\))?\s?\?\s{1,3}(?:No|Not|Wrong|That (?:can't|cannot|isn't))\b"
 )
@@ -78,7 +83,9 @@ _BETWEEN = re.compile(r"\\(?:text\s?\{|q?quad|[()\[\],;:! ])|[\s${}*()\\]")
 _JOINTS = re.compile(
     r"(?P<or>,?(?:and/)?or(?:maybe|perhaps|possibly|even)?(?:[a-z](?:_\d)?=)?"
     r"|,?(?:maybe|perhaps|possibly|alternatively)|/|\||lor|vee|vs\.?|versus"
-    r"|[.,;]?(?:option|candidate|guess|possibility)[\da-z][.:]?)|,?and|[,;]"
+    r"|[.,;]?(?:option|candidate|guess|possibility)[\da-z][.:]?"
+    r"|[.,;]?(?:alternatively|or),?(?:the|my)?(?:final|other)?answeris)|,?and|[,;]"
+    r"|[.,;]?(?:(?:case|part|answer)?(?:[\da-h]|i{1,3})[.:]?|[-•])"
 )
 _OR_BEFORE = re.compile(
     r"(?:\$([^$\n]{1,60})\$|\\\(([^\n]{1,60}?)\\\)|(?<![\w.])(-?\d(?:[\d.,]{0,20}\d)?))"
@@ -98,9 +105,19 @@ _BESIDE_LIMIT = 20
 _UNFILLED = re.compile(r"(?:[\s.…]|\\(?:[lc]?dots|text\{\s?\}))*")
 
 
+_HIDDEN = re.compile(
+    r"<!--.{0,500}?-->|~~[^~\n]{1,300}~~|\\iffalse(?![A-Za-z]).{0,500}?\\fi(?![A-Za-z])"
+    r"|(?<![\\\d])(?<!\d\s)%(?=[^\n]{0,40}boxed)[^\n]*"
+    r"|\\(?:[hv]?phantom|footnote|label|sout|[bx]?cancel|textcolor\{white\})\s?\{(?:[^{}\n]|\{[^{}\n]{0,200}\}){0,300}\}",
+    re.DOTALL,
+)
+"""What a reader does not see, or sees struck out."""
+
+
 def last_box(text: str) -> Found | None:
     """The content of the last outermost `\\boxed{...}`; without braces, the token that follows (of `\\boxed 56` all
     digits: TeX would box the 5, but nobody means that)."""
+    text = _HIDDEN.sub(" ", text)
     boxes: list[tuple[int, int, int]] = []
     position = 0
     while (start := _BOX.search(text, position)) is not None:

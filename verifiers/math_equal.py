@@ -40,7 +40,8 @@ def equal(gold: Value, answer: Value) -> bool:
     named = isinstance(gold, Items) and any(isinstance(item, Chain) for item in gold.items)
     gold_label, gold_bare = unlabel(gold)
     answer = by_name(answer) if named and gold_label is None else unnumbered(answer)
-    if isinstance(answer, Items) and answer.brackets == "or" and isinstance(gold_bare, Leaf):
+    single = isinstance(gold_bare, Leaf | Grid) or (isinstance(gold_bare, Items) and gold_bare.kind == "tuple")
+    if isinstance(answer, Items) and answer.brackets == "or" and single:
         return all(equal(gold, item) for item in answer.items)  # 1/2 or 0.5
     label, bare = unlabel(answer)
     if gold_bare == _FALSE or bare == _FALSE:

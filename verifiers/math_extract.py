@@ -7,12 +7,13 @@ count when something follows it, so that a model cannot score by listing candida
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Literal
 
-from cabochon.verifiers.math_boxes import BEHIND, Found, last_box
-from cabochon.verifiers.math_lex import signs
+from cabochon.verifiers.math_boxes import Found, last_box
+from cabochon.verifiers.math_prose import last_expression, last_match, trim
 
 Method = Literal["boxed", "answer_tag", "hashes", "answer_is", "last_expression"]
 
@@ -50,15 +51,30 @@ def final_part(text: str, rules: Extraction) -> str:
     return text
 
 
-_END_MARKS = re.compile(r"(?:(?:</s>|<\|[a-z_]{1,30}\|>)\s{0,9})+\Z")
+_END_OF_TURN = re.compile(r"</s>|<\|(?:im_end|endoftext|end_of_text|eot_id|end)\|>|<end_of_turn>|<｜end▁of▁sentence｜>")
+_END_MARKS = re.compile(r"(?:<\|[a-z_]{1,30}\|>\s{0,9})+\Z")
 """Special tokens that a completion was decoded with."""
+_NEXT_QUESTION = re.compile(
+    r"\n[ \t]*(?:#{1,4} |\*\*)?(?:(?:(?:Next )?(?:Question|Problem|Exercise|Example)(?: \d{1,3})?|Human|User|Q\d{0,3})"
+    r" ?(?:\*\*)?[:：]|(?:Question|Problem|Exercise) \d{1,3}\b)"
+)
 
 
 def extract(text: str, rules: Extraction = Extraction()) -> Found | None:
     """The final answer in `text`, or None."""
-    part = final_part(text[-TEXT_LIMIT:], rules)
+    turn = next((part for part in _END_OF_TURN.split(text[-TEXT_LIMIT:]) if part.strip()), "")
+    part = final_part(turn, rules)
     part = part[:-200] + _END_MARKS.sub("", part[-200:])
-    for method in rules.methods:
+    named = tuple(method for method in rules.methods if method != "last_expression")
+    for begins in itertools.islice(_NEXT_QUESTION.finditer(part), 8):  # a base model goes on with another question
+        if (found := _by(named, part[: begins.start()])) is not None:
+            return found
+    return _by(rules.methods, part)
+
+
+def _by(methods: tuple[Method, ...], part: str) -> Found | None:
+    """What the first of the methods that finds something has found."""
+    for method in methods:
         match method:
             case "boxed":
                 found = _corrected(part, last_box(part))
@@ -69,7 +85,7 @@ def extract(text: str, rules: Extraction = Extraction()) -> Found | None:
             case "answer_is":
                 found = _after_phrase(part)
             case "last_expression":
-                found = _last_expression(part)
+                found = last_expression(part)
         if found is not None:
             return found
     return None
@@ -97,13 +113,25 @@ _NAMED_OPTION = re.compile(
 _SENTENCE_END = re.compile(r"\n|。|[.!?](?=\s|$)|(?<=\S)\s+\(?(?:because|since|so|which|as)\b")
 
 
+_STATES = re.compile(
+    r"\b(?:is|are|was|were|be|has|have|had|gets?|got|equals?|costs?|spen[dt]s?|paid|pays|earn(?:s|ed)?|makes?|made|needs?"
+    r"|takes?|took|will|can|must|left)\s",
+    re.IGNORECASE,
+)
+"""A sentence, of which only the last expression is the answer."""
+
+
 def _in_tag(text: str) -> Found | None:
     """What the last `<answer>` holds, whether it is closed or generation was stopped at its end."""
     _, opening, rest = text.rpartition("<answer>")
     inside = rest.partition("</answer>")[0].strip()
     if not opening or not inside:
         return None
-    return _after_hashes(inside) or _after_phrase(inside) or _last_expression(inside)
+    if (found := _after_hashes(inside) or _after_phrase(inside)) is not None:
+        return found
+    if "\n" in inside or _STATES.search(inside):
+        return last_expression(inside)
+    return Found(answer=_delimited_at_start(inside) or trim(inside), method="answer_tag")
 
 
 def _after_hashes(text: str) -> Found | None:
@@ -111,13 +139,13 @@ def _after_hashes(text: str) -> Found | None:
     lines = _HASHES.findall(text)
     if not lines or not lines[-1].strip():
         return None
-    return Found(answer=_trim(lines[-1]), method="hashes")
+    return Found(answer=trim(lines[-1]), method="hashes")
 
 
 def _after_phrase(text: str) -> Found | None:
     """What stands between the last "the answer is" and the end of its sentence."""
     tail = text[-20_000:]
-    last, named = _last_said(tail), _last(_NAMED_OPTION, tail)
+    last, named = _last_said(tail), last_match(_NAMED_OPTION, tail)
     if named is not None and (last is None or named.start() >= last.start()):
         return Found(answer=next(filter(None, named.groups())), method="answer_is")
     if last is None:
@@ -131,7 +159,7 @@ def _after_phrase(text: str) -> Found | None:
     end = _SENTENCE_END.search(rest)
     if end and end.group() == "?":
         return None  # it was only asked
-    answer = _trim(_NOT_ANOTHER.sub("", rest[: end.start()] if end else rest))
+    answer = trim(_NOT_ANOTHER.sub("", rest[: end.start()] if end else rest))
     return Found(answer=answer, method="answer_is") if answer else None
 
 
@@ -150,15 +178,17 @@ _PLAIN = re.compile(
 
 
 def _corrected(text: str, found: Found | None) -> Found | None:
-    """A box with another number that is said to be the answer behind it: two answers."""
-    if found is None or not re.fullmatch(r"-?\d[\d,.]*", found.answer):
+    """A box with something else that is said to be the answer behind it: two answers."""
+    if found is None or found.problem:
         return found
     behind = text[text.rfind("boxed") :][:20_000]
-    said = _last_said(behind)
-    other = _PLAIN.match(behind, said.end()) if said else None
-    if other is None or other.group(1).replace(",", "") == found.answer.replace(",", ""):
-        return found
-    return Found(answer=rf"{found.answer} \text{{ or }} {other.group(1)}", method="boxed")
+    others = [other.answer for other in (_in_tag(behind), _after_hashes(behind)) if other is not None]
+    if (said := _last_said(behind)) is not None:
+        number = _PLAIN.match(behind, said.end()) if re.fullmatch(r"-?\d[\d,.]*", found.answer) else None
+        others += [number.group(1)] if number else [_delimited_at_start(behind[said.end() :].lstrip()[:200]) or ""]
+    bare = found.answer.replace(",", "")
+    other = next((one for one in others if one and "boxed" not in one and one.replace(",", "") != bare), None)
+    return found if other is None else Found(answer=rf"{found.answer} \text{{ or }} {other}", method="boxed")
 
 
 def _last_said(text: str) -> re.Match[str] | None:
@@ -166,13 +196,6 @@ def _last_said(text: str) -> re.Match[str] | None:
     for match in _PHRASE.finditer(text):
         if not _UNSAID.search(text, max(0, match.start() - 40), match.start()):
             last = match
-    return last
-
-
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    last = None
-    for match in pattern.finditer(text):
-        last = match
     return last
 
 
@@ -187,119 +210,24 @@ _GOES_ON = re.compile(
 """What follows a `$...$` and changes its value."""
 
 
+def _unescaped(text: str, mark: str, start: int) -> int:
+    """Where `mark` stands next without a backslash before it; -1 if nowhere."""
+    at = text.find(mark, start)
+    while at > 0 and text[at - 1] == "\\":
+        at = text.find(mark, at + 1)
+    return at
+
+
 def _delimited_at_start(rest: str) -> str | None:
     """The content of a `$...$` that the sentence opens with; all of the sentence where the value goes on behind it
     (`$5$ or $6$`, `$5$ million`, `$25$%`)."""
     for opening, closing in _DELIMITERS:
         if rest.startswith(opening) and not re.match(r"\$\d[\d,.]*(?![\d,.]*[^\n$]*\$)", rest):
-            end = rest.find(closing, len(opening))
+            end = _unescaped(rest, closing, len(opening))
             if end > 0 and _GOES_ON.match(rest, end + len(closing)):
                 stop = _SENTENCE_END.search(rest, end)
                 sentence = rest[: stop.start()] if stop else rest
-                return _trim(re.sub(r"\$|\\[()\[\]]|\*\*", " ", sentence)) or None
+                return trim(re.sub(r"\$|\\[()\[\]]|\*\*", " ", sentence)) or None
             if end > 0:
                 return rest[len(opening) : end].strip() or None
     return None
-
-
-_MATH = re.compile(r"\$\$([^$]{1,2000})\$\$|\\\[(.{1,2000}?)\\\]|\\\((.{1,2000}?)\\\)|\$([^$\n]{1,500})\$", re.DOTALL)
-_NUMBER = re.compile(
-    r"(?<![\w.])-?(?:\$\s?)?(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?(?:/\d+)?\s?%?(?!\w)|(?<![\w.])-?\.\d+"
-)
-
-
-_PROSE = re.compile(
-    r"(?<![\\A-Za-z])(?!(?:or|and|in|pi|sin|cos|tan|ln|log|sqrt|exp)\b)[A-Za-z]{2,}|[\u0400-\u1fff\u3040-\ud7ff]"
-)
-"""A word, in whatever script: what has none is an answer as a whole."""
-
-
-_DASH = re.compile(r"(?<![\w)}\]])–(?=\$?\d)")
-"""A dash that can only be a minus."""
-_ASIDE = re.compile(r"\s\((?!(?:in )?base|mod)([^()]{1,200})\)(?=[\s.!;*]{0,9}\Z)")
-"""`6 (not 5).`, `8 apples (3 red and 5 green)`: what is said besides, at the end."""
-
-
-def _last_expression(text: str) -> Found | None:
-    """All of it where it is nothing but an expression; else the last formula or number, whichever stands later."""
-    whole = text.strip()
-    if len(whole) <= 120 and "\n" not in whole and not _PROSE.search(whole):
-        return Found(answer=_trim(whole), method="last_expression") if _trim(whole) else None
-    tail = _ASIDE.sub(lambda aside: "" if _PROSE.search(aside[1]) else aside[0], text[-5_000:].rstrip())
-    tail = _DASH.sub("-", signs(tail, alone=False))
-    formula, number = _last(_MATH, tail), _last(_NUMBER, tail)
-    found = formula if formula is not None and (number is None or number.end() <= formula.end()) else number
-    if found is None or _one_of_several(tail[max(0, found.start() - 60) : found.start()]):
-        return None
-    if _MORE.match(tail, found.end()):
-        return None
-    if found is formula:
-        answer = next(group for group in found.groups() if group is not None).strip()
-    else:
-        answer = _whole_run(tail, found)
-    return Found(answer=answer, method="last_expression") if answer else None
-
-
-_ONE_OF_SEVERAL = re.compile(
-    r"(?:\b(?:or|than|at least|at most|or equal to|instead of|except(?: for)?|excluding|nor|without|never|negative"
-    r"|minus|plus|over|times|twice|thrice|double|through|differs from"
-    r"|divided by|divisible by|(?:multiple|factor) of|mod(?:ulo)?|in base|(?:all|anything) but|to the(?: power)?)"
-    r"|[\d$)}]\s(?:and|out of)"
-    r"|\b(?:ratio|odds|scale|score)\b[^.\n]{0,20}\d\sto|\d\s?(?:hours?|hrs?|minutes?|feet|foot|ft|yards?|dollars?|pounds?"
-    r"|lbs?|weeks?|days?|years?|meters?|miles?|km)(?:,?\sand)?"
-    r"|\b(?:root|half|third|quarter|log) of"
-    r"|(?:\b(?:not|cannot|never)|n't)(?:\s(?:be|equal(?:\sto)?|think (?:it|that) is))?"
-    r"|!=|[<>]=|[≠≤≥±]|\\(?:neq?|pm|mp)\s?\$?|\\(?:cdot|times)\s?\$|\$\s?[-+*/])\s?\$?$|[\d$],\s?$|[\d}]\$$",
-    re.IGNORECASE,
-)
-"""What stands before the last of several, before what the answer is not, and before a part of it."""
-_MORE = re.compile(
-    r"\s?[-+*/^]\s?(?:\d?[B-HJ-Zb-z](?![A-Za-z])|\\|\()|\s(?:times\s(?=[\d$\\(])|squared|cubed|factorial|pi|sqrt|over"
-    r"|divided|multiplied|mod|modulo|plus|minus|(?:third|quarter|fourth|fifth|sixth|eighth|tenth)s|halves"
-    r"|and (?:a|one) (?:half|third|quarter)|to the"
-    r"|is (?:wrong|incorrect|not|impossible|extraneous|rejected|invalid|too)|(?:does|can|is)(?:n't|not| not))\b"
-)
-"""What stands behind a part of it."""
-
-
-def _one_of_several(before: str) -> bool:
-    line = before.rpartition("\n")[2]
-    inside = sum(line.count(mark) for mark in "([{") > sum(line.count(mark) for mark in ")]}")
-    return not inside and _ONE_OF_SEVERAL.search(before) is not None
-
-
-_BINDS = re.compile(
-    r"[\^_({\[/+<>|\\,-]\s*$|(?<=\S):$|[\w)}]\*$|\s\*\s+$|\d\s*[x×]\s*$|\d\s+$"
-    r"|\\[A-Za-z]+\s*$|log_\{\d+\}\s*$|\d\s?[–—]\s?$"
-)
-_RUN = re.compile(
-    r"(?:\\[A-Za-z]+|(?<![A-Za-z])(?:log|ln|sin|cos|tan|sqrt|exp|pi)(?![A-Za-z])|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
-    r"|[\d.,+\-–—*/^_<>()\[\]{}|:!×\s])+\Z"
-)
-_TAG = re.compile(r"<[^<>]{0,40}>\s*$")
-_RUNS_ON = re.compile(
-    r"(?:[\^_]\{?[\w+-]{1,20}\}?|!|\\(?:pi|sqrt|cdot|times|circ|theta)(?![A-Za-z])(?:\{[^{}]{0,40}\})?|[)\]}])+"
-)
-
-
-def _whole_run(text: str, number: re.Match[str]) -> str:
-    """The number with what belongs to it: of `2\\sqrt{3}` not the 3, of `(2, 5)` not the 5, of `2^10` not the 10."""
-    more = _RUNS_ON.match(text, number.end()) or BEHIND.match(text, number.end())
-    end = more.end() if more else number.end()
-    before = re.split(r"\n|[.:;?]\s", text[max(0, number.start() - 200) : number.start()])[-1]
-    run = _RUN.search(before) if _BINDS.search(before) and not _TAG.search(before) else None
-    left = run.group().lstrip(" ,:;") if run else ""
-    whole = left + text[number.start() : end].strip()
-    if not before[: run.start() if run else None].rstrip().endswith("="):
-        whole = re.sub(r"^[-*]\s+", "", whole)  # of a list; behind `=` it is a sign
-    surplus = sum(whole.count(mark) for mark in ")]}") - sum(whole.count(mark) for mark in "([{")
-    return whole[: len(whole) - surplus] if surplus > 0 and set(whole[-surplus:]) <= set(")]}") else whole
-
-
-def _trim(answer: str) -> str:
-    """Without surrounding markup and closing punctuation."""
-    answer = answer.strip().strip("*`").strip().removeprefix("### ").strip()
-    answer = answer[1:-1].strip() if len(answer) > 2 and answer[0] + answer[-1] in ('""', "“”") else answer
-    while answer and answer[-1] in ".,;:。" and not answer.endswith("\\,"):
-        answer = answer[:-1].rstrip("*` ")
-    return answer

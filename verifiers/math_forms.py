@@ -52,6 +52,10 @@ _RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
     (re.compile(r"\\sqrt\s?(\d{2,20})(?![\d.])"), r"\\sqrt{\1}"),
     (re.compile(r"(?<=\d)\s?[xX]\s?(?=10\s?\^)"), r" \\times "),
     (re.compile(r"(?<![\d.])(\d{1,20})\.(\d{0,20})\((\d{1,20})\)$"), r"\1.\2\\overline{\3}"),
+    (re.compile(r"^(-?\d[\d,.]{0,30})\s?\\?\$$"), r"\\$\1"),
+    (re.compile(rf"^(-?)(?:{_TEXT}\s?\{{)?\s?(?:positive )?(?:plus )?infinity\s?\}}?$", re.IGNORECASE), r"\1\\infty"),
+    (re.compile(rf"^(?:{_TEXT}\s?\{{)?\s?(?:negative|minus) infinity\s?\}}?$", re.IGNORECASE), r"-\\infty"),
+    (re.compile(rf"^(\d{{1,9}})\s?(?:{_TEXT}\s?\{{\s?to\s?\}}|\bto\b)\s?(\d{{1,9}})$"), r"\1:\2"),
     # bases
     (re.compile(r"\(((?=[A-F]{0,40}\d)[0-9A-F]{1,40})\)_(\d(?!\d)|\{\d{1,2}\})"), r"\1_\2"),
     (re.compile(rf"(?<=\w)\s?{_TEXT}\s?\{{\s?\(?\s?((?:in )?base[ -]\w{{1,9}})\s?\)?\s?\}}$"), r" \1"),

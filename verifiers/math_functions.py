@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,8 @@ _SIMPLE = {
 }
 _INVERSE = {"sin": sympy.asin, "cos": sympy.acos, "tan": sympy.atan, "cot": sympy.acot, "sec": sympy.asec,
             "csc": sympy.acsc, "sinh": sympy.asinh, "cosh": sympy.acosh, "tanh": sympy.atanh}
-_SEVERAL = {"gcd": sympy.gcd, "lcm": sympy.lcm, "max": sympy.Max, "min": sympy.Min}
+_WHOLE = {"gcd": math.gcd, "lcm": math.lcm}
+_SEVERAL = {"max": sympy.Max, "min": sympy.Min}
 
 
 def multiply(left: Expr, right: Expr) -> Expr:
@@ -172,6 +174,10 @@ def named(parser: _Parser, name: str) -> Expr:
     if name == "sqrt":
         return root(parser)
     arguments = _arguments(parser)
+    if name in _WHOLE:
+        if not all(argument.is_Integer for argument in arguments):
+            raise MathSyntaxError(f"{name} of what is no whole number")
+        return Integer(_WHOLE[name](*map(int, arguments)))
     if name in _SEVERAL:
         return _SEVERAL[name](*arguments)
     if len(arguments) != 1:

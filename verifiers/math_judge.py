@@ -17,7 +17,16 @@ from cabochon.verifiers.math_extract import Extraction, extract
 from cabochon.verifiers.math_forms import spelled
 from cabochon.verifiers.math_lex import MathSyntaxError, clean
 from cabochon.verifiers.math_parse import parse
-from cabochon.verifiers.math_units import Split, asked_unit, compound, conversion, not_asked, parse_unit, split_unit
+from cabochon.verifiers.math_units import (
+    Split,
+    asked_unit,
+    compound,
+    conversion,
+    foreign,
+    not_asked,
+    parse_unit,
+    split_unit,
+)
 from cabochon.verifiers.math_values import DEGREE, Based, Items, Leaf, Value, Words
 
 
@@ -91,26 +100,52 @@ _LETTERS = re.compile(r"\W*(?:[A-Ja-j](?:\W+|\Z))+")
 """Nothing but options."""
 
 
-def chosen(text: str, *, alone: bool = False) -> str | None:
-    """The letter of a multiple-choice answer: `B`, `(B)`, `\\text{(B)}`, `B) 42`. None where there is none or several.
+_OPTION_AND_TEXT = re.compile(
+    r"\\(?:text|textbf|mathrm|mathbf)\s?\{\(([A-E])\)\s?\}(?:\\[ ,;:!]|\\q?quad(?![A-Za-z])|[\s~])*(\S.*)", re.DOTALL
+)
+"""A gold of AMC's: `\\textbf{(C)}\\ 14`."""
+_BEHIND_LETTER = re.compile(r"(?:\\[ ,;:!]|\\q?quad(?![A-Za-z])|[\s~}).:])+")
+_NUMERAL = re.compile(r"\$?-?\d[\d.,/]*\$?")
 
-    `alone`: nothing may follow the letter.
-    """
+
+def _choice(text: str) -> tuple[str, str, bool] | None:
+    """Letter of an option, what follows it, and whether that is set apart from the letter; None where there is none."""
     text = re.sub(r"^\(\\(?:text|textbf|mathrm|mathbf)\s?\{([A-J])\}\)", r"(\1)", text.strip().strip("$*").strip())
     match = _CHOICE.fullmatch(text)
     if match is None:
         return None
     opening, letter, closing, delimiter, spaced, rest = match.groups()
-    rest = rest.strip().strip("}").strip()
     if letter.islower() and not (opening and closing):
         return None
-    if rest and (alone or not (closing or delimiter) or (delimiter == "." and not spaced)):
+    text = _BEHIND_LETTER.sub("", rest, count=1) if _BEHIND_LETTER.match(rest) else rest
+    surplus = text.count("}") > text.count("{")
+    apart = bool(closing or delimiter) and not (delimiter == "." and not spaced)
+    return letter, (text.rstrip().removesuffix("}") if surplus else text).strip(), apart
+
+
+def chosen(text: str, *, alone: bool = False) -> str | None:
+    """The letter of a multiple-choice answer: `B`, `(B)`, `\\text{(B)}`, `B) 42`. None where there is none or several.
+
+    `alone`: nothing may follow the letter.
+    """
+    if (choice := _choice(text)) is None:
         return None
-    if _UNDECIDED.search(rest):
+    letter, rest, apart = choice
+    if rest and (alone or not apart or _UNDECIDED.search(rest)):
         return None
     if _LETTERS.fullmatch(rest) and set(re.findall("[a-j]", rest.casefold())) - {letter.casefold()}:
         return None  # (B), C
     return letter.upper()
+
+
+def _option_with_text(letter: str, text: str, answer: str, prompt: str) -> tuple[bool, str]:
+    """An answer against a gold such as `\\textbf{(C)}\\ 14`: by its letter, its text, or both."""
+    given, behind = chosen(answer), _choice(answer)
+    if given is None or behind is None:
+        return matches(text, answer, prompt=prompt)
+    if behind[1] and not matches(text, behind[1], prompt=prompt)[0]:
+        return False, f"option {given}, with another text"
+    return given == letter, f"option {given}"
 
 
 def matches(gold: str, answer: str, *, prompt: str = "", choices: Sequence[str] = ()) -> tuple[bool, str]:
@@ -122,8 +157,10 @@ def matches(gold: str, answer: str, *, prompt: str = "", choices: Sequence[str] 
         if given is None and re.fullmatch("[a-j]", answer) and choices and answer not in choices:
             given = answer.upper()
         if given is not None:
-            said = re.sub(r"^\\text(?:bf)?\s?\{", "", answer.strip()).strip("(").lstrip()[1:].lstrip("). :}")
+            said = (_choice(answer) or ("", "", False))[1]
             others = [text for other, text in enumerate(choices) if other != place and said and same_text(text, said)]
+            if _NUMERAL.fullmatch(said) and place < len(choices) and not matches(choices[place], said)[0]:
+                others.append(said)
             return given == letter and not others, f"option {given}" + (", with the text of another" if others else "")
         if place < len(choices):
             return matches(choices[place], answer, prompt=prompt)
@@ -132,6 +169,8 @@ def matches(gold: str, answer: str, *, prompt: str = "", choices: Sequence[str] 
         return given == letter, f"option {given}"  # E and I, which are also numbers
     if choices and (given := chosen(answer, alone=True)) is not None and ord(given) - ord("A") < len(choices):
         answer = choices[ord(given) - ord("A")]
+    if (both := _OPTION_AND_TEXT.fullmatch(gold)) is not None:
+        return _option_with_text(both[1], both[2], answer, prompt)
     left, right = _read_gold(gold), read(answer)
     if same_text(left.text, right.text) and (left.value is None or not contradicts(left.value)):
         return True, "the same text"
@@ -176,7 +215,9 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
     if gold.split.unit is None and answer.split.unit is not None and not habit:
         cents = answer.split.unit == parse_unit("cents") and _CENTS.search(prompt) is None
         radians = asked == parse_unit("degrees") and _in_radians(answer)
-        if cents or radians or not_asked(asked, answer.split.unit):
+        degrees = answer.split.unit == parse_unit("degrees") and "in radians" in prompt
+        other = foreign(prompt, answer.split.unit) if asked is None else not_asked(asked, answer.split.unit)
+        if cents or radians or degrees or other:
             return False, "not the unit asked for"  # 5 cents where the question speaks of dollars
     if factor is None or (_in_degrees(gold) and not _angle(answer)) or (_in_degrees(answer) and not _angle(gold)):
         return False, "a different unit"

@@ -28,6 +28,8 @@ _POINTS = tuple(
 
 _WHOLE = tuple(tuple(Rational(k + j * (abs(k) + 2)) for j in range(len(_POINTS[0]))) for k in (*range(1, 14), -4))
 """Whole numbers, where floors and ceilings jump."""
+_FAR = tuple(tuple(sign * x * size for x in row) for row in _POINTS[:2] for size in (10**3, 10**6) for sign in (1, -1))
+"""Where the bounds of a maximum or an absolute value lie behind."""
 _COUNTED = frozenset("kmnN")
 """Variables that a formula with a floor uses for whole numbers alone."""
 
@@ -50,6 +52,8 @@ def same_formula(gold: Expr, answer: Expr) -> bool:
     points = _POINTS
     if gold.has(sympy.floor, sympy.ceiling) or answer.has(sympy.floor, sympy.ceiling):
         points = _WHOLE if {symbol.name for symbol in variables} <= _COUNTED else (*_POINTS, *_WHOLE)
+    if gold.has(sympy.Max, sympy.Min, sympy.Abs) or answer.has(sympy.Max, sympy.Min, sympy.Abs):
+        points = (*points, *_FAR)
     agreed = 0
     for row in points:
         point = dict(zip(variables, row, strict=False))

@@ -235,10 +235,15 @@ class _Parser:
                 value = Leaf(_expr(value) / 100)
             elif self.accept(r"\degree"):
                 value = Leaf(_expr(value) * DEGREE)
-            elif self.token.value == "_" and isinstance(value, Leaf) and self.tokens[self.at - 1].kind == "number":
+            elif self.token.value == "_" and isinstance(value, Leaf) and self.was_number(value):
                 value = self.based(self.tokens[self.at - 1].value)
             else:
                 return value
+
+    def was_number(self, value: Leaf) -> bool:
+        """Whether `value` is the number just read, and no power or root that ends in it."""
+        last = self.tokens[self.at - 1]
+        return last.kind == "number" and value.expr == number(last.value).expr
 
     def based(self, digits: str) -> Based:
         self.expect("_")

@@ -293,7 +293,9 @@ def conversion(gold: Unit | None, answer: Unit | None) -> Fraction | None:
 
 
 _HOW_MANY = re.compile(
-    r"\b(?P<how>how many|in) (?P<unit>(?:square |cubic )?[a-z]+(?: per [a-z]+)?)", re.IGNORECASE
+    r"\b(?P<how>how many|in) (?P<unit>(?:square |cubic )?[a-z]+(?:\^\{?[23]\}?)?"
+    r"(?:(?: per |\s?/\s?)[a-z]+(?:\^\{?[23]\}?)?)?)",
+    re.IGNORECASE,
 )
 
 
@@ -303,12 +305,12 @@ def asked_unit(prompt: str) -> Unit | None:
     asked = {
         each["unit"].casefold()
         for each in _HOW_MANY.finditer(prompt)
-        if each["how"].casefold() != "in" or _measured(parse_unit(each["unit"]))
+        if each["how"].casefold() != "in" or measured(parse_unit(each["unit"]))
     }
     return parse_unit(asked.pop()) if len(asked) == 1 else None
 
 
-def _measured(unit: Unit) -> bool:
+def measured(unit: Unit) -> bool:
     """Whether it is a unit that we know, and no word."""
     return bool(unit.dimension) and not any(name.startswith("word:") for name, _ in unit.dimension)
 
@@ -317,5 +319,28 @@ def not_asked(asked: Unit | None, said: Unit | None) -> bool:
     """Minutes where hours were asked for; or euros, or miles."""
     factor = conversion(asked, said)
     if factor is None:
-        return asked is not None and said is not None and _measured(asked) and _measured(said)
+        return asked is not None and said is not None and measured(asked) and measured(said)
     return factor != 1
+
+
+_QUANTITIES = (
+    (re.compile(r"\bhow far\b|\bdistance\b|\bperimeter\b|\bcircumference\b|\bradius\b|\bdiameter\b"), "m"),
+    (re.compile(r"\barea\b"), "m^2"),
+    (re.compile(r"\bvolume\b"), "m^3"),
+    (re.compile(r"\bspeed\b|\bvelocity\b|\bhow fast\b"), "m/s"),
+)
+_HOW_LONG = re.compile(r"\bhow (?:long|much time|tall|high|deep|wide)\b")
+_GIVEN = re.compile(r"\d\s?([A-Za-z]{1,12}(?:\s?/\s?[A-Za-z]{1,8}|\sper\s[a-z]{1,8})?(?:\^\{?\d\}?)?)")
+
+
+def foreign(prompt: str, said: Unit) -> bool:
+    """Whether a known unit is none that the question can want: hours for a distance, or miles where all is in km."""
+    if not measured(said):
+        return False
+    question = next((part for part in reversed(re.split(r"[.?!]\s|\?", prompt.casefold())) if part.strip()), "")
+    asked = [parse_unit(unit).dimension for words, unit in _QUANTITIES if words.search(question)]
+    if len(asked) == 1 and asked[0] != said.dimension:
+        return True
+    named = [piece for found in _GIVEN.finditer(prompt) for piece in (found[1], *re.split(r"/|\bper\b", found[1]))]
+    given = {unit.factor for unit in map(parse_unit, named) if measured(unit) and unit.dimension == said.dimension}
+    return bool((asked or _HOW_LONG.search(question)) and given) and said.factor not in given

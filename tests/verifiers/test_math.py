@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Iterator
 
@@ -78,16 +79,23 @@ def test_answers_are_found_in_whole_completions(row: dict) -> None:
     assert verdict(row["gold"], row["text"]).score == row["score"]
 
 
+@pytest.mark.parametrize("row", rows(HERE / "data" / "math_answers.jsonl"), ids=lambda row: row["text"][-40:])
+def test_answers_to_questions_as_models_write_them(row: dict) -> None:
+    found = verdict(row["gold"], row["text"], row["prompt"], choices=row.get("choices", []))
+    assert found.score == row["score"], found
+
+
 # ------------------------------------------------------------------------------------------------------------ GSM8K
 
 
-def right_forms(gold: str) -> Iterator[str]:
+def right_forms(gold: str, question: str) -> Iterator[str]:
     number = int(gold.replace(",", ""))
+    sign, money = ("", "cents") if re.search("(?:how many|in) cents", question.lower()) else ("\\$", "dollars")
     yield f"Thus she has \\boxed{{{gold}}}."
     yield f"<think>\\boxed{{{number + 7}}}, no.</think>The answer is {number:,}."
     yield f"work\n#### {number}"
-    yield f"Therefore \\(\\boxed{{\\${number}.00}}\\)"
-    yield f"**The final answer is: {number} dollars.**"
+    yield f"Therefore \\(\\boxed{{{sign}{number}.00}}\\)"
+    yield f"**The final answer is: {number} {money}.**"
     yield f"First {number + 1}, so it is $\\frac{{{2 * number}}}{{2}}$"
 
 
@@ -106,7 +114,7 @@ def wrong_numbers(gold: str) -> list[str]:
 def check_gsm8k(data: list[dict]) -> None:
     for row in data:
         gold = row["answer"].rpartition("####")[2].strip()
-        for text in right_forms(gold):
+        for text in right_forms(gold, row["question"]):
             found = verdict(gold, text, row["question"])
             assert found.score == 1.0, (gold, text, found)
         for number in wrong_numbers(gold):
