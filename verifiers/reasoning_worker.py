@@ -2,13 +2,14 @@
 
 The library's own scorers are not used as they are: the default pays for any answer that contains the right one,
 `game_of_life_halting` and a coin flip can be won by any word, `puzzle24` takes numbers that were not given, and
-several `eval` or `parse_expr` what the model wrote. So each puzzle is judged by one of four rules, and 1 is paid for
+several `eval` or `parse_expr` what the model wrote. So each puzzle is judged by one of five rules, and 1 is paid for
 a full solution only:
 
-* *exact*: the answer is the oracle's, white space at line ends and runs of blanks aside. Sound for every puzzle; the
-  default.
+* *exact*: the answer is the oracle's, white space at line ends and runs of blanks aside; or it differs from it in
+  case, blanks and dress alone and the library's scorer gives it full marks. Sound for every puzzle; the default.
 * *value*: the oracle is a number or a polynomial, compared as `math_judge` does, digit by digit where it is a numeral.
   What is still to be worked out (`5 - 9`, the question's own product) is no answer.
+* *figures*: power_function, whose question asks for three figures of what the oracle has more of.
 * *arithmetic*: countdown and puzzle24; our own exact evaluation, with just the given numbers, each once.
 * *scorer*: puzzles with many right answers whose scorers simulate the solution and do not evaluate text. Only their
   full mark counts, and only for text made of the characters such an answer needs.
@@ -43,6 +44,7 @@ SCORER = {
 """Puzzle and the whole of what its answers are made of."""
 
 ANSWER_LIMIT = 20_000
+MOVES_LIMIT = 2_000
 
 
 @lru_cache(maxsize=16)
@@ -56,14 +58,25 @@ def dataset(name: str, size: int, seed: int, config: tuple[tuple[str, Any], ...]
         raise ValueError(f"reasoning-gym dataset {name!r}: {error}") from error
 
 
+_FENCE = re.compile(r"```[a-z]{0,10}[ \t]*\n(.*?)\n?```", re.DOTALL)
+
+
 def answer_of(text: str) -> str:
-    """What stands in the last `<answer>` of the final part, else its last box, else all of it."""
+    """What stands in the last `<answer>` of the final part, else its last box, else all of it; out of a code fence."""
     part = final_part(text, Extraction())
     tagged = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", part[-100_000:], re.DOTALL)
     if tagged:
-        return str(tagged[-1]).strip()
-    found = extract(part, Extraction(methods=("boxed",)))
-    return (found.answer if found is not None else part).strip()
+        answer = str(tagged[-1]).strip()
+    else:
+        found = extract(part, Extraction(methods=("boxed",)))
+        answer = (found.answer if found is not None else part).strip()
+    fenced = _FENCE.fullmatch(answer)
+    return fenced[1].strip() if fenced else answer
+
+
+def bare(text: str) -> str:
+    """Letters, digits and signs of an answer without case, blanks, dollars, degree signs and a final stop."""
+    return re.sub(r"\s|\$|\^?\\circ|°", "", text.casefold()).removesuffix(".")
 
 
 def same_text(oracle: str, answer: str) -> bool:
@@ -130,7 +143,9 @@ def at_once(text: str, name: str, oracle: str | None) -> dict[str, Any] | None:
     if same_text(oracle, answer):
         return _verdict("ok", "the oracle's answer", evidence)
     whole = all(re.fullmatch(r"-?[0-9]{1,15}", x.strip()) for x in (oracle, answer))
-    if rule_of(name) == "exact" or (rule_of(name) == "value" and whole and int(oracle) != int(answer)):
+    rule = rule_of(name)
+    letters = rule == "exact" and bare(oracle) != bare(answer)
+    if letters or (rule == "value" and whole and int(oracle) != int(answer)):
         return _verdict("wrong", "not the oracle's answer", evidence)
     return None
 
@@ -140,9 +155,11 @@ def _evidence(name: str, answer: str, oracle: str | None) -> dict[str, Any]:
 
 
 def rule_of(name: str) -> str:
-    """Which of the four rules judges a puzzle."""
+    """Which of the five rules judges a puzzle."""
     if name in ARITHMETIC:
         return "arithmetic"
+    if name == "power_function":
+        return "figures"
     return "value" if name in VALUE else "scorer" if name in SCORER else "exact"
 
 
@@ -155,31 +172,55 @@ def _by_rule(name: str, source: Any, entry: dict[str, Any], oracle: str | None, 
             if oracle is None or (unit is not None and unit.dimension[0][0].startswith("word:")):
                 return False, "words after the number"
             if not worked_out(oracle, read(answer.rpartition("=")[2]).split.core):
-                return False, "an expression where its value was asked for, or another number of digits"
+                return False, "not as far worked out as the oracle, or with other digits"
             return matches(oracle, answer, prompt=str(entry["question"]))
+        case "figures":
+            figures = [re.fullmatch(_FIGURES, side.replace(" ", "")) for side in (oracle or "", answer)]
+            values = [float(f"{found[1]}e{found[2] or 0}") for found in figures if found is not None]
+            same = len(values) == 2 and f"{values[0]:.2e}" == f"{values[1]:.2e}"
+            return same, "the same three figures" if same else "not the oracle's three figures"
         case "arithmetic":
             target = 24 if name == "puzzle24" else entry["metadata"]["target"]
             return arithmetic(answer, entry["metadata"]["numbers"], target)
         case "scorer":
             if re.fullmatch(SCORER[name], answer.strip()) is None:
                 return False, "has characters that no answer to this puzzle has"
+            if len(answer) > max(MOVES_LIMIT, 4 * len(oracle or "")):
+                return False, "more moves than a solution has"  # some scorers pass over those that cannot be made
             right = float(source.score_answer(answer.strip(), entry)) == 1.0
             return right, "a full solution" if right else "not a full solution"
-    return False, "not the oracle's answer"
+    full = oracle is not None and bare(oracle) == bare(answer) and float(source.score_answer(answer, entry)) == 1.0
+    return full, "the oracle's answer in other dress" if full else "not the oracle's answer"
 
 
 _NUMERAL = re.compile(r"-?\d+(?:\.\d+)?")
-_OPERATOR = re.compile(r"(?<=[^\s(])\s*(?:\*\*|[-+*/^]|\\(?:cdot|times|div|d?frac)(?![A-Za-z]))")
+_FRACTION = re.compile(r"(?:\\[dt]?frac\{(-?\d+)\}\{(\d+)\}|(-?\d+)/(\d+))")
+_FIGURES = (
+    r"([-+]?\d{1,400}(?:\.\d{1,400})?)"
+    r"(?:(?:e|E|(?:\*|\\times|\\cdot|×)10(?:\^|\*\*))\{?\(?([-+]?\d{1,3})\)?\}?)?"
+)
+_UNMULTIPLIED = re.compile(r"\d(?:\*(?!\*)|\\cdot|\\times)\d")
+_OPERATOR = re.compile(r"\*\*|[-+*/^]|\\(?:cdot|times|div|d?frac)(?![A-Za-z])")
+_BRACKET = re.compile(r"(?<![\^_])[(\[]|(?<![\^_}A-Za-z])\{")
 
 
 def worked_out(oracle: str, answer: str) -> bool:
-    """Whether an answer is as far worked out as the oracle: a numeral of the same value where that is one, else
-    without brackets or more operators than it has."""
+    """Whether an answer is as far worked out as the oracle: a numeral of the same value where that is one, the same
+    fraction where that is one, else a sum of no more terms, without brackets or products of sums."""
+    answer = answer.replace(" ", "").removeprefix("+")
+    if answer.startswith("(") and answer.find(")") == len(answer) - 1:
+        answer = answer[1:-1]
     if _NUMERAL.fullmatch(oracle):
-        answer = re.sub(r",(?=\d{3}(?!\d))", "", answer).replace(" ", "").removeprefix("+").removesuffix("^\\circ")
+        answer = re.sub(r",(?=\d{3}(?!\d))", "", answer).removesuffix("^\\circ")
         return _NUMERAL.fullmatch(answer) is not None and Fraction(answer) == Fraction(oracle)
-    brackets, operators = (answer.count("(") > oracle.count("("), len(_OPERATOR.findall(answer)))
-    return not brackets and operators <= len(_OPERATOR.findall(oracle))
+    if (wanted := _FRACTION.fullmatch(oracle.replace(" ", ""))) is not None:
+        given = _FRACTION.fullmatch(answer)
+        return given is not None and [part for part in given.groups() if part] == [p for p in wanted.groups() if p]
+    if (_BRACKET.search(answer) or _UNMULTIPLIED.search(answer)) and not _BRACKET.search(oracle):
+        return False
+    operators = [Counter(_OPERATOR.findall(side.replace(" ", "").lstrip("-"))) for side in (oracle, answer)]
+    terms = [count["+"] + count["-"] for count in operators]
+    return terms[1] <= terms[0] and operators[1].total() <= operators[0].total()
 
 
 def _frozen(value: Any) -> Any:
@@ -192,12 +233,18 @@ def _verdict(status: str, detail: str, evidence: dict[str, Any]) -> dict[str, An
 
 def arithmetic(text: str, numbers: list[int], target: int | float) -> tuple[bool, str]:
     """Whether `text` is +, -, *, / over exactly `numbers` with the value `target`; exact fractions, no `eval`."""
-    text = text.replace("\u00d7", "*").replace("\u00f7", "/").replace("\\times", "*").replace("\\cdot", "*")
-    text = text.partition("=")[0]
-    tokens = re.findall(r"\d+|[-+*/()]|\S", text)
+    text = text.strip().removesuffix(".").strip("$")
+    for sign, plain in _WRITTEN:
+        text = text.replace(sign, plain)
+    text, equals, stated = text.partition("=")
+    if equals and text.strip() == str(target):
+        text, stated = stated, text
+    if equals and stated.strip() != str(target):
+        return False, f"says {stated.strip()[:40]!r} of it"
+    tokens = re.findall(r"[0-9]+|[-+*/()]|\S", text)
     if len(tokens) > 400:
         return False, "too long an expression"
-    used = [int(token) for token in tokens if token.isdigit()]
+    used = [int(token) for token in tokens if _DIGITS.fullmatch(token)]
     if Counter(used) != Counter(int(number) for number in numbers):
         return False, f"uses {sorted(used)}, not the numbers given"
     try:
@@ -207,6 +254,13 @@ def arithmetic(text: str, numbers: list[int], target: int | float) -> tuple[bool
     if end != len(tokens):
         return False, "not an arithmetic expression"
     return value == Fraction(target), f"the value is {value}"
+
+
+_DIGITS = re.compile(r"[0-9]{1,400}")
+_WRITTEN = (
+    ("\u00d7", "*"), ("\u00b7", "*"), ("\\times", "*"), ("\\cdot", "*"), ("\u00f7", "/"), ("\\div", "/"),
+    ("\u2212", "-"), ("[", "("), ("]", ")"),
+)
 
 
 def _sum(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
@@ -238,6 +292,6 @@ def _atom(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
         if tokens[at] != ")":
             raise ValueError("a bracket is not closed")
         return value, at + 1
-    if not tokens[at].isdigit():
+    if not _DIGITS.fullmatch(tokens[at]):
         raise ValueError(tokens[at])
     return Fraction(int(tokens[at])), at + 1

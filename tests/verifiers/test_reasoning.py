@@ -136,6 +136,11 @@ def test_where_the_answer_stands() -> None:
         ("3*(2+1)", True),
         ("3*2+1", False),
         ("3\\times(2+1)=9", True),
+        ("3\\times(2+1)=12", False),
+        ("9 = 3*(2+1)", True),
+        ("$[1+2]\u00b73$.", True),
+        ("(1+2)*3\u00b2", False),
+        ("(\u0661+2)*3", False),
         ("9", False),
         ("-(-3)*(1+2)", True),
         ("(1+2)*3)", False),
@@ -155,9 +160,10 @@ def test_arithmetic_over_given_numbers(text: str, right: bool) -> None:
         ("-4", ["-4", "− 4", "-4.0", "5 - 9 = -4", "x = -4"], ["5 - 9", "-8/2", "-\\sqrt{16}", "-2^2", "-4 + 0"]),
         ("3037", ["3,037", "$3037", "3037^\\circ"], ["3036+1", "30,37", "1000\\cdot3 + 37", "\\frac{6074}{2}"]),
         ("-127.2111", ["-127.2111", "-127.21110"], ["-127.21111", "-127.211", "205.2089 - 838.12 + 505.7"]),
-        ("35/99", ["35/99", "\\frac{35}{99}"], ["1/99 + 34/99", "1 - 64/99"]),
-        ("-2.0 - 4.0i", ["-2-4i", "-4i - 2"], ["(-7.0 + 2.0i) + (5.0 - 6.0i)", "-7 + 5 - 4i"]),
-        ("x**2 - x - 2", ["x^2 - x - 2", "-x + x^2 - 2"], ["(x + 1)*(x - 2)", "(x-2)(x+1)", "x^2 - 2x + x - 2"]),
+        ("35/99", ["35/99", "\\frac{35}{99}"], ["1/99 + 34/99", "1 - 64/99", "70/198", "\\frac{36-1}{99}", "3.5/9.9"]),
+        ("-2.0 - 4.0i", ["-2-4i", "-4i - 2", "(-2-4i)"], ["(-7.0 + 2.0i) + (5.0 - 6.0i)", "-7 + 5 - 4i"]),
+        ("x**2 - x - 2", ["x^2 - x - 2", "-x + x^2 - 2"], ["(x + 1)*(x - 2)", "[x-2][x+1]", "x^2 - 2x + x - 2"]),
+        ("30*x**2 + 2*x", ["30x^2 + 2x", "2x+30x^{2}"], ["6*5x^2 + 2x", "{15x + 1}{2x}", "2(15x^2+x)"]),
     ],
 )
 def test_what_is_still_to_be_worked_out_is_no_answer(oracle: str, paid: list[str], unpaid: list[str]) -> None:
@@ -181,6 +187,41 @@ def test_the_question_said_back_is_not_paid(name: str) -> None:
         assert VERIFIER.verify(task, f"<answer>{gold}</answer>").score == 1.0
         for echo in (question, asked, f"{asked} = ", f"{gold} + 0", f"1 * {gold}", f"{gold}1" if "." in gold else ""):
             assert VERIFIER.verify(task, f"<answer>{echo}</answer>").score == 0.0, echo
+
+
+def test_an_answer_in_other_dress_is_paid_where_the_library_says_so_too() -> None:
+    from cabochon.verifiers.reasoning_worker import bare
+
+    assert bare("F=4, J=9.") == bare("f=4,J=9") != bare("f=4,j=8")
+    for name, dress in (("zebra_puzzles", str.title), ("word_sorting", lambda t: t.replace(", ", ","))):
+        task, other = puzzle_tasks(Puzzles(name=name, size=2, seed=3))
+        gold = dress(str(task.payload["answer"]))
+        assert VERIFIER.verify(task, f"<answer>```text\n{gold}\n```</answer>").score == 1.0, name
+        assert VERIFIER.verify(task, f"<answer>{dress(str(other.payload['answer']))}x</answer>").score == 0.0
+
+
+def test_three_figures_are_what_power_function_asks_for() -> None:
+    for task in puzzle_tasks(Puzzles(name="power_function", size=6, seed=5)):
+        gold = f"{float(task.payload['answer']):.2e}"
+        assert VERIFIER.verify(task, f"<answer>{gold}</answer>").score == 1.0
+        power = gold.replace("e", "\\times 10^{") + "}"
+        assert VERIFIER.verify(task, f"<answer>${power}$</answer>".replace("$", "")).score == 1.0
+        mantissa, _, exponent = gold.partition("e")
+        near = f"{float(mantissa) + 0.01:.2f}e{exponent}"
+        for wrong in (f"{mantissa}e{int(exponent) + 1}", near, mantissa, f"-{gold}"):
+            assert VERIFIER.verify(task, f"<answer>{wrong}</answer>").score == 0.0
+
+
+def test_integrals_that_nobody_could_do_are_no_tasks() -> None:
+    tasks = puzzle_tasks(Puzzles(name="intermediate_integration", size=40, seed=5))
+    assert 20 < len(tasks) < 40
+    assert not [task for task in tasks if "Integral" in str(task.payload["answer"])]
+
+
+def test_moves_without_end_are_no_solution() -> None:
+    (task,) = puzzle_tasks(Puzzles(name="rush_hour", size=1, seed=7))
+    found = VERIFIER.verify(task, f"<answer>{'A+1 ' * 4000}</answer>")
+    assert (found.score, found.detail) == (0.0, "more moves than a solution has")
 
 
 def test_comparing_texts_settles_most_answers_without_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
