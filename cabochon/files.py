@@ -83,12 +83,12 @@ def writing(path: Path) -> Iterator[None]:
 def write_whole(path: Path, text: str) -> None:
     """The file with this text, durable, or as it was before; its directory is made. What a link points to is replaced,
     and a device or a pipe written to. Raises MachineError."""
-    place = path.resolve()
-    temporary = place.with_name(f".{place.name}.partial")
     with writing(path):
-        if place.exists() and not place.is_file() and not place.is_dir():
-            place.write_text(text, encoding="utf-8")
+        if path.is_relative_to("/dev") or (path.exists() and not path.is_file() and not path.is_dir()):
+            path.write_text(text, encoding="utf-8")
             return
+        place = path.resolve()
+        temporary = place.with_name(f".{place.name}.partial")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("w", encoding="utf-8") as file:

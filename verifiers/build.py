@@ -24,6 +24,7 @@ SandboxName = Literal["bubblewrap", "docker"]
 
 def verifier_named(name: str, *, sandbox: SandboxName = "bubblewrap") -> Verifier:
     """The verifier a task asks for. Raises UserError for an unknown name. `sandbox` is read by `code` only."""
+    check_name(name)
     match name:
         case "math":
             from cabochon.verifiers.math import MathVerifier
@@ -47,13 +48,18 @@ def verifier_named(name: str, *, sandbox: SandboxName = "bubblewrap") -> Verifie
             return VerdictVerifier()
         case "code":
             return _code(sandbox)
-    if ":" in name:
-        from cabochon.verifiers.functions import FunctionVerifier, RubricVerifier, VerlVerifier
+    from cabochon.verifiers.functions import FunctionVerifier, RubricVerifier, VerlVerifier
 
-        form, _, rest = name.partition(":")
-        if form in ("verl", "rubric") and ":" in rest:
-            return VerlVerifier(address=rest) if form == "verl" else RubricVerifier(address=rest)
-        return FunctionVerifier(address=name)
+    form, _, rest = name.partition(":")
+    if form in ("verl", "rubric") and ":" in rest:
+        return VerlVerifier(address=rest) if form == "verl" else RubricVerifier(address=rest)
+    return FunctionVerifier(address=name)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for what is neither a verifier's name nor has the form of an address."""
+    if name in NAMES or ":" in name:
+        return
     if name.endswith(".py"):
         raise UserError(f"{name!r} is a file: add the reward function in it, {name}:function")
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]

@@ -35,6 +35,8 @@ def verify_command(
     from cabochon.verifiers.build import probes_for, verifier_for
     from cabochon.verifiers.pool import VerifierPool
 
+    if reward is not None and not reward.strip():
+        raise UserError("--reward is empty; expected a verifier's name or module:function")
     if out is not None:
         _check_out(out, file)
     tasks, texts = _rows(file, column, reward)
@@ -98,11 +100,14 @@ def _sandbox(name: str) -> Literal["bubblewrap", "docker"]:
 
 def _check_out(out: pathlib.Path, file: pathlib.Path) -> None:
     """Before the work. Raises UserError."""
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a directory; expected the name of a file, such as {out / 'verdicts.jsonl'}")
-    if out.exists() and file.exists() and out.samefile(file):
-        raise UserError(f"--out {out}: is the file that is read; choose another name")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
+    try:
+        if out.is_dir():
+            raise UserError(f"--out {out}: is a directory; expected the name of a file, such as {out / 'out.jsonl'}")
+        if out.exists() and file.exists() and out.samefile(file):
+            raise UserError(f"--out {out}: is the file that is read; choose another name")
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+    except OSError as error:  # a name that is too long, a loop of links
+        raise UserError(f"--out {out}: {error.strerror}") from None
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"--out {out}: cannot be written there: {above} is not a directory that may be written to")
 
@@ -110,6 +115,7 @@ def _check_out(out: pathlib.Path, file: pathlib.Path) -> None:
 def _rows(file: pathlib.Path, column: str, reward: str | None) -> tuple[list[Task], list[str]]:
     from dataclasses import replace
 
+    from cabochon.verifiers.build import check_name
     from cabochon.verifiers.tasks import check_payload, read_rows, task_of_row
 
     tasks: list[Task] = []
@@ -121,6 +127,10 @@ def _rows(file: pathlib.Path, column: str, reward: str | None) -> tuple[list[Tas
         task = task_of_row(where, row, f"{file.stem}/{len(tasks)}", reward)
         tasks.append(replace(task, verifier=reward) if reward else task)
         check_payload(where, tasks[-1])
+        try:
+            check_name(tasks[-1].verifier)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     if not tasks:
         raise UserError(f"{file}: holds no rows")
     return tasks, texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -21,7 +22,13 @@ def load(address: str) -> Callable[..., Any]:
     FileNotFoundError.
     """
     place, _, name = address.rpartition(":")
-    return getattr(_file(place) if place.endswith(".py") else importlib.import_module(place), name)
+    module = _file(place) if place.endswith(".py") else importlib.import_module(place)
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        near = difflib.get_close_matches(name, [n for n in vars(module) if not n.startswith("__")], n=1, cutoff=0.0)
+        nearest = f"; the nearest name in it is {near[0]!r}" if near else ""
+        raise AttributeError(f"{place} defines no {name!r}{nearest}") from None
 
 
 @lru_cache(maxsize=64)
@@ -40,7 +47,7 @@ def _file(place: str) -> ModuleType:
 
 def warm_file(place: str) -> None:
     """Import a file before workers are forked. What it raises is told at its first call."""
-    with contextlib.suppress(Exception, SystemExit):
+    with contextlib.suppress(Exception, SystemExit, KeyboardInterrupt):
         _file(place)
 
 
@@ -99,6 +106,8 @@ def verl(address: str, data_source: str, text: str, ground_truth: Any, extra_inf
     )
     extra: dict[str, Any] = {}
     if isinstance(result, dict):
+        if "score" not in result:
+            raise ValueError(f"{address} returned a dict without 'score'; it has {', '.join(map(str, result))[:200]}")
         extra = {str(name): _plain(value) for name, value in result.items() if name != "score"}
         result = result["score"]
     elif isinstance(result, list | tuple):

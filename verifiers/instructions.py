@@ -67,6 +67,8 @@ def constraints(task: Task) -> list[tuple[str, dict[str, Any]]]:
         given = given or [{} for _ in kinds]
         if len(kinds) != len(given):
             raise ValueError(f"task {task.id}: {len(kinds)} instruction ids but {len(given)} kwargs")
+        if odd := [row for row in given if row is not None and not isinstance(row, Mapping)]:
+            raise ValueError(f"task {task.id}: each of kwargs must be an object, got {str(odd[0])[:60]!r}")
         rows = [{**(arguments or {}), "kind": kind} for kind, arguments in zip(kinds, given, strict=True)]
     if not rows or not isinstance(rows, list) or not all(isinstance(row, Mapping) and "kind" in row for row in rows):
         raise ValueError(

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from cabochon.verifiers.text import visible
+
 Shape = Literal["text", "texts", "count", "from zero", "relation", "language", "pattern", "schema"]
 
 ARGUMENTS: dict[str, dict[str, Shape]] = {
@@ -96,10 +98,10 @@ def checked(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _formed(shape: Shape, value: Any) -> Any:
     """`value` in its form. Raises ValueError saying what it must be."""
     match shape:
-        case "text" if isinstance(value, str) and value.strip():
+        case "text" if isinstance(value, str) and visible(value).strip():
             return value.strip()
         case "texts" if isinstance(value, list | tuple) and value:
-            if all(isinstance(item, str) and item.strip() for item in value):
+            if all(isinstance(item, str) and visible(item).strip() for item in value):
                 return [item.strip() for item in value]
         case "count" | "from zero" if isinstance(value, int | float) and not isinstance(value, bool):
             if (isinstance(value, int) or value.is_integer()) and value >= (shape == "count"):
@@ -119,8 +121,18 @@ def _formed(shape: Shape, value: Any) -> Any:
                 raise ValueError(f"is no regular expression ({error})") from None
             return value
         case "schema" if isinstance(value, dict | bool):
-            return value
+            return _schema(value)
     raise ValueError(f"must be {_WANTED[shape]}")
+
+
+def _schema(value: Any) -> Any:
+    import jsonschema  # only here: most rows have none
+
+    try:
+        jsonschema.validators.validator_for(value).check_schema(value)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"is no JSON schema ({error.message})") from None
+    return value
 
 
 _WANTED: dict[Shape, str] = {

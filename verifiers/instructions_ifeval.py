@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from langdetect import DetectorFactory, LangDetectException, detect
 
+from cabochon.verifiers.text import visible
+
 DetectorFactory.seed = 0  # langdetect samples; without a seed a short text may change language from call to call
 
 Relation = Literal["at least", "less than"]
@@ -21,6 +23,8 @@ Relation = Literal["at least", "less than"]
 _ABBREVIATION = re.compile(
     r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|vs|etc|Inc|Ltd|Co|No|Fig|approx|e\.g|i\.e|a\.m|p\.m|U\.S)\.$"
 )
+_NUMBERED = re.compile(r"\b(?:No|Fig)\.$")
+"""An abbreviation only before a number."""
 _SENTENCE_END = re.compile(r"[.!?…。！？]+[\"')\]”’]*(?=\s|$)|(?<=[。！？])")
 
 
@@ -50,7 +54,9 @@ def count_sentences(text: str) -> int:
         start = 0
         for end in _SENTENCE_END.finditer(line):
             piece = line[start : end.end()]
-            if _ABBREVIATION.search(line[max(0, end.start() - 8) : end.end()]) and end.end() < len(line):
+            before = line[max(0, end.start() - 8) : end.end()]
+            word = _NUMBERED.search(before) and not re.match(r"\s*\d", line[end.end() :])
+            if _ABBREVIATION.search(before) and not word and end.end() < len(line):
                 continue
             if re.search(r"(?:^|\s)[A-Z]\.$", line[max(0, end.start() - 3) : end.end()]) and end.end() < len(line):
                 continue
@@ -93,13 +99,15 @@ _UNSPACED = re.compile(
 
 
 def has_word(text: str, phrase: str) -> bool:
-    """Whether a word or phrase stands in a text, however it is spaced and capitalised; no part of a longer word."""
+    """Whether a word or phrase stands in a text, however it is spaced, capitalised and encoded, also as `_word_` and
+    with invisible characters inside; no part of a longer word."""
 
     def edge(letter: str, mark: str) -> str:
-        return mark if re.match(r"\w", letter) and not _UNSPACED.match(letter) else ""
+        return mark if re.match(r"[^\W_]", letter) and not _UNSPACED.match(letter) else ""
 
+    text, phrase = visible(text), visible(phrase)
     spaced = r"\s+".join(map(re.escape, phrase.split()))
-    pattern = edge(phrase[0], r"(?<!\w)") + spaced + edge(phrase[-1], r"(?!\w)")
+    pattern = edge(phrase[0], r"(?<![^\W_])") + spaced + edge(phrase[-1], r"(?![^\W_])")
     return re.search(pattern, text, re.IGNORECASE) is not None
 
 

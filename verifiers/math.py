@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
 from cabochon.types import Message, Prompt, Task, Verdict
@@ -58,14 +59,13 @@ class MathVerifier:
 def gold_answers(task: Task) -> list[str]:
     """The golds of a task, as strings. Raises ValueError if there are none."""
     answer: Any = task.payload.get("answer")
-    if isinstance(answer, bool) or answer is None or answer == "" or answer == []:
+    if isinstance(answer, bool) or answer is None or answer == []:
         raise ValueError(f'task {task.id}: payload["answer"] must be a gold answer, got {answer!r}')
-    if isinstance(answer, str):
-        return [answer]
-    if isinstance(answer, int | float):
-        return [str(answer)]
-    if isinstance(answer, Sequence) and all(isinstance(item, str | int | float) for item in answer):
-        return [str(item) for item in answer]
+    golds = [answer] if isinstance(answer, str | int | float) else answer
+    if isinstance(golds, Sequence) and all(isinstance(item, str | int | float) for item in golds):
+        if empty := [g for g in golds if not str(g).strip() or (isinstance(g, float) and not isfinite(g))]:
+            raise ValueError(f'task {task.id}: payload["answer"] must be a gold answer, got {empty[0]!r}')
+        return [str(item) for item in golds]
     raise ValueError(f'task {task.id}: payload["answer"] must be text, a number or a list, got {type(answer).__name__}')
 
 

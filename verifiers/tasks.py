@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pathlib
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,8 @@ from cabochon.types import Prompt, Task
 from cabochon.verifiers.instructions import constraints
 from cabochon.verifiers.math import gold_answers
 from cabochon.verifiers.math_boxes import last_box
+from cabochon.verifiers.text import visible
+from cabochon.verifiers.verdict import label_and_choices
 
 LINE_LIMIT = 64 << 20
 OWN = frozenset({"id", "prompt", "verifier", "payload", "domain", "completion"})
@@ -46,7 +48,11 @@ class Columns:
 def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """`FILE:LINE` and object of each line. Raises UserError naming both for one that is not a JSON object."""
     path = pathlib.Path(path)
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{path}: {error.strerror}") from None
+    if not there:
         raise UserError(f"{path}: no such file")
     if path.is_dir():
         raise UserError(f"{path}: is a directory; expected a file of JSON lines")
@@ -54,12 +60,12 @@ def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: expected JSON lines, one object a line; pandas writes them from such a file: "
                         "frame.to_json('tasks.jsonl', orient='records', lines=True)")
     with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
+        for number, raw in enumerate(iter(lambda: lines.readline(LINE_LIMIT + 1), b""), start=1):
             where = f"{path}:{number}"
             if not raw.strip():
                 continue
             if len(raw) > LINE_LIMIT:
-                raise UserError(f"{where}: the line is {len(raw)} bytes long, at most {LINE_LIMIT} are read")
+                raise UserError(f"{where}: the line is longer than {LINE_LIMIT} bytes, which is the most that is read")
             try:
                 row = json.loads(raw)
             except (ValueError, RecursionError) as error:
@@ -149,7 +155,7 @@ def task_of_row(where: str, row: Mapping[str, Any], name: str, verifier: str | N
     if {"prompt", "test", "entry_point"} <= set(row):
         prompt = _text(where, row, "prompt")
         payload = {"prompt": prompt, "test": _text(where, row, "test"), "entry_point": _text(where, row, "entry_point"),
-                   "reference": prompt + str(row.get("canonical_solution", ""))}
+                   "reference": prompt + (row.get("canonical_solution") or "")}
         return Task(id=_named(row, "task_id", name), prompt=prompt, verifier="code", payload=payload)
     if "prompt" in row:
         raise UserError(f"{where}: no column 'verifier', which says who judges the answer; the row has {sorted(row)}")
@@ -175,6 +181,8 @@ def check_payload(where: str, task: Task) -> None:
                 gold_answers(task)
             case "instructions":
                 constraints(task)
+            case "verdict":
+                label_and_choices(task)
     except ValueError as error:
         raise UserError(f"{where}: {str(error).removeprefix(f'task {task.id}: ')}") from None
 
@@ -191,7 +199,7 @@ def _after_hashes(where: str, answer: str) -> str:
 
 def _math(where: str, row: Mapping[str, Any], name: str) -> Task:
     answer = row.get("answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         gold = str(answer)
     elif isinstance(answer, str) and answer.strip():
         gold = answer.strip()
@@ -215,7 +223,7 @@ def _mbpp(where: str, row: Mapping[str, Any], name: str) -> Task:
     prompt = f"{words.strip()}\nYour code should pass this test:\n{tests[0]}"
     identity = name if row.get("task_id") is None else f"mbpp/{row['task_id']}"
     return Task(id=identity, prompt=prompt, verifier="code",
-                payload={"test_list": tests, "test_setup_code": setup, "reference": str(row.get("code", ""))})
+                payload={"test_list": tests, "test_setup_code": setup, "reference": str(row.get("code") or "")})
 
 
 # ---------------------------------------------------------------------------------------------------------- the split
@@ -225,16 +233,22 @@ def _words(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content", "")) for message in prompt)
 
 
+_OPERATORS = {"times": "*", "cdot": "*", "div": "/"}
+_SIGNS = str.maketrans({"×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "∕": "/", "−": "-", "–": "-", "—": "-"})
+
+
 def normalised(prompt: Prompt) -> str:
-    """A prompt's words and numbers without case, spacing, punctuation or Unicode variants; operators and signs stay."""
-    text = unicodedata.normalize("NFKC", _words(prompt)).casefold()
+    """A prompt's words and numbers without case, spacing, punctuation, invisible letters, Unicode's and LaTeX's ways to
+    write an operator, or commas between thousands; operators and signs stay."""
+    text = re.sub(r"\\(times|cdot|div)(?![a-z])", lambda sign: _OPERATORS[sign[1]], visible(_words(prompt)).casefold())
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.translate(_SIGNS))
     return " ".join(re.findall(r"\w+|[-+*/^=<>%]", text))
 
 
 def spelled(prompt: Prompt) -> str:
     """A prompt's text without spacing and Unicode variants: what makes two prompts the same whatever they ask, where
     case and brackets may be what they ask about."""
-    return " ".join(unicodedata.normalize("NFKC", _words(prompt)).split())
+    return " ".join(visible(_words(prompt)).split())
 
 
 def content_hash(prompt: Prompt) -> int:

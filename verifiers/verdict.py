@@ -22,9 +22,7 @@ class VerdictVerifier:
 
     def verify(self, task: Task, text: str) -> Verdict:
         """Raises ValueError where the payload has no label, or one that is not among its choices."""
-        label, choices = task.payload.get("label"), [str(choice) for choice in task.payload.get("choices", ())]
-        if label not in choices:
-            raise ValueError(f"task {task.id}: payload.label must be one of payload.choices {choices}, got {label!r}")
+        label, choices = label_and_choices(task)
         answer = text.rpartition(self.closing)[2]
         if self.closing not in text and self.opening in text:
             return Verdict(score=0.0, status="no_answer", detail="thinking never ends")
@@ -35,6 +33,14 @@ class VerdictVerifier:
             return Verdict(score=0.0, status="no_answer", detail=f"the last line is not 'Verdict: {'|'.join(choices)}'")
         evidence = {"verdict": said, "label": label}
         return right(f"{said}, as it is", evidence) if said == label else wrong(f"{said}, it is {label}", evidence)
+
+
+def label_and_choices(task: Task) -> tuple[str, list[str]]:
+    """The right label and all there are. Raises ValueError where it is not among them."""
+    label, choices = task.payload.get("label"), [str(choice) for choice in task.payload.get("choices") or ()]
+    if label not in choices:
+        raise ValueError(f"task {task.id}: payload.label must be one of payload.choices {choices}, got {label!r}")
+    return str(label), choices
 
 
 def _whole(name: str) -> str:

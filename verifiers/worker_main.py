@@ -10,6 +10,7 @@ unpickles anything from it. Standard library only, since this file is imported b
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -92,13 +93,20 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": "oom", "detail": "the worker reached its memory cap"}
     except RecursionError:
         return {"error": "recursion", "detail": "nested too deeply for the judge"}
-    except Exception as error:  # the worker's door: anything a grader raises is reported to the owner, never swallowed
+    except BaseException as error:  # the worker's door: what a grader raises, SystemExit too, is reported to the owner
         where = traceback.format_exc(limit=-4)[-2000:]
-        detail = f"{type(error).__name__}: {str(error)[:200]}{_place(error)}"
+        detail = f"{type(error).__name__}: {_said(error)[:200]}{_place(error)}"
         return {"error": "exception", "detail": detail, "traceback": where}
 
 
-def _place(error: Exception) -> str:
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "(its text cannot be had)"
+
+
+def _place(error: BaseException) -> str:
     """` (file.py:12)`, the innermost line of a file that is neither installed nor ours: there its author can mend it.
     Empty where there is none."""
     others = (sys.prefix, sys.base_prefix, os.path.dirname(os.path.abspath(__file__)), "<")
@@ -173,7 +181,7 @@ def _reap(pid: int, patience: float = 10.0) -> int:
 def zygote(control_fd: int, preload: list[str], memory_bytes: int) -> None:
     """Import `preload` (and call what has a colon in it, with the text behind a space), then obey the owner.
 
-    `F` with a socket forks a worker on it, `R` and a pid reaps one.
+    `F` with a socket forks a worker on it, `R` and a pid reaps one. At the end what the workers started ends, too.
     """
     control = socket.socket(fileno=control_fd)
     owner = os.getppid()
@@ -186,6 +194,7 @@ def zygote(control_fd: int, preload: list[str], memory_bytes: int) -> None:
     gc.collect()
     gc.freeze()  # keeps the imported pages shared after a fork
     control.send(b"K")
+    workers: set[int] = set()
     while True:
         ready, _, _ = select.select([control], [], [], 5.0)
         if not ready:
@@ -198,7 +207,13 @@ def zygote(control_fd: int, preload: list[str], memory_bytes: int) -> None:
         if message[:1] == b"F":
             with socket.socket(fileno=fds[0]) as connection:
                 pid = _fork_worker(control, connection, memory_bytes)
+            workers.add(pid)
             control.send(struct.pack("!q", pid))
         else:
-            control.send(struct.pack("!q", _reap(struct.unpack("!q", message[1:9])[0])))
-    sys.exit(0)  # the workers die with us: each asked the kernel for that
+            (pid,) = struct.unpack("!q", message[1:9])
+            workers.discard(pid)
+            control.send(struct.pack("!q", _reap(pid)))
+    for pid in workers:  # not reaped, so the numbers are still theirs
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+    sys.exit(0)  # and a worker that has no group yet dies with us: it asked the kernel for that

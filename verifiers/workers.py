@@ -17,10 +17,6 @@ import os
 import secrets
 import signal
 import socket
-import struct
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -28,12 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cabochon.verifiers.worker_main import HEADER, REPLY_LIMIT, cpu_seconds, encode, read_exactly, read_until
-
-_BOOT = (
-    "import json,sys; fd,path,preload,memory=json.loads(sys.argv[1]); sys.path[:]=path; "
-    "from cabochon.verifiers.worker_main import zygote; zygote(fd, preload, memory)"
-)
-
+from cabochon.verifiers.zygote import MachineFailure, NeverStarts, Zygote
 
 STALLED_SHARE = 0.05
 """A deadline missed with less than this share of it spent computing is put down to the machine."""
@@ -95,10 +86,6 @@ class WorkerConfig:
             raise ValueError(f"WorkerConfig needs size >= 1, memory_mib >= 64, retries >= 0, got {self}")
 
 
-class _MachineFailure(Exception):
-    """The machine, not the item, kept a call from finishing."""
-
-
 @dataclass(kw_only=True)
 class _Worker:
     pid: int
@@ -115,12 +102,13 @@ class WorkerPool:
         self.config = config
         self._lock = threading.Lock()  # guards _idle, _alive and _stats
         self._free = threading.Condition(self._lock)
-        self._control_lock = threading.Lock()  # one question to the zygote at a time
         self._idle: list[_Worker] = []
         self._alive = 0
         self._stats = WorkerStats()
-        self._zygote: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
+        self._zygote = Zygote(
+            preload=config.preload, memory_mib=config.memory_mib, keep_environment=config.keep_environment,
+            start_seconds=config.start_seconds,
+        )
         self._closed = False
 
     @property
@@ -157,10 +145,12 @@ class WorkerPool:
                 start = time.monotonic()
                 before = worker.items
                 outcome = self._converse(worker, number, request, deadline, on_stall)
-            except (_MachineFailure, OSError) as error:
+            except (MachineFailure, OSError) as error:
                 failed = Outcome(status="infra_error", detail=str(error))
                 if worker is not None:
                     self._discard(worker)
+                if isinstance(error, NeverStarts):
+                    break
                 continue
             if outcome.status in ("done", "recursion") or (outcome.status == "infra_error" and worker.items > before):
                 self._give_back(worker, discard=single_use)
@@ -182,8 +172,7 @@ class WorkerPool:
             self._free.notify_all()
         for worker in idle:
             worker.connection.close()
-        with self._control_lock:
-            self._stop_zygote()
+        self._zygote.close()
 
     # ------------------------------------------------------------------------------------------ one conversation
 
@@ -205,14 +194,14 @@ class WorkerPool:
                 detail = f"the worker got {used:.1f} s of CPU in {deadline:g} s: starved, or waiting for something"
                 if on_stall == "fail":
                     return Outcome(status="infra_error", detail=detail)
-                raise _MachineFailure(detail) from None
+                raise MachineFailure(detail) from None
             return Outcome(status="timeout", detail=f"no verdict within {deadline:g} s")
         except (EOFError, ConnectionError):
             return self._post_mortem(worker)
         except ValueError as error:
             return Outcome(status="crash", detail=f"the worker sent garbage: {error}"[:300])
         if not isinstance(reply, dict) or reply.get("id") != number:
-            raise _MachineFailure("the worker answered out of turn")
+            raise MachineFailure("the worker answered out of turn")
         worker.items += 1
         match reply:
             case {"value": value}:
@@ -232,7 +221,7 @@ class WorkerPool:
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) not in (signal.SIGKILL, signal.SIGTERM):
             return Outcome(status="crash", detail=f"the worker died of {signal.Signals(os.WTERMSIG(status)).name}")
         self._add(killed=1)
-        raise _MachineFailure(f"the worker was killed mid-item (wait status {status})")
+        raise MachineFailure(f"the worker was killed mid-item (wait status {status})")
 
     def _count(self, outcome: Outcome) -> None:
         name = {"timeout": "timeouts", "oom": "ooms", "crash": "crashes", "infra_error": "infra_errors"}
@@ -252,7 +241,7 @@ class WorkerPool:
             while not self._idle and self._alive >= self.config.size and not self._closed:
                 self._free.wait()
             if self._closed:
-                raise _MachineFailure("the worker pool is closed")
+                raise MachineFailure("the worker pool is closed")
             if self._idle:
                 return self._idle.pop()
             self._alive += 1
@@ -281,99 +270,30 @@ class WorkerPool:
                 self._stats = replace(self._stats, replaced=self._stats.replaced + 1)
             self._free.notify()
 
-    # ------------------------------------------------------------------------------------------ the zygote
-
     def _fork(self) -> _Worker:
         ours, theirs = socket.socketpair()
         try:
-            with theirs, self._control_lock:
-                if self._closed:  # since `_take` looked: nobody would stop what is started now
-                    raise _MachineFailure("the worker pool is closed")
-                control = self._running_zygote()
-                try:
-                    socket.send_fds(control, [b"F"], [theirs.fileno()])
-                    (pid,) = struct.unpack("!q", control.recv(8))
-                    zygote_pid = self._zygote.pid if self._zygote else 0
-                except (OSError, struct.error) as error:
-                    self._stop_zygote()
-                    raise _MachineFailure(f"cannot make a worker: {error}") from error
+            with theirs:
+                pid, zygote_pid = self._zygote.fork(theirs)
             ours.settimeout(self.config.start_seconds)
             worker = _Worker(pid=pid, connection=ours, zygote_pid=zygote_pid)
             (length,) = HEADER.unpack(read_exactly(ours, HEADER.size))
             read_exactly(ours, length)
-        except (EOFError, OSError, _MachineFailure) as error:
+        except MachineFailure:
             ours.close()
-            raise _MachineFailure(f"cannot make a worker: {error}") from error
+            raise
+        except (EOFError, OSError) as error:
+            ours.close()
+            raise MachineFailure(f"cannot make a worker: {error}") from error
         return worker
 
     def _reap(self, worker: _Worker) -> int:
         """Kill the worker's process group, close its connection, collect its wait status (0 if it is not to be had)."""
         worker.connection.close()
-        with self._control_lock:
-            if worker.reaped or self._control is None or self._zygote is None or self._zygote.pid != worker.zygote_pid:
-                return 0  # reaped before, or gone with its zygote: the process id may be somebody else's by now
-            worker.reaped = True
-            for kill in (os.killpg, os.kill):
-                try:
-                    kill(worker.pid, signal.SIGKILL)
-                except (ProcessLookupError, PermissionError):
-                    continue
-            try:
-                self._control.send(b"R" + struct.pack("!q", worker.pid))
-                return int(struct.unpack("!q", self._control.recv(8))[0])
-            except (OSError, struct.error):
-                self._stop_zygote()
-                return 0
-
-    def _running_zygote(self) -> socket.socket:
-        """The control connection; starts the zygote on first use and again if it was killed. Needs `_control_lock`."""
-        if self._control is not None and self._zygote is not None and self._zygote.poll() is None:
-            return self._control
-        self._stop_zygote()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        path = [os.path.abspath(entry or os.curdir) for entry in sys.path]
-        argument = json.dumps([theirs.fileno(), path, list(self.config.preload), self.config.memory_mib << 20])
-        with theirs, tempfile.TemporaryFile() as errors:
-            self._zygote = subprocess.Popen(
-                [sys.executable, "-s", "-P", "-c", _BOOT, argument],
-                env=_clean_environment(self.config.keep_environment),
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-                pass_fds=[theirs.fileno()], start_new_session=True,
-            )
-            theirs.close()
-            ours.settimeout(self.config.start_seconds)
-            try:
-                started = ours.recv(1) == b"K"
-            except OSError:
-                started = False
-            if not started:
-                ours.close()
-                self._zygote.kill()
-                self._zygote.wait()
-                errors.seek(0)
-                tail = errors.read()[-1500:].decode("utf-8", "replace").strip().splitlines()
-                raise _MachineFailure(f"the worker interpreter did not start: {tail[-1] if tail else 'no message'}")
-        self._control = ours
-        return ours
-
-    def _stop_zygote(self) -> None:
-        """Needs `_control_lock`."""
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._zygote is not None:
-            self._zygote.kill()  # its workers die with it
-            self._zygote.wait()
-            self._zygote = None
-
-
-def _clean_environment(keep: tuple[str, ...]) -> dict[str, str]:
-    """What a worker sees of the environment: the fixed names, and those asked for."""
-    fixed = {
-        "PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-    }
-    return fixed | {name: os.environ[name] for name in keep if name in os.environ}
+        if worker.reaped:
+            return 0
+        worker.reaped = True
+        return self._zygote.reap(worker.pid, worker.zygote_pid)
 
 
 _SHARED: dict[tuple[int, WorkerConfig], WorkerPool] = {}

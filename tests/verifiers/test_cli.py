@@ -64,7 +64,7 @@ def test_verify_tells_what_is_wrong_with_a_row(tmp_path: pathlib.Path) -> None:
     assert str(done.exception).startswith(f"{path}:2: no column 'completion' with the completion; the row has")
     unknown = write(tmp_path / "unknown.jsonl", [ROWS[0], {"prompt": "p", "verifier": "maths", "completion": "x"}])
     done = RUN.invoke(APP, ["verify", unknown])
-    assert str(done.exception).startswith("task unknown/1: no verifier is called 'maths'")
+    assert str(done.exception).startswith(f"{unknown}:2: no verifier is called 'maths'")
     assert "nearest is 'math'" in str(done.exception)
     null = write(tmp_path / "null.jsonl", [{**ROWS[0], "completion": None}])
     done = RUN.invoke(APP, ["verify", null])
@@ -72,6 +72,25 @@ def test_verify_tells_what_is_wrong_with_a_row(tmp_path: pathlib.Path) -> None:
     no_gold = write(tmp_path / "gold.jsonl", [{"prompt": "p", "verifier": "math", "completion": "x"}])
     done = RUN.invoke(APP, ["verify", no_gold])
     assert str(done.exception) == f'{no_gold}:1: payload["answer"] must be a gold answer, got None'
+
+
+def test_what_verify_is_told_is_checked_before_it_reads(tmp_path: pathlib.Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", ROWS)
+    for told, says in (
+        (["--reward", " "], "--reward is empty; expected a verifier's name or module:function"),
+        (["--out", "x" * 300], "File name too long"),
+    ):
+        done = RUN.invoke(APP, ["verify", rows, *told])
+        assert isinstance(done.exception, UserError)
+        assert says in str(done.exception)
+    done = RUN.invoke(APP, ["verify", "x" * 300])
+    assert isinstance(done.exception, UserError)
+
+
+def test_verdicts_can_go_to_a_device(tmp_path: pathlib.Path) -> None:
+    done = RUN.invoke(APP, ["verify", write(tmp_path / "rows.jsonl", ROWS[:1]), "--out", "/dev/null"])
+    assert done.exit_code == 0, done.output
+    assert not pathlib.Path("/dev/null").is_file()
 
 
 def test_verify_reads_a_completion_that_is_a_message(tmp_path: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from cabochon.errors import UserError
 from cabochon.types import Task
 from cabochon.verifiers.functions import FunctionVerifier, VerlVerifier
+from cabochon.verifiers.workers import close_shared_pools
 
 REWARDS = """
 import asyncio, os, time
@@ -41,6 +42,12 @@ def which(completions, id, domain, log_extra, log_metric):
     log_extra("seen", [f"{i} {d}" for i, d in zip(id, domain)])
     log_metric("length", len(completions[0]))
     return [1.0]
+def exits(completions, **kwargs): raise SystemExit(3)
+def interrupts(completions, **kwargs): raise KeyboardInterrupt
+class Unsayable(Exception):
+    def __str__(self): raise ValueError
+def unsayable(completions, **kwargs): raise Unsayable
+def no_score(data_source, solution_str, ground_truth, extra_info=None): return {"reward": 1.0}
 def secret(completions, **kwargs): return [float("JUDGE_KEY" in os.environ)]
 def factory(bonus):
     def reward(completions, **kwargs): return [bonus]
@@ -172,6 +179,45 @@ def test_what_a_file_raises_is_told_at_each_call(tmp_path: pathlib.Path) -> None
         assert (found.status, found.detail) == (
             "infra_error", "ModuleNotFoundError: No module named 'no_such_neighbour' (mine.py:1)"
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("exits", "SystemExit: 3 (rewards.py:"),
+        ("interrupts", "KeyboardInterrupt"),
+        ("unsayable", "Unsayable: (its text cannot be had) (rewards.py:"),
+        ("no_score", "no_score returned a dict without 'score'; it has reward"),
+    ],
+)
+def test_what_a_function_raises_is_said_whatever_it_is(rewards: str, name: str, says: str) -> None:
+    form = VerlVerifier if name == "no_score" else FunctionVerifier
+    found = form(address=f"{rewards}:{name}").verify(task(ground_truth="x"), "x")
+    assert (found.score, found.status) == (None, "infra_error")
+    assert says in found.detail
+
+
+def test_a_name_that_only_the_loaded_file_tells_has_its_nearest(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("if True:\n    def score(completions): return [1.0]\n")
+    found = FunctionVerifier(address=f"{path}:scorer").verify(task(), "x")
+    assert f"{path} defines no 'scorer'; the nearest name in it is 'score'" in found.detail
+
+
+def test_what_a_function_starts_ends_with_its_workers(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import subprocess\ndef score(completions, log_metric):\n"
+        "    log_metric('pid', subprocess.Popen(['sleep', '600']).pid)\n    return [1.0]\n"
+    )
+    found = FunctionVerifier(address=f"{path}:score").verify(task(), "x")
+    started = pathlib.Path(f"/proc/{found.evidence['pid']}")
+    assert started.exists()
+    close_shared_pools()
+    until = time.monotonic() + 10
+    while started.exists() and "(sleep) Z" not in (started / "stat").read_text():
+        assert time.monotonic() < until, "it lives on"
+        time.sleep(0.05)
 
 
 def test_the_row_s_id_and_domain_are_columns(rewards: str) -> None:

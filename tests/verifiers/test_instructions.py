@@ -196,6 +196,9 @@ def test_thoughts_alone_are_no_response(text: str) -> None:
         ("very good", "Very\n good!", "very goodish"),
         ("cat", "the cat's", "concatenate"),
         (" cat\n", "A cat.", "cats"),
+        ("blue", "I think _blue_ is good", "bluegreen"),
+        ("blue", "b\u200blu\u00ade ｂｌｕｅ", "b lue"),
+        ("café", "cafe\u0301!", "cafe"),
     ],
 )
 def test_a_word_stands_or_is_part_of_another(word: str, stands: str, is_part: str) -> None:
@@ -239,6 +242,8 @@ def test_words_and_sentences() -> None:
     assert words("It's 3.5 well-known") == ["It", "s", "3", "5", "well", "known"]
     assert count_sentences("Mr. A. Smith paid 3.5 dollars, e.g. on Monday. Then he left!\nAnd so on") == 3
     assert count_sentences("") == 0
+    assert count_sentences("Is it so? No. That is a lie. No. It is not.") == 5
+    assert count_sentences("See No. 5 and Fig. 2. Then stop.") == 2
     assert count_sentences("It is a long\nsentence over\nlines. And one more.") == 2
     assert count_sentences("A title\n\nOne sentence\n- a point\n- another. With two\n1. and three\n2.5 of it") == 6
 
@@ -297,6 +302,8 @@ def test_ten_megabytes_are_malformed() -> None:
         ({"constraints": [{"kind": "startend:end_checker", "end_phrase": " "}]}, "end_phrase must be a text"),
         ({"constraints": [{"kind": "language:is", "language": "english"}]}, "the nearest is"),
         ({"constraints": {"kind": "format:json"}}, '"constraints"'),
+        ({"constraints": [{"kind": "words:forbidden", "words": ["\u200b"]}]}, "words must be a list of texts"),
+        ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": ["x"]}, "of kwargs must be an object, got 'x'"),
         ({"instruction_id_list": "format:json"}, "'instruction_id_list'] must be a list, got str"),
         ({"constraints": [{"kind": "keywords:existence"}]}, "lacks its argument 'keywords'"),
         ({"constraints": [{"kind": "format:json_schema", "schema": {"type": "nonsense"}}]}, "JSON schema"),

@@ -84,13 +84,22 @@ def test_columns_as_tables_write_them(tmp_path: pathlib.Path) -> None:
         {**MBPP, "task_id": None, "test_setup_code": None, "test_imports": None},
         {**MBPP, "task_id": 8, "test_imports": "import math"},
         {**MBPP, "task_id": 9, "test_imports": ["import math", "import re"]},
-        {**HUMANEVAL, "task_id": None},
+        {**HUMANEVAL, "task_id": None, "canonical_solution": None},
+        {"problem": "P3", "solution": "so \\boxed{5}", "answer": float("nan")},
+        {**MBPP, "task_id": 10, "code": None},
     ]
     found = read_tasks(write(tmp_path / "t.jsonl", *rows))
-    assert [task.id for task in found] == ["t/0", "t/1", "t/2", "t/3", "mbpp/8", "mbpp/9", "t/6"]
+    assert [task.id for task in found] == ["t/0", "t/1", "t/2", "t/3", "mbpp/8", "mbpp/9", "t/6", "t/7", "mbpp/10"]
     assert found[0].domain == "t"
-    assert [task.payload["answer"] for task in found[1:3]] == ["4", "5"]
+    assert [task.payload["answer"] for task in (*found[1:3], found[7])] == ["4", "5", "5"]
+    assert (found[6].payload["reference"], found[8].payload["reference"]) == (HUMANEVAL["prompt"], "")
     assert [task.payload["test_setup_code"] for task in found[3:6]] == ["", "import math", "import math\nimport re"]
+
+
+def test_a_line_without_end_is_not_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cabochon.verifiers.tasks.LINE_LIMIT", 1000)
+    with pytest.raises(UserError, match=r"/dev/full:1: the line is longer than 1000 bytes"):
+        list(read_rows("/dev/full"))
 
 
 def test_a_pipe_is_read_and_a_directory_is_not(tmp_path: pathlib.Path) -> None:
@@ -129,6 +138,9 @@ def test_a_column_map(tmp_path: pathlib.Path) -> None:
         ("[" * 100_000, "not JSON"),
         ("[", "a line holds one whole object (jq -c '.[]' makes such lines of an array)"),
         ({"prompt": "p", "verifier": "math", "payload": {}}, 'payload["answer"] must be a gold answer, got None'),
+        ({"prompt": "p", "verifier": "math", "answer": float("nan")}, "must be a gold answer, got nan"),
+        ({"prompt": "p", "verifier": "math", "answer": [" "]}, "must be a gold answer, got ' '"),
+        ({"prompt": "p", "verifier": "verdict", "label": "Yes"}, "payload.label must be one of payload.choices []"),
         ({"prompt": "p", "verifier": "instructions"}, 'payload needs "constraints"'),
         (
             {"prompt": "p", "verifier": "instructions", "constraints": [{"kind": "length:words", "max": 3}]},
@@ -173,9 +185,12 @@ def test_the_split_depends_on_the_words_of_the_prompt_alone() -> None:
         "what is 3+4",
         "  WHAT   is\n3 + 4 ?!",
         "What is ３ + ４?",
+        "What is 3\u200b + 4?",
         [{"role": "user", "content": "What is 3 + 4?"}],
     ]
     assert len({content_hash(copy) for copy in copies}) == 1
+    signs = ["2 * 3 - 1,000 / 4", "2 \\times 3 − 1000 ÷ 4".replace("÷", "/"), "2 × 3 – 1000 / 4", "2·3 - 1,000/4"]
+    assert len({content_hash(text) for text in signs}) == 1
     for different in ("What is 3 - 4?", "What is 34?", "What is 3 + 5?", "What is 3 * 4?"):
         assert normalised(different) != normalised(copies[0])
     for share in (0.05, 0.5, 0.95):

@@ -43,7 +43,7 @@ def garbage(data):
         except OSError: pass
 def child():
     pid = os.fork()
-    if pid == 0: time.sleep(60); os._exit(0)
+    if pid == 0: time.sleep(600); os._exit(0)
     return pid
 """
 
@@ -291,7 +291,52 @@ def test_a_pool_closed_between_taking_and_starting_a_worker_starts_none(jobs: st
     outcome = pool.call("cabochon_test_jobs:nap", {"seconds": 30}, deadline=60)
     assert (outcome.status, outcome.detail) == ("infra_error", "the worker pool is closed")
     assert time.monotonic() - start < 20
-    assert pool._zygote is None
+    assert pool._zygote.pid is None
+
+
+def test_an_interpreter_that_is_never_done_importing_is_waited_for_once(jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    pathlib.Path(jobs, "never_done.py").write_text("import time; time.sleep(600)\n")
+    monkeypatch.syspath_prepend(jobs)
+    pool = WorkerPool(WorkerConfig(size=1, preload=("never_done",), start_seconds=1.0))
+    start = time.monotonic()
+    for _ in range(3):
+        outcome = pool.call("cabochon_test_jobs:pid", {}, deadline=5)
+        assert outcome.status == "infra_error"
+        assert outcome.detail == "the worker interpreter was not done importing never_done in 1 s"
+    assert time.monotonic() - start < 3
+    pool.close()
+
+
+@pytest.mark.parametrize("way", ["close", "kill"])
+def test_what_the_workers_started_ends_with_the_owner(jobs, way: str) -> None:
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(jobs)!r})\n"
+        "from cabochon.verifiers.workers import WorkerConfig, WorkerPool\n"
+        "pool = WorkerPool(WorkerConfig(size=1))\n"
+        "print(pool.call('cabochon_test_jobs:child', {}, deadline=20).value, flush=True)\n"
+        "sys.stdin.read()\n"
+        "pool.close()\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )  # fmt: skip
+    child = int(owner.stdout.readline())
+    os.kill(child, 0)
+    if way == "kill":
+        owner.kill()
+    owner.communicate(timeout=30)
+    until = time.monotonic() + 15
+    while is_alive(child):
+        assert time.monotonic() < until, "it lives on"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "Z" not in pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
 
 
 def test_a_worker_whose_zygote_died_before_it_asked_to_die_with_it_does_not_begin() -> None:

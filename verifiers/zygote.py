@@ -1,0 +1,151 @@
+"""The owner's side of a zygote: the clean interpreter that imports once and forks workers (see `worker_main`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+
+_BOOT = (
+    "import json,sys; fd,path,preload,memory=json.loads(sys.argv[1]); sys.path[:]=path; "
+    "from cabochon.verifiers.worker_main import zygote; zygote(fd, preload, memory)"
+)
+
+STOP_SECONDS = 2.0
+"""A zygote gets so long to kill what its workers started; then it is killed itself, and its workers with it."""
+
+
+class MachineFailure(Exception):
+    """The machine, not the item, kept a call from finishing."""
+
+
+class NeverStarts(MachineFailure):
+    """An interpreter that was still importing at its deadline: the next one would take as long."""
+
+
+class Zygote:
+    """One interpreter, started on first use and again if it was killed. Safe to use from several threads."""
+
+    def __init__(
+        self, *, preload: tuple[str, ...], memory_mib: int, keep_environment: tuple[str, ...], start_seconds: float
+    ) -> None:
+        self._preload = preload
+        self._memory_mib = memory_mib
+        self._keep_environment = keep_environment
+        self._start_seconds = start_seconds
+        self._lock = threading.Lock()  # one question at a time
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._never_starts = ""
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """None where none runs."""
+        return self._process.pid if self._process is not None else None
+
+    def fork(self, connection: socket.socket) -> tuple[int, int]:
+        """Process ids of a new worker that serves `connection`, and of its zygote. Raises MachineFailure."""
+        with self._lock:
+            if self._closed:
+                raise MachineFailure("the worker pool is closed")
+            control, zygote_pid = self._running()
+            try:
+                socket.send_fds(control, [b"F"], [connection.fileno()])
+                (pid,) = struct.unpack("!q", control.recv(8))
+                return pid, zygote_pid
+            except (OSError, struct.error) as error:
+                self._stop()
+                raise MachineFailure(f"cannot make a worker: {error}") from error
+
+    def reap(self, pid: int, zygote_pid: int) -> int:
+        """Kill a worker's process group and collect its wait status; 0 if it is not to be had."""
+        with self._lock:
+            if self._control is None or self._process is None or self._process.pid != zygote_pid:
+                return 0  # gone with its zygote: the process id may be somebody else's by now
+            for kill in (os.killpg, os.kill):
+                try:
+                    kill(pid, signal.SIGKILL)
+                except (ProcessLookupError, PermissionError):
+                    continue
+            try:
+                self._control.send(b"R" + struct.pack("!q", pid))
+                return int(struct.unpack("!q", self._control.recv(8))[0])
+            except (OSError, struct.error):
+                self._stop()
+                return 0
+
+    def close(self) -> None:
+        """End it, with all its workers and what they started, for good."""
+        with self._lock:
+            self._closed = True
+            self._stop()
+
+    def _running(self) -> tuple[socket.socket, int]:
+        """The control connection and the process id. Needs `_lock`."""
+        if self._control is not None and self._process is not None and self._process.poll() is None:
+            return self._control, self._process.pid
+        self._stop()
+        if self._never_starts:
+            raise NeverStarts(self._never_starts)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        path = [os.path.abspath(entry or os.curdir) for entry in sys.path]
+        argument = json.dumps([theirs.fileno(), path, list(self._preload), self._memory_mib << 20])
+        with theirs, tempfile.TemporaryFile() as errors:
+            process = self._process = subprocess.Popen(
+                [sys.executable, "-s", "-P", "-c", _BOOT, argument],
+                env=_clean_environment(self._keep_environment),
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+                pass_fds=[theirs.fileno()], start_new_session=True,
+            )
+            theirs.close()
+            ours.settimeout(self._start_seconds)
+            late = False
+            try:
+                started = ours.recv(1) == b"K"
+            except TimeoutError:
+                started, late = False, True
+            except OSError:
+                started = False
+            if started:
+                self._control = ours
+                return ours, process.pid
+            ours.close()
+            process.kill()
+            process.wait()
+            self._process = None
+            errors.seek(0)
+            tail = errors.read()[-1500:].decode("utf-8", "replace").strip().splitlines()
+        if late:
+            what = self._preload[-1].rpartition(" ")[2] if self._preload else "nothing"
+            self._never_starts = f"the worker interpreter was not done importing {what} in {self._start_seconds:g} s"
+            raise NeverStarts(self._never_starts)
+        raise MachineFailure(f"the worker interpreter did not start: {tail[-1] if tail else 'no message'}")
+
+    def _stop(self) -> None:
+        """Needs `_lock`."""
+        if self._control is not None:
+            self._control.close()  # at which it kills the groups of its workers and ends
+            self._control = None
+        if self._process is not None:
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()  # its workers die with it
+                self._process.wait()
+            self._process = None
+
+
+def _clean_environment(keep: tuple[str, ...]) -> dict[str, str]:
+    """What a worker sees of the environment: the fixed names, and those asked for."""
+    fixed = {
+        "PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    }
+    return fixed | {name: os.environ[name] for name in keep if name in os.environ}
