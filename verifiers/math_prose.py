@@ -63,8 +63,12 @@ _REASON = re.compile(r"(?<=\d)(?:\$|\\\))?,?\s(?:because|since)\s[^.!?\n]{1,200}
 
 
 def _before_check(text: str) -> str:
-    """Without a check of the answer, or a reason for it, that ends the text: its last number is another."""
-    text = _REASON.sub("", text)
+    """Without a check of the answer, or a reason for it, that ends the text with another number."""
+    if (reason := _REASON.search(text)) is not None:
+        before = _SENTENCE.split(text[: reason.start()])[-1]
+        other = last_match(_NUMBER, reason[0])
+        if other is not None and other[0] not in _NUMBER.findall(before):
+            text = text[: reason.start()]
     check = last_match(_CHECK, text)
     if check is None or _CONCLUDES.search(text, check.end()) or not re.search(r"\d", text[: check.start()]):
         return text
@@ -73,8 +77,10 @@ def _before_check(text: str) -> str:
 
 _UNIT_POWER = re.compile(r"(?<=[\d$)}])(\s?)([A-Za-z]{1,10})(?:\^|\*\*)\{?([23])\}?(?!\d)")
 _UNIT_BEHIND = re.compile(
-    r"(?:\$|\\\)|\*\*)?\s?((?:square |cubic )?[A-Za-z]{1,12}(?:(?:\s?/\s?|\sper\s)[A-Za-z]{1,10})?)(?=[\s.,;!?)*$]|\Z)"
+    r"(?:\$|\\\)|\*\*)?\s?([A-Za-z]{1,3}/[A-Za-z]{1,3}|(?:square |cubic )?[A-Za-z]{1,12})"
+    r"(?=[.,;!?)*$]|\s(?!per\b|square|/)|\Z)"
 )
+"""A plain one: how a rate is said in prose (`5 pounds per year`) tells little."""
 _NO_UNITS = frozenset(["in", "a", "as", "are", "second"])
 """Words of the sentence, as in `5 in total`."""
 
@@ -95,17 +101,17 @@ _SUPPOSED = re.compile(
 )
 _NEGATED = re.compile(
     r"\b(?:not|never|cannot|neither|nor|reject(?:s|ed)?|discard(?:s|ed)?|(?:is|are|was|were|do|does|did|has|have|had|ca|wo"
-    r"|could|would|should)n['’]t)\b[^,;]{0,60}\Z",
+    r"|could|would|should)n['’]t)\b(?:(?!\b(?:is|are|was|were|equals?)\b)[^,;=]){0,60}\Z",
     re.IGNORECASE,
 )
 _LABEL = re.compile(
     r"\b(?:step|theorem|lemma|corollary|equation|eq|case|part|question|problem|exercise|section|chapter|figure|table|line"
     r"|page|rule|method|example|item|confidence|level|grade|version|since|from|under|below|above|after|before|until"
-    r"|between|beyond|base|choose|of which|(?:compared|relative|up) to)[:.]?\s?\(?#?\$?\Z"
+    r"|between|beyond|base|choose|of which|(?:compared|relative) to|(?:has|have|numbers?) up to)[:.]?\s?\(?#?\$?\Z"
     r"|(?:[%\d]|half|third|quarter)\sof(?:\sthe)?\s\$?\Z|\b(?:options|choices|candidates)\b[^.]*\Z"
     r"|\b(?:could|might|may)(?:\salso)?\sbe\s\$?\Z"
     r"|\b(?:multipl(?:y|ying)|subtract(?:ing)?|divid(?:e|ing)|add(?:ing)?)\b"
-    r"(?:(?!\b(?:gives?|is|are|gets?|yields?|equals?|makes?|we)\b)[^,;=]){0,40}\Z"
+    r"(?:(?!\b(?:gives?|is|are|gets?|yields?|equals?|makes?|we|into|to find)\b)[^,;=]){0,40}\Z"
     r"|(?<!from\s)(?<!from\s\$)\b\d[\d.,]*\$?\s(?:to|through)\s\$?\Z",
     re.IGNORECASE,
 )
@@ -120,7 +126,8 @@ _UNSAID_BEHIND = re.compile(
 def _asserted(text: str, found: re.Match[str]) -> bool:
     """Whether a sentence says the number: none that asks, supposes or denies it, or where it is a label or a bound."""
     sentence = _SENTENCE.split(text[max(0, found.start() - 300) : found.start()])[-1]
-    if _SUPPOSED.match(sentence) or _NEGATED.search(sentence) or _LABEL.search(sentence):
+    supposed = len(sentence) < 45 and _SUPPOSED.match(sentence)  # a longer one goes on to what follows
+    if supposed or _NEGATED.search(sentence) or _LABEL.search(sentence):
         return False
     return _UNSAID_BEHIND.match(text, found.end()) is None
 

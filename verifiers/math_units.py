@@ -330,6 +330,8 @@ _QUANTITIES = (
     (re.compile(r"\bspeed\b|\bvelocity\b|\bhow fast\b"), "m/s"),
 )
 _HOW_LONG = re.compile(r"\bhow (?:long|much time|tall|high|deep|wide)\b")
+_OTHERWISE = re.compile(r"\btime\b|\bhow (?:long|many|much|old|often)\b|\bwhen\b|\bcosts?\b|\bprices?\b")
+"""A question that speaks of a distance and asks for something else."""
 _GIVEN = re.compile(r"\d\s?([A-Za-z]{1,12}(?:\s?/\s?[A-Za-z]{1,8}|\sper\s[a-z]{1,8})?(?:\^\{?\d\}?)?)")
 
 
@@ -339,8 +341,11 @@ def foreign(prompt: str, said: Unit) -> bool:
         return False
     question = next((part for part in reversed(re.split(r"[.?!]\s|\?", prompt.casefold())) if part.strip()), "")
     asked = [parse_unit(unit).dimension for words, unit in _QUANTITIES if words.search(question)]
-    if len(asked) == 1 and asked[0] != said.dimension:
+    if len(asked) == 1 and asked[0] != said.dimension and not _OTHERWISE.search(question):
         return True
-    named = [piece for found in _GIVEN.finditer(prompt) for piece in (found[1], *re.split(r"/|\bper\b", found[1]))]
-    given = {unit.factor for unit in map(parse_unit, named) if measured(unit) and unit.dimension == said.dimension}
-    return bool((asked or _HOW_LONG.search(question)) and given) and said.factor not in given
+    units = [parse_unit(piece) for found in _GIVEN.finditer(prompt) for piece in re.split(r"/|\bper\b", found[1])]
+    units += [parse_unit(found[1]) for found in _GIVEN.finditer(prompt)]
+    given = {unit.factor for unit in units if unit.dimension == said.dimension}
+    bases = [base for word in re.findall(r"[A-Za-z]+", prompt) if (base := _base(word)) is not None]
+    named = {factor for name, factor in bases if said.dimension == ((name, 1),)}
+    return bool((asked or _HOW_LONG.search(question)) and given) and said.factor not in given | named
