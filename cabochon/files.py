@@ -84,8 +84,10 @@ def write_whole(path: Path, text: str) -> None:
     """The file with this text, durable, or as it was before; its directory is made. What a link points to is replaced,
     and a device or a pipe written to. Raises MachineError."""
     with writing(path):
-        if path.is_relative_to("/dev") or (path.exists() and not path.is_file() and not path.is_dir()):
-            path.write_text(text, encoding="utf-8")
+        device = path.parent in (Path("/dev"), Path("/dev/fd"))  # /dev/stdout may be a file that others write to
+        if device or (path.exists() and not path.is_file() and not path.is_dir()):
+            with path.open("a", encoding="utf-8") as out:
+                out.write(text)
             return
         place = path.resolve()
         temporary = place.with_name(f".{place.name}.partial")

@@ -106,6 +106,11 @@ def test_a_file_behind_a_link_is_replaced_and_a_pipe_is_written_to(tmp_path):
         write_whole(tmp_path / "pipe", "text")
         assert reader.read() == "text"
     assert not (tmp_path / "pipe").is_file()
+    with (tmp_path / "log").open("w+") as log:
+        log.write("before\n")
+        log.flush()
+        write_whole(Path(f"/dev/fd/{log.fileno()}"), "text")
+        assert (tmp_path / "log").read_text() == "before\ntext"
 
 
 def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import os
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 
 from cabochon.errors import UserError
+from cabochon.verifiers.text import nearest
 
 
 def checked_address(address: str) -> str:
@@ -38,10 +38,12 @@ def _check_module(place: str, name: str) -> None:
     parts = place.split(".")
     for i in range(len(parts)):
         spec = _spec(".".join(parts[: i + 1]), path)
+        if spec is None and i:
+            return  # packages may find their parts in places of their own: only running it tells
         if spec is None:
             file = place.replace(".", "/") + ".py"
             here = f'; for the file here write "{file}:{name}"' if os.path.isfile(file) else ""
-            raise UserError(f"{place}:{name}: no module {'.'.join(parts[: i + 1])!r} is installed{here}")
+            raise UserError(f"{place}:{name}: no module {parts[0]!r} is installed{here}")
         if i + 1 < len(parts) and spec.submodule_search_locations is None:
             return  # os.path and the like: only running it tells
         path = spec.submodule_search_locations
@@ -89,5 +91,4 @@ def names_defined(file: str) -> list[str] | None:
 
 
 def _nearest(name: str, defined: list[str]) -> str:
-    near = difflib.get_close_matches(name, defined, n=1, cutoff=0.0)
-    return f"; the nearest name in it is {near[0]!r}" if near else "; it defines nothing"
+    return f"; the nearest name in it is {nearest(name, defined)!r}" if defined else "; it defines nothing"

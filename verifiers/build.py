@@ -6,7 +6,6 @@ colon is the address of a reward function (see `functions`), in TRL's form, or b
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from cabochon.types import Task
 from cabochon.verifiers.base import Probe
 from cabochon.verifiers.compose import ByTask
 from cabochon.verifiers.sandbox.base import Limits, RunResult, Sandbox, python_program
+from cabochon.verifiers.text import nearest
 
 NAMES = ("math", "instructions", "reasoning", "thinking", "verdict", "code")
 
@@ -62,9 +62,8 @@ def check_name(name: str) -> None:
         return
     if name.endswith(".py"):
         raise UserError(f"{name!r} is a file: add the reward function in it, {name}:function")
-    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
     known = f"{', '.join(NAMES)}, 'module:function' and 'path.py:function'"
-    raise UserError(f"no verifier is called {name!r}: there are {known}; the nearest is {near!r}")
+    raise UserError(f"no verifier is called {name!r}: there are {known}; the nearest is {nearest(name, NAMES)!r}")
 
 
 def _code(sandbox: SandboxName) -> Verifier:

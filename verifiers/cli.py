@@ -101,13 +101,16 @@ def _sandbox(name: str) -> Literal["bubblewrap", "docker"]:
 def _check_out(out: pathlib.Path, file: pathlib.Path) -> None:
     """Before the work. Raises UserError."""
     try:
+        out.resolve()
         if out.is_dir():
             raise UserError(f"--out {out}: is a directory; expected the name of a file, such as {out / 'out.jsonl'}")
         if out.exists() and file.exists() and out.samefile(file):
             raise UserError(f"--out {out}: is the file that is read; choose another name")
         above = next(folder for folder in out.absolute().parents if folder.exists())
-    except OSError as error:  # a name that is too long, a loop of links
+    except OSError as error:  # a name that is too long
         raise UserError(f"--out {out}: {error.strerror}") from None
+    except RuntimeError as error:  # a loop of links
+        raise UserError(f"--out {out}: {error}") from None
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"--out {out}: cannot be written there: {above} is not a directory that may be written to")
 

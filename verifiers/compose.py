@@ -5,13 +5,13 @@ An `infra_error` of a part is never counted as 0: the composition has no score t
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cabochon.protocols import Verifier
 from cabochon.types import Status, Task, Verdict
+from cabochon.verifiers.text import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class ByTask:
             if name == task.verifier:
                 return verifier.verify(task, text)
         names = [name for name, _ in self.routes]
-        near = difflib.get_close_matches(task.verifier, names, n=1, cutoff=0.0)[0]
+        near = nearest(task.verifier, names)
         raise ValueError(f"task {task.id} asks for verifier {task.verifier!r} of {names}; the nearest is {near!r}")
 
 

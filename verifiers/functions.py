@@ -20,10 +20,11 @@ from cabochon.verifiers.base import infra_error, verdict_of_outcome
 from cabochon.verifiers.workers import WorkerConfig, shared_pool
 
 TRL_NAMES = frozenset(["prompts", "completions", "log_extra", "log_metric"])
+"""What TRL's functions are given besides a row's columns."""
 RUBRIC_NAMES = frozenset(["prompt", "completion", "state"])
-"""what functions are given besides a row's columns"""
+"""The same of a rubric's."""
 
-_FIXED = ("cabochon.verifiers.functions_worker",)
+_WORKER = "cabochon.verifiers.functions_worker"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class _AtAddress:
     def _called(self, form: str, arguments: dict[str, Any]) -> Verdict:
         """The verdict on one call of `functions_worker:form`."""
         outcome = shared_pool(_workers(self.address, self.memory_mib, self.keep_environment)).call(
-            f"cabochon.verifiers.functions_worker:{form}",
+            f"{_WORKER}:{form}",
             {"address": self.address, **arguments},
             deadline=self.deadline, on_stall="fail",
         )
@@ -136,8 +137,11 @@ def _unlike(task: Task, taken: frozenset[str]) -> dict[str, Any]:
 def _workers(address: str, memory_mib: int, keep_environment: tuple[str, ...]) -> WorkerConfig:
     """Workers that have the function's module or file imported: that takes none of an item's time."""
     place = address.rpartition(":")[0]
-    preload = (*_FIXED, f"{_FIXED[0]}:warm_file {place}" if place.endswith(".py") else place)
-    return WorkerConfig(preload=preload, memory_mib=memory_mib, keep_environment=keep_environment)
+    return WorkerConfig(
+        preload=(_WORKER,) if place.endswith(".py") else (_WORKER, place),
+        prepare=(f"{_WORKER}:warm_file", place) if place.endswith(".py") else (),
+        memory_mib=memory_mib, keep_environment=keep_environment,
+    )
 
 
 def _scaled(address: str, value: Mapping[str, Any], low: float, high: float, seconds: float) -> Verdict:

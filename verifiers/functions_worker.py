@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -16,6 +15,8 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
+from cabochon.verifiers.text import nearest
+
 
 def load(address: str) -> Callable[..., Any]:
     """The callable at `module:function` or `path.py:function`. Raises ImportError, AttributeError or
@@ -26,9 +27,9 @@ def load(address: str) -> Callable[..., Any]:
     try:
         return getattr(module, name)
     except AttributeError:
-        near = difflib.get_close_matches(name, [n for n in vars(module) if not n.startswith("__")], n=1, cutoff=0.0)
-        nearest = f"; the nearest name in it is {near[0]!r}" if near else ""
-        raise AttributeError(f"{place} defines no {name!r}{nearest}") from None
+        near = nearest(name, (n for n in vars(module) if not n.startswith("__")))
+        said = f"; the nearest name in it is {near!r}" if near else ""
+        raise AttributeError(f"{place} defines no {name!r}{said}") from None
 
 
 @lru_cache(maxsize=64)
@@ -46,7 +47,7 @@ def _file(place: str) -> ModuleType:
 
 
 def warm_file(place: str) -> None:
-    """Import a file before workers are forked. What it raises is told at its first call."""
+    """Import a file before the first item. What it raises is told at its first call."""
     with contextlib.suppress(Exception, SystemExit, KeyboardInterrupt):
         _file(place)
 

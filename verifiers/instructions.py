@@ -42,7 +42,8 @@ class InstructionVerifier:
         """Raises ValueError where the task's constraints are not usable."""
         wanted = constraints(task)
         if self.think_close:
-            text = final_part(text, Extraction(think_close=self.think_close, require_final_part=True)).strip()
+            thinks = self.think_close in text or text.lstrip().startswith(self.think_close.replace("/", "", 1))
+            text = final_part(text, Extraction(think_close=self.think_close, require_final_part=thinks)).strip()
         if not text.strip():
             return Verdict(score=0.0, status="no_answer", detail="an empty response")
         if len(text) > LENGTH_LIMIT:
@@ -63,6 +64,8 @@ def constraints(task: Task) -> list[tuple[str, dict[str, Any]]]:
     payload = task.payload
     rows = payload.get("constraints")
     if "instruction_id_list" in payload:
+        if rows is not None:
+            raise ValueError(f'task {task.id}: payload has "constraints" and "instruction_id_list": give one')
         kinds, given = _listed(task, "instruction_id_list"), _listed(task, "kwargs")
         given = given or [{} for _ in kinds]
         if len(kinds) != len(given):

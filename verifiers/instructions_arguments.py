@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from cabochon.verifiers.text import visible
+from cabochon.verifiers.text import nearest, visible
 
 Shape = Literal["text", "texts", "count", "from zero", "relation", "language", "pattern", "schema"]
 
@@ -71,12 +70,12 @@ def checked(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     form, and limits that no text can keep.
     """
     if kind not in ARGUMENTS:
-        raise ValueError(f"no constraint is called {kind!r}; the nearest is {_nearest(kind, ARGUMENTS)!r}")
+        raise ValueError(f"no constraint is called {kind!r}; the nearest is {nearest(kind, ARGUMENTS)!r}")
     shapes = ARGUMENTS[kind]
     given = {name: value for name, value in arguments.items() if value is not None}
     for name in given:
         if name not in shapes:
-            near = f"the nearest is {_nearest(name, shapes)!r}" if shapes else "it takes none"
+            near = f"the nearest is {nearest(name, shapes)!r}" if shapes else "it takes none"
             raise ValueError(f"constraint {kind} takes no {name!r}; {near}")
     if "minimum" in shapes:
         if not given:
@@ -112,15 +111,15 @@ def _formed(shape: Shape, value: Any) -> Any:
             code = value.strip().lower().replace("_", "-")
             known = [c for c in (code, code.partition("-")[0]) if c in LANGUAGES]
             if not known:
-                raise ValueError(f"must be a language's code; the nearest is {_nearest(code, LANGUAGES)!r}")
+                raise ValueError(f"must be a language's code; the nearest is {nearest(code, LANGUAGES)!r}")
             return known[0]
         case "pattern" if isinstance(value, str):
             try:
                 re.compile(value)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"is no regular expression ({error})") from None
             return value
-        case "schema" if isinstance(value, dict | bool):
+        case "schema" if isinstance(value, dict) or value is True:
             return _schema(value)
     raise ValueError(f"must be {_WANTED[shape]}")
 
@@ -132,6 +131,8 @@ def _schema(value: Any) -> Any:
         jsonschema.validators.validator_for(value).check_schema(value)
     except jsonschema.SchemaError as error:
         raise ValueError(f"is no JSON schema ({error.message})") from None
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:  # a `$schema` that is none, no end of it
+        raise ValueError(f"is no JSON schema ({error})") from None
     return value
 
 
@@ -140,7 +141,3 @@ _WANTED: dict[Shape, str] = {
     "from zero": "a whole number of at least 0", "relation": '"at least" or "less than"',
     "language": "a language's code", "pattern": "a regular expression", "schema": "a JSON schema",
 }
-
-
-def _nearest(name: str, known: Mapping[str, Any] | frozenset[str]) -> str:
-    return difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]

@@ -77,7 +77,9 @@ def _ifeval(kind: str, given: Mapping[str, Any], text: str) -> bool:
             return ifeval.all_capital(text)
         case "change_case:english_lowercase":
             return ifeval.all_lowercase(text)
-    return "," not in text  # punctuation:no_comma, the last of IFEVAL_KINDS
+        case "punctuation:no_comma":
+            return "," not in text
+    raise ValueError(kind)
 
 
 def _own(kind: str, given: Mapping[str, Any], text: str) -> bool:
@@ -103,7 +105,9 @@ def _own(kind: str, given: Mapping[str, Any], text: str) -> bool:
             return re.fullmatch(given["pattern"], text.strip(), re.DOTALL) is not None
         case "format:contains":
             return re.search(given["pattern"], text) is not None
-    return ifeval.is_language(text, given["language"])  # language:is, the last of OWN_KINDS
+        case "language:is":
+            return ifeval.is_language(text, given["language"])
+    raise ValueError(kind)
 
 
 def _within(count: int, given: Mapping[str, Any]) -> bool:

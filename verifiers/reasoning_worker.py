@@ -18,7 +18,6 @@ a full solution only:
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import re
 import warnings
@@ -28,6 +27,7 @@ from functools import lru_cache
 from typing import Any
 
 from cabochon.verifiers.math_extract import Extraction, extract, final_part
+from cabochon.verifiers.text import nearest
 
 VALUE = frozenset(
     ["chain_sum", "products", "basic_arithmetic", "decimal_arithmetic", "decimal_chain_sum", "gsm_symbolic",
@@ -94,7 +94,7 @@ def items(name: str, size: int, seed: int, config: list[list[Any]]) -> dict[str,
     import reasoning_gym.factory
 
     if name not in reasoning_gym.factory.DATASETS:
-        near = difflib.get_close_matches(name, sorted(reasoning_gym.factory.DATASETS), n=1, cutoff=0.0)[0]
+        near = nearest(name, reasoning_gym.factory.DATASETS)
         return {"unusable": f"reasoning-gym has no dataset {name!r}; the nearest is {near!r}"}
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -211,6 +211,7 @@ def worked_out(oracle: str, answer: str) -> bool:
     if answer.startswith("(") and answer.find(")") == len(answer) - 1:
         answer = answer[1:-1]
     if _NUMERAL.fullmatch(oracle):
+        answer = re.sub(r"^(-?)\.", r"\g<1>0.", answer)
         answer = re.sub(r",(?=\d{3}(?!\d))", "", answer).removesuffix("^\\circ")
         return _NUMERAL.fullmatch(answer) is not None and Fraction(answer) == Fraction(oracle)
     if (wanted := _FRACTION.fullmatch(oracle.replace(" ", ""))) is not None:

@@ -137,6 +137,7 @@ def _prompt(where: str, value: Any, column: str) -> Prompt:
 
 def task_of_row(where: str, row: Mapping[str, Any], name: str, verifier: str | None = None) -> Task:
     """The task of a row of one of the known shapes; `verifier` judges one that names none. Raises UserError."""
+    row = {column: value for column, value in row.items() if column != "verifier" or value is not None}
     if "prompt" in row and verifier and not {"verifier", "test_list", "entry_point"} & set(row):
         row = {**row, "verifier": verifier}
     if {"prompt", "verifier"} <= set(row):
@@ -155,7 +156,7 @@ def task_of_row(where: str, row: Mapping[str, Any], name: str, verifier: str | N
     if {"prompt", "test", "entry_point"} <= set(row):
         prompt = _text(where, row, "prompt")
         payload = {"prompt": prompt, "test": _text(where, row, "test"), "entry_point": _text(where, row, "entry_point"),
-                   "reference": prompt + (row.get("canonical_solution") or "")}
+                   "reference": prompt + str(row.get("canonical_solution") or "")}
         return Task(id=_named(row, "task_id", name), prompt=prompt, verifier="code", payload=payload)
     if "prompt" in row:
         raise UserError(f"{where}: no column 'verifier', which says who judges the answer; the row has {sorted(row)}")

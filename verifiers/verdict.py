@@ -37,7 +37,10 @@ class VerdictVerifier:
 
 def label_and_choices(task: Task) -> tuple[str, list[str]]:
     """The right label and all there are. Raises ValueError where it is not among them."""
-    label, choices = task.payload.get("label"), [str(choice) for choice in task.payload.get("choices") or ()]
+    given = task.payload.get("choices") or []
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"task {task.id}: payload.choices must be a list, got {str(given)[:60]!r}")
+    label, choices = task.payload.get("label"), [str(choice) for choice in given]
     if label not in choices:
         raise ValueError(f"task {task.id}: payload.label must be one of payload.choices {choices}, got {label!r}")
     return str(label), choices

@@ -130,8 +130,8 @@ def _reply(body: bytes) -> bytes:
     return reply
 
 
-def _work(connection: socket.socket, memory_bytes: int, zygote_pid: int) -> None:
-    """Serve requests until the owner closes the connection."""
+def _work(connection: socket.socket, prepare: list[str], memory_bytes: int, zygote_pid: int) -> None:
+    """Call `prepare`, then serve requests until the owner closes the connection."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != zygote_pid:  # killed before we asked to be killed with it
         return
@@ -139,6 +139,8 @@ def _work(connection: socket.socket, memory_bytes: int, zygote_pid: int) -> None
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setpgid(0, 0)  # what a grader starts dies with it: the owner kills the group
+    if prepare:
+        resolve(prepare[0])(*prepare[1:])
     connection.sendall(encode({"ready": os.getpid()}))
     while True:
         try:
@@ -149,15 +151,17 @@ def _work(connection: socket.socket, memory_bytes: int, zygote_pid: int) -> None
         connection.sendall(_reply(body))
 
 
-def _fork_worker(control: socket.socket, connection: socket.socket, memory_bytes: int) -> int:
+def _fork_worker(control: socket.socket, connection: socket.socket, prepare: list[str], memory_bytes: int) -> int:
     zygote_pid = os.getpid()
     pid = os.fork()
     if pid:
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)  # as the worker does, whoever comes first
         return pid
     status = 1
     try:
         control.close()
-        _work(connection, memory_bytes, zygote_pid)
+        _work(connection, prepare, memory_bytes, zygote_pid)
         status = 0
     finally:
         os._exit(status)  # never run the zygote's own exit handlers in a worker
@@ -178,42 +182,50 @@ def _reap(pid: int, patience: float = 10.0) -> int:
         time.sleep(0.0005)
 
 
-def zygote(control_fd: int, preload: list[str], memory_bytes: int) -> None:
-    """Import `preload` (and call what has a colon in it, with the text behind a space), then obey the owner.
+def zygote(control_fd: int, preload: list[str], prepare: list[str], memory_bytes: int) -> None:
+    """Import `preload` (and call what has a colon in it), then obey the owner.
 
     `F` with a socket forks a worker on it, `R` and a pid reaps one. At the end what the workers started ends, too.
     """
     control = socket.socket(fileno=control_fd)
-    owner = os.getppid()
     for target in preload:
         if ":" in target:
-            function, *text = target.split(" ", 1)
-            resolve(function)(*text)
+            resolve(target)()
         else:
             importlib.import_module(target)
     gc.collect()
     gc.freeze()  # keeps the imported pages shared after a fork
-    control.send(b"K")
     workers: set[int] = set()
+    try:
+        control.send(b"K")
+        _obey(control, workers, prepare, memory_bytes)
+    except OSError:
+        pass  # the owner is gone
+    finally:
+        for pid in workers:  # not reaped, so the numbers are still theirs
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+        os._exit(0)  # whatever threads `preload` left; a worker dies with us: it asked the kernel for that
+
+
+def _obey(control: socket.socket, workers: set[int], prepare: list[str], memory_bytes: int) -> None:
+    """Fork and reap as told, until the owner is gone."""
+    owner = os.getppid()
     while True:
         ready, _, _ = select.select([control], [], [], 5.0)
         if not ready:
             if os.getppid() != owner:
-                break
+                return
             continue
         message, fds, _, _ = socket.recv_fds(control, 64, 1)
         if not message:
-            break
+            return
         if message[:1] == b"F":
             with socket.socket(fileno=fds[0]) as connection:
-                pid = _fork_worker(control, connection, memory_bytes)
+                pid = _fork_worker(control, connection, prepare, memory_bytes)
             workers.add(pid)
             control.send(struct.pack("!q", pid))
         else:
             (pid,) = struct.unpack("!q", message[1:9])
             workers.discard(pid)
             control.send(struct.pack("!q", _reap(pid)))
-    for pid in workers:  # not reaped, so the numbers are still theirs
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
-    sys.exit(0)  # and a worker that has no group yet dies with us: it asked the kernel for that

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cabochon.verifiers.worker_main import HEADER, REPLY_LIMIT, cpu_seconds, encode, read_exactly, read_until
-from cabochon.verifiers.zygote import MachineFailure, NeverStarts, Zygote
+from cabochon.verifiers.zygote import MachineFailure, NotReady, Zygote
 
 STALLED_SHARE = 0.05
 """A deadline missed with less than this share of it spent computing is put down to the machine."""
@@ -72,12 +72,14 @@ class WorkerConfig:
     memory_mib: int = 2048
     """cap on the address space of one worker"""
     preload: tuple[str, ...] = ()
-    """modules the zygote imports before it forks, and functions it calls to warm them up ("module:function", where
-    need be with a text for it behind a space)"""
+    """modules the zygote imports before it forks, and functions ("module:function") it calls to warm them up"""
+    prepare: tuple[str, ...] = ()
+    """a function that each worker calls before its first item, and texts for it: what may start threads or processes,
+    or take memory, has to do so there"""
     keep_environment: tuple[str, ...] = ()
     """names passed on from the environment; everything else is withheld, so that no secret is in reach"""
     start_seconds: float = 120.0
-    """how long the interpreter may take to import `preload`"""
+    """how long the interpreter may take to import `preload`, and a worker over `prepare`"""
     retries: int = 2
     """further tries after a machine failure"""
 
@@ -106,9 +108,11 @@ class WorkerPool:
         self._alive = 0
         self._stats = WorkerStats()
         self._zygote = Zygote(
-            preload=config.preload, memory_mib=config.memory_mib, keep_environment=config.keep_environment,
-            start_seconds=config.start_seconds,
+            preload=config.preload, prepare=config.prepare, memory_mib=config.memory_mib,
+            keep_environment=config.keep_environment, start_seconds=config.start_seconds,
         )
+        self._ready = False  # once a worker was, a later one that takes too long is an accident
+        self._not_ready = ""
         self._closed = False
 
     @property
@@ -149,9 +153,13 @@ class WorkerPool:
                 failed = Outcome(status="infra_error", detail=str(error))
                 if worker is not None:
                     self._discard(worker)
-                if isinstance(error, NeverStarts):
+                if isinstance(error, NotReady):
                     break
                 continue
+            except BaseException:
+                if worker is not None:
+                    self._discard(worker)
+                raise
             if outcome.status in ("done", "recursion") or (outcome.status == "infra_error" and worker.items > before):
                 self._give_back(worker, discard=single_use)
             else:
@@ -198,7 +206,7 @@ class WorkerPool:
             return Outcome(status="timeout", detail=f"no verdict within {deadline:g} s")
         except (EOFError, ConnectionError):
             return self._post_mortem(worker)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Outcome(status="crash", detail=f"the worker sent garbage: {error}"[:300])
         if not isinstance(reply, dict) or reply.get("id") != number:
             raise MachineFailure("the worker answered out of turn")
@@ -219,7 +227,9 @@ class WorkerPool:
         """Why a worker is gone: a fault is the item's doing, a kill from outside is not."""
         status = self._reap(worker)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) not in (signal.SIGKILL, signal.SIGTERM):
-            return Outcome(status="crash", detail=f"the worker died of {signal.Signals(os.WTERMSIG(status)).name}")
+            number = os.WTERMSIG(status)  # of the real-time ones only two have names
+            name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+            return Outcome(status="crash", detail=f"the worker died of {name}")
         self._add(killed=1)
         raise MachineFailure(f"the worker was killed mid-item (wait status {status})")
 
@@ -271,20 +281,29 @@ class WorkerPool:
             self._free.notify()
 
     def _fork(self) -> _Worker:
+        if self._not_ready:
+            raise NotReady(self._not_ready)
         ours, theirs = socket.socketpair()
         try:
             with theirs:
                 pid, zygote_pid = self._zygote.fork(theirs)
-            ours.settimeout(self.config.start_seconds)
             worker = _Worker(pid=pid, connection=ours, zygote_pid=zygote_pid)
-            (length,) = HEADER.unpack(read_exactly(ours, HEADER.size))
-            read_exactly(ours, length)
-        except MachineFailure:
+            try:
+                ours.settimeout(self.config.start_seconds)
+                (length,) = HEADER.unpack(read_exactly(ours, HEADER.size))
+                read_exactly(ours, length)
+            except (EOFError, OSError) as error:
+                self._reap(worker)
+                if isinstance(error, TimeoutError):
+                    what = " ".join(self.config.prepare)
+                    raise NotReady(f"a worker was not done with {what} in {self.config.start_seconds:g} s") from error
+                raise MachineFailure(f"cannot make a worker: {error}") from error
+        except BaseException as error:
             ours.close()
+            if isinstance(error, NotReady) and not self._ready:
+                self._not_ready = str(error)
             raise
-        except (EOFError, OSError) as error:
-            ours.close()
-            raise MachineFailure(f"cannot make a worker: {error}") from error
+        self._ready = True
         return worker
 
     def _reap(self, worker: _Worker) -> int:

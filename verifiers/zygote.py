@@ -13,8 +13,8 @@ import tempfile
 import threading
 
 _BOOT = (
-    "import json,sys; fd,path,preload,memory=json.loads(sys.argv[1]); sys.path[:]=path; "
-    "from cabochon.verifiers.worker_main import zygote; zygote(fd, preload, memory)"
+    "import json,sys; fd,path,preload,prepare,memory=json.loads(sys.argv[1]); sys.path[:]=path; "
+    "from cabochon.verifiers.worker_main import zygote; zygote(fd, preload, prepare, memory)"
 )
 
 STOP_SECONDS = 2.0
@@ -25,24 +25,25 @@ class MachineFailure(Exception):
     """The machine, not the item, kept a call from finishing."""
 
 
-class NeverStarts(MachineFailure):
-    """An interpreter that was still importing at its deadline: the next one would take as long."""
+class NotReady(MachineFailure):
+    """An interpreter that was still importing at its deadline: the next one may take as long."""
 
 
 class Zygote:
     """One interpreter, started on first use and again if it was killed. Safe to use from several threads."""
 
     def __init__(
-        self, *, preload: tuple[str, ...], memory_mib: int, keep_environment: tuple[str, ...], start_seconds: float
-    ) -> None:
+        self, *, preload: tuple[str, ...], prepare: tuple[str, ...], memory_mib: int,
+        keep_environment: tuple[str, ...], start_seconds: float,
+    ) -> None:  # fmt: skip
         self._preload = preload
+        self._prepare = prepare
         self._memory_mib = memory_mib
         self._keep_environment = keep_environment
         self._start_seconds = start_seconds
         self._lock = threading.Lock()  # one question at a time
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._never_starts = ""
         self._closed = False
 
     @property
@@ -82,7 +83,7 @@ class Zygote:
                 return 0
 
     def close(self) -> None:
-        """End it, with all its workers and what they started, for good."""
+        """End it for good, with all its workers and what they started, but for what left their process groups."""
         with self._lock:
             self._closed = True
             self._stop()
@@ -92,11 +93,11 @@ class Zygote:
         if self._control is not None and self._process is not None and self._process.poll() is None:
             return self._control, self._process.pid
         self._stop()
-        if self._never_starts:
-            raise NeverStarts(self._never_starts)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path = [os.path.abspath(entry or os.curdir) for entry in sys.path]
-        argument = json.dumps([theirs.fileno(), path, list(self._preload), self._memory_mib << 20])
+        argument = json.dumps(
+            [theirs.fileno(), path, list(self._preload), list(self._prepare), self._memory_mib << 20]
+        )
         with theirs, tempfile.TemporaryFile() as errors:
             process = self._process = subprocess.Popen(
                 [sys.executable, "-s", "-P", "-c", _BOOT, argument],
@@ -106,27 +107,25 @@ class Zygote:
             )
             theirs.close()
             ours.settimeout(self._start_seconds)
-            late = False
+            failure = MachineFailure("the worker interpreter did not start: no message")
             try:
-                started = ours.recv(1) == b"K"
+                if ours.recv(1) == b"K":
+                    self._control = ours
+                    return ours, process.pid
             except TimeoutError:
-                started, late = False, True
+                what = ", ".join(self._preload) or "nothing"
+                failure = NotReady(f"the worker interpreter was not done importing {what} in {self._start_seconds:g} s")
             except OSError:
-                started = False
-            if started:
-                self._control = ours
-                return ours, process.pid
+                pass  # what it wrote says more
             ours.close()
             process.kill()
             process.wait()
             self._process = None
             errors.seek(0)
             tail = errors.read()[-1500:].decode("utf-8", "replace").strip().splitlines()
-        if late:
-            what = self._preload[-1].rpartition(" ")[2] if self._preload else "nothing"
-            self._never_starts = f"the worker interpreter was not done importing {what} in {self._start_seconds:g} s"
-            raise NeverStarts(self._never_starts)
-        raise MachineFailure(f"the worker interpreter did not start: {tail[-1] if tail else 'no message'}")
+        if tail and not isinstance(failure, NotReady):
+            failure = MachineFailure(f"the worker interpreter did not start: {tail[-1]}")
+        raise failure
 
     def _stop(self) -> None:
         """Needs `_lock`."""

@@ -103,10 +103,12 @@ def test_where_the_verdicts_cannot_go_is_said_before_anything_is_judged(tmp_path
     rows = write(tmp_path / "rows.jsonl", ROWS)
     before = pathlib.Path(rows).read_text()
     (tmp_path / "link.jsonl").symlink_to(rows)
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     for out, says in (
         (str(tmp_path), "is a directory; expected the name of a file, such as"),
         (rows, "is the file that is read; choose another name"),
         (str(tmp_path / "link.jsonl"), "is the file that is read; choose another name"),
+        (str(tmp_path / "loop.jsonl"), "loop"),
         (f"{rows}/x/out.jsonl", "rows.jsonl is not a directory that may be written to"),
     ):
         done = RUN.invoke(APP, ["verify", rows, "--out", out])

@@ -7,7 +7,7 @@ import pytest
 
 from cabochon.errors import UserError
 from cabochon.types import Task
-from cabochon.verifiers.functions import FunctionVerifier, VerlVerifier
+from cabochon.verifiers.functions import FunctionVerifier, RubricVerifier, VerlVerifier
 from cabochon.verifiers.workers import close_shared_pools
 
 REWARDS = """
@@ -47,6 +47,7 @@ def interrupts(completions, **kwargs): raise KeyboardInterrupt
 class Unsayable(Exception):
     def __str__(self): raise ValueError
 def unsayable(completions, **kwargs): raise Unsayable
+def reports_a_reward(data_source, solution_str, ground_truth, extra_info=None): return {"score": 0.25, "reward": 9}
 def no_score(data_source, solution_str, ground_truth, extra_info=None): return {"reward": 1.0}
 def secret(completions, **kwargs): return [float("JUDGE_KEY" in os.environ)]
 def factory(bonus):
@@ -127,7 +128,6 @@ def test_a_function_that_fails_is_an_infra_error_not_a_zero(rewards: str, name: 
     ("address", "says"),
     [
         ("json:laods", "json: defines no 'laods'; the nearest name in it is 'loads'"),
-        ("json.decodr:loads", "no module 'json.decodr' is installed$"),
         ("jsn.decoder:loads", "no module 'jsn' is installed$"),
     ],
 )
@@ -136,6 +136,7 @@ def test_an_address_in_a_module_is_looked_up_before_anything_is_judged(address: 
         FunctionVerifier(address=address)
     for known in ("json:loads", "json.decoder:JSONDecoder", "math:sqrt", "os.path:join"):
         FunctionVerifier(address=known)
+    FunctionVerifier(address="json.decodr:loads")  # a package may find its parts elsewhere: its first call tells
 
 
 def test_a_name_that_only_running_a_module_tells_is_an_infra_error() -> None:
@@ -161,10 +162,10 @@ def test_memory_faults_and_recursion_are_no_zero(rewards: str, name: str, ends: 
 
 def test_a_file_s_neighbours_and_its_slow_start(tmp_path: pathlib.Path) -> None:
     (tmp_path / "neighbour_of_mine.py").write_text("import time\ntime.sleep(1.5)\nPAID = 0.5\n")
-    (tmp_path / "json.py").write_text("raise RuntimeError('not the json of the library')\n")
+    (tmp_path / "sndhdr.py").write_text("raise RuntimeError('not the one of the library')\n")
     path = tmp_path / "mine.py"
     path.write_text(
-        "import json\nfrom neighbour_of_mine import PAID\ndef score(completions): return [PAID]\n"
+        "import sndhdr\nfrom neighbour_of_mine import PAID\ndef score(completions): return [PAID]\n"
     )
     found = FunctionVerifier(address=f"{path}:score", deadline=1.0).verify(task(), "x")
     assert (found.score, found.detail) == (0.5, "reward 0.5"), "what a file imports takes none of an item's time"
@@ -230,6 +231,43 @@ def test_the_row_s_id_and_domain_are_columns(rewards: str) -> None:
 def test_a_column_does_not_stand_in_for_what_the_model_wrote(rewards: str, column: str) -> None:
     with pytest.raises(ValueError, match=f"f/0: a column may not be called '{column}'"):
         FunctionVerifier(address=f"{rewards}:length").verify(task(**{column: "long enough"}), "no")
+
+
+def test_a_rubric_s_completion_is_the_model_s(rewards: str) -> None:
+    with pytest.raises(ValueError, match="f/0: a column may not be called 'completion'"):
+        RubricVerifier(address=f"{rewards}:length").verify(task(completion="x"), "no")
+
+
+def test_what_a_file_starts_when_it_is_imported_serves_its_function(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import queue, subprocess, threading\nASKED, TOLD = queue.Queue(), queue.Queue()\n"
+        "def serve():\n    while True: TOLD.put(0.5 * ASKED.get())\n"
+        "threading.Thread(target=serve).start()\nCHILD = subprocess.Popen(['sleep', '600'])\n"
+        "def score(completions, log_metric):\n    log_metric('pid', CHILD.pid)\n    ASKED.put(1)\n"
+        "    return [TOLD.get()]\n"
+    )
+    found = FunctionVerifier(address=f"{path}:score", deadline=5.0).verify(task(), "x")
+    assert found.score == 0.5, found
+    close_shared_pools()
+    child = pathlib.Path(f"/proc/{found.evidence['pid']}")
+    until = time.monotonic() + 10
+    while child.exists() and "(sleep) Z" not in (child / "stat").read_text():
+        assert time.monotonic() < until, "it lives on"
+        time.sleep(0.05)
+
+
+def test_memory_that_an_import_takes_is_limited_too(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("HELD = bytearray(1 << 30)\ndef score(completions): return [1.0]\n")
+    found = FunctionVerifier(address=f"{path}:score", memory_mib=512).verify(task(), "x")
+    assert (found.score, found.status) == (None, "infra_error")
+    assert "oom" in found.detail
+
+
+def test_a_reward_is_itself_whatever_else_is_reported(rewards: str) -> None:
+    found = VerlVerifier(address=f"{rewards}:reports_a_reward").verify(task(ground_truth="x"), "x")
+    assert (found.score, found.evidence["reward"]) == (0.25, 0.25)
 
 
 def test_a_function_that_wants_messages_says_how_to_get_them(rewards: str) -> None:

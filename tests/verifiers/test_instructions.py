@@ -199,6 +199,9 @@ def test_thoughts_alone_are_no_response(text: str) -> None:
         ("blue", "I think _blue_ is good", "bluegreen"),
         ("blue", "b\u200blu\u00ade ｂｌｕｅ", "b lue"),
         ("café", "cafe\u0301!", "cafe"),
+        ("cat", "a ca\ufe0ft", "ca t"),
+        ("cat", "a ca\u034f\u3164t.", "caat"),
+        ("straße", "DIE STRASSE", "straßen"),
     ],
 )
 def test_a_word_stands_or_is_part_of_another(word: str, stands: str, is_part: str) -> None:
@@ -232,6 +235,12 @@ def test_half_a_fence_is_no_json() -> None:
     assert follows("format:json", {}, "```json\n[1]\n```")
     assert not follows("format:json", {}, "```json\n[1]")
     assert not follows("format:json", {}, "[1]\n```")
+
+
+def test_a_response_that_speaks_of_thinking_is_one() -> None:
+    wanted = task(("words:required", {"words": ["prompts"]}))
+    assert VERIFIER.verify(wanted, "Use `<think>` in prompts.").score == 1.0
+    assert VERIFIER.verify(wanted, " <think>in prompts").status == "no_answer"
 
 
 def test_loose_variants() -> None:
@@ -304,6 +313,10 @@ def test_ten_megabytes_are_malformed() -> None:
         ({"constraints": {"kind": "format:json"}}, '"constraints"'),
         ({"constraints": [{"kind": "words:forbidden", "words": ["\u200b"]}]}, "words must be a list of texts"),
         ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": ["x"]}, "of kwargs must be an object, got 'x'"),
+        ({"constraints": [{"kind": "format:json"}], "instruction_id_list": ["format:json"]}, "give one"),
+        ({"constraints": [{"kind": "format:regex", "pattern": "a{99999999999999}"}]}, "is no regular expression"),
+        ({"constraints": [{"kind": "format:json_schema", "schema": False}]}, "schema must be a JSON schema"),
+        ({"constraints": [{"kind": "format:json_schema", "schema": {"$schema": 5}}]}, "is no JSON schema"),
         ({"instruction_id_list": "format:json"}, "'instruction_id_list'] must be a list, got str"),
         ({"constraints": [{"kind": "keywords:existence"}]}, "lacks its argument 'keywords'"),
         ({"constraints": [{"kind": "format:json_schema", "schema": {"type": "nonsense"}}]}, "JSON schema"),

@@ -164,6 +164,8 @@ def test_arithmetic_over_given_numbers(text: str, right: bool) -> None:
         ("-2.0 - 4.0i", ["-2-4i", "-4i - 2", "(-2-4i)"], ["(-7.0 + 2.0i) + (5.0 - 6.0i)", "-7 + 5 - 4i"]),
         ("x**2 - x - 2", ["x^2 - x - 2", "-x + x^2 - 2"], ["(x + 1)*(x - 2)", "[x-2][x+1]", "x^2 - 2x + x - 2"]),
         ("30*x**2 + 2*x", ["30x^2 + 2x", "2x+30x^{2}"], ["6*5x^2 + 2x", "{15x + 1}{2x}", "2(15x^2+x)"]),
+        ("x**3", ["x^3"], ["x^3 + x - x", "x*x*x"]),
+        ("0.5", ["0.5", ".5", "0.50"], ["1/2", "0.51"]),
     ],
 )
 def test_what_is_still_to_be_worked_out_is_no_answer(oracle: str, paid: list[str], unpaid: list[str]) -> None:

@@ -140,6 +140,8 @@ def test_a_column_map(tmp_path: pathlib.Path) -> None:
         ({"prompt": "p", "verifier": "math", "payload": {}}, 'payload["answer"] must be a gold answer, got None'),
         ({"prompt": "p", "verifier": "math", "answer": float("nan")}, "must be a gold answer, got nan"),
         ({"prompt": "p", "verifier": "math", "answer": [" "]}, "must be a gold answer, got ' '"),
+        ({"prompt": "p", "verifier": "verdict", "label": "N", "choices": "NY"}, "choices must be a list, got 'NY'"),
+        ({"prompt": "p", "verifier": None}, "no column 'verifier'"),
         ({"prompt": "p", "verifier": "verdict", "label": "Yes"}, "payload.label must be one of payload.choices []"),
         ({"prompt": "p", "verifier": "instructions"}, 'payload needs "constraints"'),
         (

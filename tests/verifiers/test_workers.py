@@ -13,7 +13,9 @@ from clock import shortest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cabochon.verifiers.worker_main import HEADER
 from cabochon.verifiers.workers import WorkerConfig, WorkerPool, shared_pool
+from cabochon.verifiers.zygote import NotReady
 
 JOBS = """
 import ctypes, os, time
@@ -36,6 +38,16 @@ def unplain(): return object()
 def huge(): return "x" * (9 << 20)
 def echo(text): return text
 def die(): os._exit(3)
+def real_time(): os.kill(os.getpid(), 40)
+def name_it(name): os.environ["PREPARED"] = name
+def prepared(): return os.environ["PREPARED"]
+def never(name): time.sleep(600)
+def start_thread(name):
+    import threading
+    threading.Thread(target=time.sleep, args=(600,)).start()
+def threads():
+    import threading
+    return threading.active_count()
 def suicide(): os.kill(os.getpid(), 9)
 def garbage(data):
     for fd in range(3, 30):
@@ -307,6 +319,63 @@ def test_an_interpreter_that_is_never_done_importing_is_waited_for_once(jobs, mo
     pool.close()
 
 
+def test_each_worker_prepares_itself_before_its_first_item(jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(jobs)
+    named = WorkerPool(WorkerConfig(size=1, prepare=("cabochon_test_jobs:name_it", "a name with blanks")))
+    assert run(named, "prepared").value == "a name with blanks"
+    threaded = WorkerPool(WorkerConfig(size=1, prepare=("cabochon_test_jobs:start_thread", "x")))
+    assert run(threaded, "threads").value == 2, "a thread is the worker's own, no fork comes after it"
+    never = WorkerPool(WorkerConfig(size=1, prepare=("cabochon_test_jobs:never", "x"), start_seconds=1.0))
+    start = time.monotonic()
+    for _ in range(3):
+        outcome = run(never, "pid")
+        assert outcome.status == "infra_error"
+        assert outcome.detail == "a worker was not done with cabochon_test_jobs:never x in 1 s"
+    assert time.monotonic() - start < 5
+    for pool in (named, threaded, never):
+        start = time.monotonic()
+        pool.close()
+        assert time.monotonic() - start < 1.5
+
+
+def test_a_worker_that_is_late_once_is_an_accident(jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(jobs)
+    pool = WorkerPool(WorkerConfig(size=1, start_seconds=20.0))
+    assert run(pool, "pid").status == "done"
+    monkeypatch.setattr(pool._zygote, "fork", Once(pool._zygote.fork))
+    assert run(pool, "die").status == "infra_error"
+    assert run(pool, "pid").status == "done"
+    pool.close()
+
+
+class Once:
+    """Raises at the first call."""
+
+    def __init__(self, fork) -> None:
+        self.fork = fork
+        self.raised = False
+
+    def __call__(self, connection):
+        if not self.raised:
+            self.raised = True
+            raise NotReady("late")
+        return self.fork(connection)
+
+
+def test_a_signal_without_a_name_costs_its_item_alone(pool: WorkerPool) -> None:
+    for _ in range(3):
+        outcome = run(pool, "real_time")
+        assert (outcome.status, outcome.detail) == ("crash", "the worker died of signal 40")
+    assert run(pool, "add", a=1, b=2).value == 3
+
+
+def test_a_reply_that_is_nested_without_end_costs_its_item_alone(pool: WorkerPool) -> None:
+    outcome = run(pool, "garbage", data=list(HEADER.pack(200_000) + b"[" * 200_000))
+    assert outcome.status == "crash", outcome
+    assert outcome.detail.startswith("the worker sent garbage")
+    assert run(pool, "add", a=1, b=2).value == 3
+
+
 @pytest.mark.parametrize("way", ["close", "kill"])
 def test_what_the_workers_started_ends_with_the_owner(jobs, way: str) -> None:
     code = (
@@ -343,7 +412,7 @@ def test_a_worker_whose_zygote_died_before_it_asked_to_die_with_it_does_not_begi
     code = (
         "import socket, threading; from cabochon.verifiers.worker_main import _work\n"
         "ours, theirs = socket.socketpair(); ours.settimeout(10)\n"
-        "thread = threading.Thread(target=_work, args=(theirs, 1 << 40, 1 << 30), daemon=True); thread.start()\n"
+        "thread = threading.Thread(target=_work, args=(theirs, [], 1 << 40, 1 << 30), daemon=True); thread.start()\n"
         "thread.join(5); theirs.close(); print(thread.is_alive(), ours.recv(1))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
