@@ -84,8 +84,11 @@ class Zygote:
 
     def close(self) -> None:
         """End it for good, with all its workers and what they started, but for what left their process groups."""
+        self._closed = True
+        process = self._process
+        if process is not None and self._control is None:
+            process.kill()  # still importing, with the lock held
         with self._lock:
-            self._closed = True
             self._stop()
 
     def _running(self) -> tuple[socket.socket, int]:

@@ -319,6 +319,24 @@ def test_an_interpreter_that_is_never_done_importing_is_waited_for_once(jobs, mo
     pool.close()
 
 
+def test_closing_does_not_wait_for_an_import(jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    pathlib.Path(jobs, "long_import.py").write_text("import time; time.sleep(600)\n")
+    monkeypatch.syspath_prepend(jobs)
+    pool = WorkerPool(WorkerConfig(size=1, preload=("long_import",)))
+    outcomes = []
+    caller = threading.Thread(target=lambda: outcomes.append(run(pool, "pid")))
+    caller.start()
+    until = time.monotonic() + 10
+    while pool._zygote.pid is None and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    start = time.monotonic()
+    pool.close()
+    caller.join(10)
+    assert time.monotonic() - start < 3
+    assert (outcomes[0].status, outcomes[0].detail) == ("infra_error", "the worker pool is closed")
+
+
 def test_each_worker_prepares_itself_before_its_first_item(jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(jobs)
     named = WorkerPool(WorkerConfig(size=1, prepare=("cabochon_test_jobs:name_it", "a name with blanks")))
