@@ -117,11 +117,11 @@ def _by_columns(where: str, row: Mapping[str, Any], columns: Columns, name: str)
     if missing:
         raise UserError(f"{where}: no column {missing[0]!r}; the row has {sorted(row)}")
     return Task(
-        id=str(row[columns.id]) if columns.id else name,
+        id=_named(row, columns.id, name) if columns.id else name,
         prompt=_prompt(where, row[columns.prompt], columns.prompt),
         verifier=columns.verifier,
         payload={key: row[column] for key, column in columns.payload.items()},
-        domain=str(row[columns.domain]) if columns.domain else "default",
+        domain=_named(row, columns.domain, "default") if columns.domain else "default",
     )
 
 

@@ -1,12 +1,12 @@
 """The maths verifier through its door: corpus, GSM8K, hostile text, and what counts as an answer."""
 
 import json
-import os
 import pathlib
 import re
 import time
 from collections.abc import Iterator
 
+import gsm8k
 import pytest
 from clock import shortest
 from hypothesis import HealthCheck, given, settings
@@ -129,13 +129,7 @@ def test_a_slice_of_gsm8k_in_six_forms_and_six_wrong_ones() -> None:
 
 @pytest.mark.slow
 def test_all_of_gsm8k_in_six_forms_and_six_wrong_ones() -> None:
-    folder = pathlib.Path(os.environ.get("CABOCHON_DATA", HERE.parents[2] / "shared" / "data"))
-    path = folder / "gsm8k_test.jsonl"
-    if not path.is_file():
-        pytest.skip(f"{path} is not there; set CABOCHON_DATA to the folder that has GSM8K's test split")
-    data = rows(path)
-    assert len(data) == 1319
-    check_gsm8k(data)
+    check_gsm8k(gsm8k.test_split())
 
 
 # ------------------------------------------------------------------------------------------------------------ hostile

@@ -121,6 +121,8 @@ def test_a_column_map(tmp_path: pathlib.Path) -> None:
     assert read_tasks(path, columns) == [
         Task(id="id-1", prompt="What?", verifier="math", payload={"answer": 5}, domain="t")
     ]
+    (task,) = read_tasks(write(tmp_path / "y.jsonl", {"q": "What?", "a": 5, "k": None, "topic": None}), columns)
+    assert (task.id, task.domain) == ("y/0", "y"), "a null is as none"
 
 
 @pytest.mark.parametrize(
