@@ -1,12 +1,13 @@
 """Code execution: the sandboxes against a bare interpreter and against `docker run` per execution, interleaved.
 
-    python benchmarks/verifiers_code.py                      # both sandboxes, about three minutes
+    python benchmarks/verifiers_code.py                      # both sandboxes, about eight minutes
     python benchmarks/verifiers_code.py --rounds 20 --no-docker
 
 Bare is `subprocess.run([python, "-I", "main.py"])` with the very interpreter the sandboxes copy; `-S` (no site) is
 shown too, for that is what a sandbox's interpreter does. Latency is measured one call after another with pauses that
 let the pool refill, the contenders in turn within each round, so that a busy machine slows all alike. Throughput is
-sustained, the pool's refilling included. Judgements are whole two-process ones on MBPP-like tasks.
+sustained, the pool's refilling included, and taken in turns too: what a ratio compares was measured within a minute or
+two. Judgements are whole two-process ones on MBPP-like tasks.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ PROGRAM = python_program(SOURCE)
 WANT = b"4950\n"
 TASK = Task(id="b", prompt="", verifier="code", payload={
     "test_list": ["assert f([1, 2, 3]) == 6", "assert f([]) == 0", "assert f([-1, 1, 5]) == 5"]})  # fmt: skip
+THREADS = (1, 2, 4)
 ANSWER = "```python\ndef f(xs):\n    return sum(xs)\n```"
 
 
@@ -132,6 +134,38 @@ def throughput(work: Callable[[], None], threads: int, seconds: float) -> float:
     return sum(counts) / (time.perf_counter() - start)
 
 
+def sustained(
+    contenders: dict[str, Callable[[], None]], rounds: int, seconds: float, pause: float
+) -> dict[str, dict[int, list[float]]]:
+    """Calls per second of each contender with so many threads, one figure a round; the order is turned round by
+    round."""
+    found: dict[str, dict[int, list[float]]] = {name: {threads: [] for threads in THREADS} for name in contenders}
+    names = list(contenders)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            for threads in THREADS:
+                time.sleep(pause)
+                found[name][threads].append(throughput(contenders[name], threads, seconds))
+    return found
+
+
+def show_sustained(found: dict[str, dict[int, list[float]]]) -> None:
+    print(f"\nsustained, per second{'':31}" + "  ".join(f"{n} thread{'s' * (n > 1)}" for n in THREADS))
+    for name, rates in found.items():
+        print(f"  {name:50}{''.join(f'{statistics.mean(rates[n]):10.1f}' for n in THREADS)}")
+
+
+def best(rates: dict[int, list[float]]) -> list[float]:
+    """The rounds at the number of threads that did most."""
+    return max(rates.values(), key=statistics.mean)
+
+
+def ratio(over: list[float], under: list[float]) -> str:
+    """Of the means, with the least and the most that one round gave."""
+    each = [a / b for a, b in zip(over, under, strict=True)]
+    return f"{statistics.mean(over) / statistics.mean(under):.2f} ({min(each):.2f} to {max(each):.2f} by the round)"
+
+
 def percentile(values: list[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, round(q * (len(values) - 1)))]
 
@@ -149,8 +183,10 @@ def show_latencies(found: dict[str, list[float]], threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each throughput measurement")
+    parser.add_argument("--rounds", type=int, default=40, help="of the latency measurements")
+    parser.add_argument("--turns", type=int, default=4, help="rounds of the throughput measurements")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each throughput measurement")
+    parser.add_argument("--rest", type=float, default=1.0, help="seconds before each of those, for the pools to refill")
     parser.add_argument(
         "--pause", type=float, default=0.25, help="before each latency measurement, for the pools to refill"
     )
@@ -172,24 +208,18 @@ def main() -> None:
         contenders[f"{kind}, warm"] = sandboxed(box)
     for threads in (1, 2):
         show_latencies(latencies(contenders, threads, options.rounds, options.pause), threads)
-    print(f"\nsustained, per second{'':31}1 thread  2 threads  4 threads")
-    rates: dict[str, list[float]] = {}
-    for name, work in {
-        **contenders,
-        **{f"{kind}, two-process judgement": judged(box) for kind, box in boxes.items()},
-    }.items():
-        rates[name] = [throughput(work, threads, options.seconds) for threads in (1, 2, 4)]
-        print(f"  {name:50}{''.join(f'{r:10.1f}' for r in rates[name])}", flush=True)
+    judgements = {f"{kind}, two-process judgement": judged(box) for kind, box in boxes.items()}
+    rates = sustained({**contenders, **judgements}, options.turns, options.seconds, options.rest)
+    show_sustained(rates)
     print("\ntargets")
     print("  docker p50 <= bare + 20 ms; bubblewrap p50 <= 1.5 x bare: see the latency tables")
     if "docker" in boxes:
-        best = max(rates["docker, warm"])
-        print(f"  docker, sustained, over docker run per execution: {best / rates['docker run'][0]:.2f} (>= 3)")
-        print(f"  over docker run, several at once, at its best: {best / max(rates['docker run']):.2f}")
+        ours, cold_rates = best(rates["docker, warm"]), rates["docker run"]
+        print(f"  docker, sustained, over docker run per execution: {ratio(ours, cold_rates[1])}, >= 3")
+        print(f"  over docker run, several at once, at its best: {ratio(ours, best(cold_rates))}")
     if "bubblewrap" in boxes:
-        print(
-            f"  two-process judgements with bubblewrap: {max(rates['bubblewrap, two-process judgement']):.1f}/s (>= 25)"
-        )
+        judged_rate = statistics.mean(best(rates["bubblewrap, two-process judgement"]))
+        print(f"  two-process judgements with bubblewrap: {judged_rate:.1f}/s (>= 25)")
     for box in boxes.values():
         box.close()
 

@@ -120,7 +120,7 @@ class DockerSandbox:
     """
 
     def __init__(
-        self, *, image: str = PUBLIC, limits: Limits | None = None, warm: int = 4, starters: int = 3, runtime: str = "",
+        self, *, image: str = PUBLIC, limits: Limits | None = None, warm: int = 4, starters: int = 4, runtime: str = "",
         base_url: str | None = None,
     ) -> None:  # fmt: skip
         if warm < 1 or starters < 1:
