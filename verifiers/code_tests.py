@@ -1,8 +1,7 @@
 """A coding task's tests, made ready for the tests' sandbox: which names are the program's, and one piece of source
 per test.
 
-The task is trusted and parsed here; nothing a model wrote comes near this file. Assertions are rewritten so that a
-failing one can say what it got and expected, without changing when it fails.
+The task is trusted and parsed here; nothing a model wrote comes near this file.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from cabochon.verifiers.code_asserts import Asserts, reported
 from cabochon.verifiers.code_pytest import count_tests, is_test_file, uncrossable, unsupported
 
 _COMMON_IMPORTS = {
@@ -26,6 +26,7 @@ _COMMON_IMPORTS = {
 }  # fmt: skip
 _MODULES = {"pytest": "import pytest", "np": "import numpy as np", "numpy": "import numpy", "pd": "import pandas as pd"}
 """Names that are never the program's, and what brings them."""
+_STREAMS = (("stdin", "input"), ("stdout", "output"))
 _BUILTINS = frozenset(dir(builtins)) | {"__name__", "__file__"}
 _LITERALS = (ast.Constant, ast.JoinedStr, ast.List, ast.Tuple, ast.Set, ast.Dict)
 
@@ -123,32 +124,53 @@ def _guess(payload: Mapping[str, Any]) -> str:
 def _cases(payload: Mapping[str, Any]) -> CasePlan:
     rows = payload.get("cases")
     if rows is None:
-        rows = [{"stdin": i, "stdout": o} for i, o in zip(payload["inputs"], payload.get("outputs", ()), strict=True)]
+        given, wanted = payload.get("inputs"), payload.get("outputs")
+        if not isinstance(given, list | tuple) or not isinstance(wanted, list | tuple) or len(given) != len(wanted):
+            raise ValueError(
+                "a code task of kind stdio needs payload['cases'], a list of {'stdin', 'stdout'}, or as many 'inputs' "
+                f"as 'outputs' in lists, got {_told(given)} and {_told(wanted)}"
+            )
+        rows = [{"stdin": i, "stdout": o} for i, o in zip(given, wanted, strict=True)]
+    if not isinstance(rows, list | tuple) or not rows:
+        raise ValueError(f"payload['cases'] must be a list; a task without tests cannot be judged: got {_told(rows)}")
     cases = []
     for i, row in enumerate(rows):
-        given = {k: row.get(k, row.get(other)) for k, other in (("stdin", "input"), ("stdout", "output"))}
-        if not all(isinstance(v, str) for v in given.values()):
-            raise ValueError(f"payload['cases'][{i}] needs the texts 'stdin' and 'stdout', got the keys {sorted(row)}")
-        cases.append(Case(**given))
-    if not cases:
-        raise ValueError("payload['cases'] is empty: a task without tests cannot be judged")
+        columns = row if isinstance(row, Mapping) else {}
+        texts = [text for k, other in _STREAMS if isinstance(text := columns.get(k, columns.get(other)), str)]
+        if len(texts) < len(_STREAMS):
+            raise ValueError(f"payload['cases'][{i}] needs the texts 'stdin' and 'stdout', got {_told(row)}")
+        cases.append(Case(stdin=texts[0], stdout=texts[1]))
     return CasePlan(cases=tuple(cases))
+
+
+def _told(value: Any) -> str:
+    """What a value is, briefly, for somebody who has to find it."""
+    match value:
+        case None:
+            return "none"
+        case Mapping():
+            return f"an object with the keys {sorted(map(str, value))}"
+        case list() | tuple():
+            return f"a list of {len(value)}"
+    return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def _call_tests(calls: Any, entry: str) -> list[str]:
     """`{"args": [...], "kwargs": {...}, "expected": value}` as assertions; values are JSON-like and written as
     literals."""
-    if not entry or not calls:
+    if not entry or not isinstance(calls, list | tuple) or not calls:
         raise ValueError("payload['calls'] needs at least one call and payload['entry_point'], the function's name")
     owner, _, method = entry.partition(".")
     head = f"{owner}().{method}" if method else owner
     out = []
     for i, call in enumerate(calls):
-        if not isinstance(call, Mapping) or "expected" not in call:
+        args, kwargs = (call.get("args", ()), call.get("kwargs", {})) if isinstance(call, Mapping) else (None, None)
+        if not isinstance(args, list | tuple) or not isinstance(kwargs, Mapping) or "expected" not in call:
             raise ValueError(
-                f"payload['calls'][{i}] needs 'args' and 'expected', got {json.dumps(call, default=repr)[:80]}"
+                f"payload['calls'][{i}] needs 'expected', 'args' as a list and 'kwargs' as an object, "
+                f"got {json.dumps(call, default=repr)[:80]}"
             )
-        words = [repr(a) for a in call.get("args", ())] + [f"{k}={v!r}" for k, v in call.get("kwargs", {}).items()]
+        words = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
         out.append(f"assert {head}({', '.join(words)}) == {call['expected']!r}")
     return out
 
@@ -212,6 +234,8 @@ def _assert_plan(
     setup_tree, helper_tree = _bare(_parse(setup, "set-up"), module), _parse(helpers, "helpers")
     _refuse_toothless(trees, entry)
     wanted, imports = _names([*trees, setup_tree], _defined([helper_tree]), entry)
+    if not wanted:
+        raise ValueError("the task's tests use nothing of the program: they would hold whatever it does")
     for tree in (*trees, setup_tree):
         _refuse_lacking(tree, collected=False)
     _refuse([*trees, setup_tree], wanted, ())
@@ -225,7 +249,7 @@ def _assert_plan(
     if listed:
         for tree in trees:
             label = ast.unparse(tree)
-            units.append(Unit(label=label[:500], source=ast.unparse(_Asserts().visit(tree))))
+            units.append(Unit(label=label[:500], source=ast.unparse(Asserts().visit(tree))))
     else:
         units += _split(trees[0], entry)
     if not any(unit.label for unit in units):
@@ -246,62 +270,20 @@ def _split(tree: ast.Module, entry: str) -> list[Unit]:
         if isinstance(node, ast.Assert) or (isinstance(node, ast.With) and ".raises(" in ast.unparse(node.items[0])):
             label = ast.unparse(node)[:500]
             units.append(
-                Unit(label=label, source=ast.unparse(_Asserts().visit(ast.Module(body=[node], type_ignores=[]))))
+                Unit(label=label, source=ast.unparse(Asserts().visit(ast.Module(body=[node], type_ignores=[]))))
             )
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             tests = asserted if isinstance(node.value.func, ast.Name) and node.value.func.id == "check" else 1
             units.append(Unit(label=ast.unparse(node)[:500], source=ast.unparse(node), whole=False, tests=tests))
         else:
             if isinstance(node, ast.FunctionDef) and node.name == "check":
-                node.body = [_reported(n) if isinstance(n, ast.Assert) else _Asserts().visit(n) for n in node.body]
+                node.body = [reported(n) if isinstance(n, ast.Assert) else Asserts().visit(n) for n in node.body]
             else:
-                node = _Asserts().visit(node)
+                node = Asserts().visit(node)
             units.append(Unit(label="", source=ast.unparse(ast.fix_missing_locations(node)), tests=0))
     if checks and "check" not in called and entry:
         units.append(Unit(label=f"check({entry})", source=f"check({entry})", whole=False, tests=asserted))
     return units
-
-
-def _reported(node: ast.Assert) -> ast.stmt:
-    """An assertion that says how it went and lets the next one have its turn. Only for direct children of `check`,
-    where nothing around it could have caught the failure."""
-    label = ast.unparse(node)[:500]
-    wrapped = ast.parse(
-        f"try:\n    pass\n    _cabochon_.ok({label!r})\nexcept Exception as _cabochon_error:\n"
-        f"    _cabochon_.fail({label!r}, _cabochon_error)"
-    ).body[0]
-    assert isinstance(wrapped, ast.Try)
-    wrapped.body[0] = _Asserts().visit(node)
-    return wrapped
-
-
-class _Asserts(ast.NodeTransformer):
-    """`assert a == b` -> `if not ((l := a) == (r := b)): raise_failed(source, l, r)`."""
-
-    def visit_Assert(self, node: ast.Assert) -> ast.stmt:
-        test = node.test
-        label = ast.Constant(ast.unparse(node)[:500])
-        shown: list[ast.expr] = []
-        if isinstance(test, ast.Compare) and len(test.ops) == 1:
-            left, right = "_cabochon_left", "_cabochon_right"
-            test = ast.Compare(
-                left=ast.NamedExpr(target=ast.Name(left, ast.Store()), value=test.left),
-                ops=test.ops,
-                comparators=[ast.NamedExpr(target=ast.Name(right, ast.Store()), value=test.comparators[0])],
-            )
-            shown = [ast.Name(left, ast.Load()), ast.Name(right, ast.Load())]
-        call = ast.Call(
-            func=ast.Attribute(ast.Name("_cabochon_", ast.Load()), "raise_failed", ast.Load()),
-            args=[label, *shown],
-            keywords=[],
-        )
-        new = ast.If(test=ast.UnaryOp(ast.Not(), test), body=[ast.Expr(call)], orelse=[])
-        return ast.fix_missing_locations(ast.copy_location(new, node))
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
-        """Left alone: names stored in a class body would become its attributes."""
-        node.body = [n if isinstance(n, ast.Assert) else self.visit(n) for n in node.body]
-        return node
 
 
 def _defined(trees: Sequence[ast.AST]) -> set[str]:
@@ -391,7 +373,7 @@ def _file_plan(source: str, setup: str, module: str) -> FunctionPlan:
         raise ValueError(f"the task's test file uses nothing of the program: import it as `from {module} import ...`")
     _refuse([tree], wanted, aliases)
     classes = tuple(sorted(n for n in wanted if n[0].isupper()))
-    rewritten = ast.unparse(_Asserts().visit(tree))
+    rewritten = ast.unparse(Asserts().visit(tree))
     unit = Unit(label="", source=rewritten, tests=tests)
     return FunctionPlan(
         wanted=tuple(sorted(wanted)), classes=classes, kept=classes, units=(unit,), module=module, bare_names=bare,

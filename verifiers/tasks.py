@@ -19,6 +19,7 @@ from typing import Any
 
 from cabochon.errors import UserError
 from cabochon.types import Prompt, Task
+from cabochon.verifiers.code_tests import plan_of
 from cabochon.verifiers.instructions import constraints
 from cabochon.verifiers.math import gold_answers
 from cabochon.verifiers.math_boxes import last_box
@@ -184,6 +185,8 @@ def check_payload(where: str, task: Task) -> None:
                 constraints(task)
             case "verdict":
                 label_and_choices(task)
+            case "code":
+                plan_of(task.payload)
     except ValueError as error:
         raise UserError(f"{where}: {str(error).removeprefix(f'task {task.id}: ')}") from None
 

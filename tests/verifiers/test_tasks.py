@@ -150,6 +150,9 @@ def test_a_column_map(tmp_path: pathlib.Path) -> None:
             {"prompt": "p", "verifier": "instructions", "constraints": [{"kind": "length:words", "max": 3}]},
             "constraint length:words takes no 'max'; the nearest is 'maximum'",
         ),
+        ({"prompt": "p", "verifier": "code"}, "a code task needs payload['tests'], a text or a list of texts"),
+        ({"prompt": "p", "verifier": "code", "tests": ["assert f("]}, "the task's tests do not parse"),
+        ({"prompt": "p", "verifier": "code", "cases": [{"stdin": "1"}]}, "payload['cases'][0] needs the texts"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: pathlib.Path, row: object, says: str) -> None:
