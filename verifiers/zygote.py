@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -133,6 +134,8 @@ class Zygote:
     def _stop(self) -> None:
         """Needs `_lock`."""
         if self._control is not None:
+            with contextlib.suppress(OSError):
+                self._control.shutdown(socket.SHUT_RDWR)  # closing says nothing while a fork of this process holds it
             self._control.close()  # at which it kills the groups of its workers and ends
             self._control = None
         if self._process is not None:

@@ -1,5 +1,7 @@
 """IFEval's 25 kinds (each kept and broken), our own kinds, strict and loose, and tasks that are not usable."""
 
+import http.server
+import threading
 import time
 
 import pytest
@@ -225,8 +227,22 @@ def test_a_schema_s_formats_are_checked_and_nothing_is_fetched() -> None:
     day = {"type": "string", "format": "date"}
     assert follows("format:json_schema", {"schema": day}, '"2024-02-29"')
     assert not follows("format:json_schema", {"schema": day}, '"2023-02-29"')
-    with pytest.raises(ValueError, match="refers to 'http://localhost/x', which is not in it"):
-        follows("format:json_schema", {"schema": {"$ref": "http://localhost/x"}}, "1")
+    asked = []
+
+    class Schemas(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"type": "integer"}')
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Schemas) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/x"
+        with pytest.raises(ValueError, match=f"refers to '{address}', which is not in it"):
+            follows("format:json_schema", {"schema": {"$ref": address}}, "1")
+        server.shutdown()
+    assert not asked
     inside = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer"}}}
     assert follows("format:json_schema", {"schema": inside}, "1")
 

@@ -202,6 +202,18 @@ def test_an_answer_in_other_dress_is_paid_where_the_library_says_so_too() -> Non
         assert VERIFIER.verify(task, f"<answer>{dress(str(other.payload['answer']))}x</answer>").score == 0.0
 
 
+@pytest.mark.parametrize(
+    ("name", "dress"),
+    [("caesar_cipher", str.lower), ("spiral_matrix", lambda t: t.replace(" ", "")), ("string_manipulation", str.upper)],
+)
+def test_dress_that_the_library_minds_is_not_paid(name, dress) -> None:
+    (task,) = puzzle_tasks(Puzzles(name=name, size=1, seed=3))
+    gold = str(task.payload["answer"])
+    assert dress(gold) != gold
+    assert VERIFIER.verify(task, f"<answer>{gold}</answer>").score == 1.0
+    assert VERIFIER.verify(task, f"<answer>{dress(gold)}</answer>").score == 0.0
+
+
 def test_three_figures_are_what_power_function_asks_for() -> None:
     for task in puzzle_tasks(Puzzles(name="power_function", size=6, seed=5)):
         gold = f"{float(task.payload['answer']):.2e}"
