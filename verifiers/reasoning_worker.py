@@ -39,7 +39,8 @@ SCORER = {
     "jugs": r"[\w\s\[\]\",>()-]*", "graph_color": r"[\d\s{}:,\"]*", "tower_of_hanoi": r"[\w\s.:,>-]*",
     "word_ladder": r"[A-Za-z,\s]*", "shortest_path": r"(?:up|down|left|right|infeasible|\s)*", "sokoban": r"[UDLR]*",
     "rush_hour": r"(?:[A-Z][+-]\d+\s*)*", "rubiks_cube": r"(?:[UDLRFBMESxyz][w]?['2]?\s*)*",
-    "palindrome_generation": r"[a-z]*", "knight_swap": r"[\w\s\[\]\",]*",
+    "palindrome_generation": r"[A-Za-z]*", "knight_swap": r"[\w\s\[\]\",]*",
+    "group_anagrams": r"[a-z\s\[\]\",]*", "palindrome_partitioning": r"[a-z\s\[\]\",]*",
 }
 """Puzzle and the whole of what its answers are made of."""
 

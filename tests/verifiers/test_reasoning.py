@@ -1,5 +1,6 @@
 """reasoning-gym puzzles: the oracle's answer is paid, what the library pays besides is not."""
 
+import json
 import time
 
 import pytest
@@ -212,6 +213,28 @@ def test_dress_that_the_library_minds_is_not_paid(name, dress) -> None:
     assert dress(gold) != gold
     assert VERIFIER.verify(task, f"<answer>{gold}</answer>").score == 1.0
     assert VERIFIER.verify(task, f"<answer>{dress(gold)}</answer>").score == 0.0
+
+
+@pytest.mark.parametrize("name", ["group_anagrams", "palindrome_partitioning"])
+def test_lists_without_an_order_are_paid_in_any(name) -> None:
+    for task in puzzle_tasks(Puzzles(name=name, size=3, seed=3)):
+        gold = json.loads(str(task.payload["answer"]))
+        turned = json.dumps(gold[::-1])
+        assert VERIFIER.verify(task, f"<answer>{turned}</answer>").score == 1.0
+        if name == "group_anagrams":
+            assert VERIFIER.verify(task, f"<answer>{json.dumps([g[::-1] for g in gold])}</answer>").score == 1.0
+        moved = [[*gold[0], gold[-1][0]], *gold[1:-1], gold[-1][1:]]
+        for wrong in (gold[1:], [*gold, ["not", "there"]], moved, [w for group in gold for w in group], gold[0], []):
+            assert VERIFIER.verify(task, f"<answer>{json.dumps(wrong)}</answer>").score == 0.0
+        for hostile in (f"{turned} + []", f"[{turned}]", f"json.loads('{turned}')", "[" * 9000):
+            assert VERIFIER.verify(task, f"<answer>{hostile}</answer>").score == 0.0
+
+
+def test_a_palindrome_may_be_written_in_capitals() -> None:
+    (task,) = puzzle_tasks(Puzzles(name="palindrome_generation", size=1, seed=3))
+    gold = str(task.payload["answer"])
+    assert VERIFIER.verify(task, f"<answer>{gold.upper()}</answer>").score == 1.0
+    assert VERIFIER.verify(task, f"<answer>{gold.upper()}A</answer>").score == 0.0
 
 
 def test_three_figures_are_what_power_function_asks_for() -> None:
