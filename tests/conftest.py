@@ -16,6 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     [*(f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f),
      "--xla_force_host_platform_device_count=8"]
 )
+import cabochon.model  # noqa: F401 (adds a flag of its own, which XLA hears before its first program only)
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax")

@@ -41,7 +41,8 @@ def test_chunks_change_nothing(chunk):
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, w)
 
     for a, b in zip(jax.tree.leaves(run(chunk)), jax.tree.leaves(run(0)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        # a row by itself is another kernel's, which rounds otherwise with AVX2: one ulp of a logit is 8 of a gradient
+        np.testing.assert_allclose(a, b, atol=max(1e-5, 2e-6 * float(abs(b).max())))
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 6])

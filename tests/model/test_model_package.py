@@ -14,6 +14,7 @@ OURS = "--xla_cpu_experimental_ynn_fusion_type="
     [
         (None, OURS),
         ("", OURS),
+        (" --xla_backend_optimization_level=0 ", f"--xla_backend_optimization_level=0 {OURS}"),
         ("--xla_backend_optimization_level=0", f"--xla_backend_optimization_level=0 {OURS}"),
         (f"{OURS}LIBRARY_FUSION_TYPE_DOT", f"{OURS}LIBRARY_FUSION_TYPE_DOT"),
         ("/a/file/of/flags", "/a/file/of/flags"),

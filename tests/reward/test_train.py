@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from products import same
 
 from cabochon.errors import UserError
 from cabochon.overrides import load
@@ -136,7 +137,7 @@ def test_rollouts_one_that_was_cut_off_and_one_that_is_too_long(trained):
     reward = ModelReward.open(trained[1])
     whole, cut, long = reward.score([rollout("aaaab"), rollout("aaaab", "length"), rollout("a" * 64)])
     assert (whole.status, cut.status, long.status) == ("ok", "truncated", "too_long")
-    assert whole.value == reward.score_texts(["0.1:"], ["aaaab"])[0].value
+    assert same(whole.value, reward.score_texts(["0.1:"], ["aaaab"])[0].value)
     assert cut.value is not None
     assert cut.value != whole.value
     assert long.value is None

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from products import same
 
 from cabochon.errors import UserError
 from cabochon.rl.recipe import RlConfig
@@ -138,7 +139,7 @@ def test_episodes_are_trained_on_where_the_policy_spoke(place, monkeypatch):
     assert all(r["w_gap"] < 1e-4 for r in rows), "shared prompts, observations and replayed routes: the same log-probs"
     assert "held_out" in rows[-1]
     stopped_and_resumed(monkeypatch, turns(place, tasks=held, run="stopped"), after=4)
-    assert metrics(place / "stopped") == rows
+    assert same(metrics(place / "stopped"), rows)  # who is in the sampler with whom hangs on when a turn is answered
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def test_tiny_moe():
     model = tiny_moe(vocab_size=tok.vocab_size)
     cfg = {"slots": 8, "length": 128, "block": 64, "chunks": (32,)}
     prompts = ["The quick brown fox", "two words", "x" * 30, "a"]
-    sampling = Sampling(max_tokens=90, n=4, routes=True, ignore_eos=True)
+    # so many that the few tokens routed otherwise are some on any CPU: k3 is mostly theirs
+    sampling = Sampling(max_tokens=90, n=16, routes=True, ignore_eos=True)
     f32, bf16 = compare(model, peaked(model), tok, cfg, prompts, sampling)
     assert f32[1].most <= 1e-5
     assert f32[1].agreement == bf16[1].agreement == 1  # what was recorded was installed
