@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Literal
 
 from cabochon.types import Status, Task, Verdict
-from cabochon.verifiers.code_extract import MAX_PROGRAM, answer, block, program
+from cabochon.verifiers.code_extract import MAX_PROGRAM, answer, block, defines, program
 from cabochon.verifiers.code_judge import Outcome, evidence, judge
 from cabochon.verifiers.code_tests import CasePlan, FunctionPlan, helpers_of, plan_of
 from cabochon.verifiers.sandbox.base import Limits, Sandbox, SandboxError, as_bytes, python_program
@@ -58,7 +59,7 @@ class CodeVerifier:
         """The verdict. Raises ValueError where the task is unusable; a broken machine is an infra_error."""
         started = time.monotonic()
         plan = plan_of(task.payload)
-        source = _source(task, text)
+        source = _source(task, text, plan.wanted if isinstance(plan, FunctionPlan) else ())
         if not source.strip():
             return self._verdict(
                 Outcome(status="no_answer", detail="no program in the completion"), plan, source, started
@@ -122,15 +123,16 @@ class CodeVerifier:
         return outcome
 
 
-def _source(task: Task, text: str) -> str:
-    """The program, with the prompt's own code in front where the completion only goes on from it."""
-    found = program(text)
+def _source(task: Task, text: str, wanted: Collection[str]) -> str:
+    """The program, with the prompt's own code in front where the completion only goes on from it; `wanted` are the
+    names the tests use."""
+    found = program(text, wanted)
     prompt = str(task.payload.get("prompt") or "") if "entry_point" in task.payload else ""
     prefix = str(task.payload.get("prefix") or prompt)
     entry = str(task.payload.get("entry_point") or "").partition(".")[0]
     if not prefix or not entry:
         return found
-    if re.search(rf"^\s*(async\s+def|def|class)\s+{re.escape(entry)}\b|^{re.escape(entry)}\s*=", found, re.M):
+    if defines(found, (entry,)):
         return _behind(helpers_of(prefix, entry), found)
     body = block(text) or answer(text)  # as it is indented: it goes on inside a function
     return f"{prefix}{'' if prefix.endswith(chr(10)) else chr(10)}{body}" if body.strip() else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 MAX_PROGRAM = 1 << 20
 """characters"""
@@ -46,20 +47,31 @@ def answer(text: str) -> str:
     return text.removeprefix("\ufeff")
 
 
-def block(text: str) -> str:
-    """The last block marked Python, else the last unmarked one, else the last of any kind, else ""; as it is
-    indented."""
+def block(text: str, wanted: Collection[str] = ()) -> str:
+    """The last block marked Python, else the last unmarked one, else the last of any kind, else ""; as it is indented.
+    Where that one neither defines a `wanted` name nor goes on inside a function, it is an example of use: then the last
+    of its kind that does define one."""
     found = [(language, content) for language, content in blocks(answer(text)) if content.strip()]
-    for wanted in (lambda tag: tag in _PYTHON, lambda tag: not tag, lambda tag: True):
-        for language, content in reversed(found):
-            if wanted(language):
-                return content.removeprefix("\ufeff")
+    python = [content for language, content in found if language in _PYTHON]
+    unmarked = [content for language, content in found if not language]
+    for some in (python, unmarked, [content for _, content in found]):
+        if some:
+            body = some[-1].lstrip("\r\n")[:1].isspace()
+            chosen = some[-1] if body else next((c for c in reversed(some) if defines(c, wanted)), some[-1])
+            return chosen.removeprefix("\ufeff")
     return ""
 
 
-def program(text: str) -> str:
+def defines(source: str, names: Collection[str]) -> bool:
+    """Whether a text has a line that defines one of these, by its looks."""
+    either = "|".join(map(re.escape, names))
+    line = rf"^[ \t]*(?:async[ \t]+def|def|class)[ \t]+(?:{either})\b|^(?:{either})[ \t]*=(?!=)"
+    return bool(names) and re.search(line, source, re.MULTILINE) is not None
+
+
+def program(text: str, wanted: Collection[str] = ()) -> str:
     """The program, or "" where there is none: the `block`, else the whole answer where it looks like code."""
-    found = block(text)
+    found = block(text, wanted)
     if found:
         return _dedented(found)
     text = answer(text)

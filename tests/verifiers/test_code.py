@@ -119,6 +119,19 @@ def test_humaneval_form(both):
     assert both.verify(HUMANEVAL, fenced(forged)).score == 0.0
 
 
+@pytest.mark.parametrize("use", ["print(f(2))", "def test_f():\n    assert f(2) == 4", "from solution import f\nprint(f(1))"])
+def test_an_example_of_use_after_the_program_is_not_the_program(verifier, use):
+    told = f"{fenced('def f(x):' + chr(10) + '    return x * x')}\nUsage:\n{fenced(use)}"
+    humaneval = task(prompt='def f(x):\n    """Square."""\n', entry_point="f",
+                     test="def check(candidate):\n    assert candidate(3) == 9\n    assert candidate(2) == 4")  # fmt: skip
+    for some in (F, humaneval):
+        assert verifier.verify(some, told).status == "ok"
+        assert verifier.verify(some, told.replace("x * x", "x + x")).status == "wrong"
+    method = task(entry_point="S.f", calls=[{"args": [3], "expected": 9}])
+    told = f"{fenced('class S:' + chr(10) + '    def f(self, x): return x * x')}\n{fenced('print(S().f(2))')}"
+    assert verifier.verify(method, told).status == "ok"
+
+
 def test_a_body_in_a_fence_and_the_helpers_of_the_prompt(verifier):
     programs = ("    return -xs[0] / xs[1]", "    a, b = xs\n    return -a / b",
                 "def find_zero(xs: List[float]) -> float:\n    return -xs[0] / xs[1] + 0 * math.floor(poly(xs, 0))",

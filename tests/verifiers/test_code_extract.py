@@ -81,3 +81,29 @@ def test_any_text_gives_a_text(text):
 )
 def test_large_texts_are_quick(text):
     assert shortest(2, lambda: program(text)) < 2
+
+
+USE = "```python\nprint(f(2))\n```"
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        (f"```python\n{CODE}```\nUsage:\n{USE}", CODE),
+        (f"```python\n{CODE}```\n```python\ndef test_f():\n    assert f(2) == 2\n```", CODE),
+        (f"```python\nf = max\n```\nBetter:\n```python\n{CODE}```\n{USE}\n{USE}", CODE),
+        (f"```\n{CODE}```\n```\nf == 2\n```", CODE),
+        (f"```python\nclass f:\n    pass\n```\n{USE}", "class f:\n    pass\n"),
+        (f"```python\n{CODE}```\nThe body is\n```python\n    return 2 * x\n```", "return 2 * x\n"),
+        (f"```python\ndef ff(x): pass\n```\n{USE}", "print(f(2))\n"),
+        (f"<think>\n```python\n{CODE}```\n</think>\n{USE}", "print(f(2))\n"),
+    ],
+)
+def test_an_example_of_use_is_not_the_program(text, want):
+    assert program(text, ("f", "g.h")) == want
+
+
+def test_looking_for_names_takes_linear_time():
+    for filling in ("\n", " ", "\t\n", "def ", "async def "):
+        text = f"```python\n{CODE}```\n```python\n{filling * 300_000}\n```"
+        assert shortest(2, lambda text=text: program(text, ("f", "g"))) < 2
