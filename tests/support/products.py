@@ -8,8 +8,8 @@ import numpy as np
 
 @functools.cache
 def rows_stand_alone() -> bool:
-    """Whether a row of a product has the same bits whatever rows are beside it. XLA's kernel for AVX-512 is so; the one
-    for AVX2 takes six rows at once and adds up what is left over in another order (docs/log.md, 2026-12-01)."""
+    """Whether a row of a product has the same bits whatever rows are beside it. With AVX2
+    only, rows over a multiple of six come out otherwise (docs/log.md, 2026-12-01)."""
     a, b = (np.random.default_rng(i).normal(size=n).astype(np.float32) for i, n in enumerate([(64, 32), (32, 64)]))
     product = jax.jit(lambda a, b: a @ b)
     whole = np.asarray(product(a, b))
