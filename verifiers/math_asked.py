@@ -94,6 +94,30 @@ def _unbound(text: str) -> str:
     return re.sub(r"[\s{}()]", "", re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "*", text))
 
 
+_ASKED = re.compile(
+    r"(?i:\b(?:find|compute|determine|calculate|evaluate|what is|value of))\s(?:the (?:exact )?value of\s)?"
+    r"(?:\$([^$]{1,80})\$|\\\((.{1,80}?)\\\)|(\|[^|\n]{1,40}\||[a-z]{1,3})(?=[\s.?,]))"
+)
+
+
+def value_of_asked(answer: str, prompt: str) -> str:
+    """What the answer says of the quantity that the question asks for, `5` of `|z| = 5`; else the answer."""
+    name, _, value = answer.partition("=")
+    asked = {_unbound(next(filter(None, found.groups()))) for found in _ASKED.finditer(prompt[-LENGTH_LIMIT:])}
+    return value.strip() if "=" not in value and value.strip() and _unbound(name) in asked else answer
+
+
+_ASKS_EXACT = re.compile(
+    r"\b(?:exact (?:value|answer|form|result|solution|sum|area|volume|length|distance|probability)|exactly\?)",
+    re.IGNORECASE,
+)
+
+
+def asks_exact(prompt: str) -> bool:
+    """Whether a decimal is not to be rounded."""
+    return _ASKS_EXACT.search(prompt) is not None
+
+
 _ASKS_ORDER = re.compile(
     r"\b(?:increasing|decreasing|ascending|descending|alphabetical|numerical|chronological) order\b|\brespectively\b"
     r"|\b(?:least|smallest|lowest|shortest|youngest|slowest|lightest) to (?:the )?\w{3,8}est\b"

@@ -77,11 +77,11 @@ def _by(methods: tuple[Method, ...], part: str) -> Found | None:
     for method in methods:
         match method:
             case "boxed":
-                found = _corrected(part, last_box(part))
+                found = _corrected(part[max(0, part.rfind("boxed")) :], last_box(part))
             case "answer_tag":
-                found = _in_tag(part)
+                found = _corrected(part.rpartition("<answer>")[2].partition("</answer>")[2], _in_tag(part))
             case "hashes":
-                found = _after_hashes(part)
+                found = _corrected(part.rpartition("####")[2].partition("\n")[2], _after_hashes(part))
             case "answer_is":
                 found = _after_phrase(part)
             case "last_expression":
@@ -99,13 +99,15 @@ _PHRASE = re.compile(
     r"(?:\s+(?:to|for)\s+[^.:\n]{1,80}?)?\s{0,3}(?:\*\*)?\s{0,3}(?:is|are|:|=)"
     r"(?:\s{1,3}(?:therefore|then|thus|hence|simply|exactly|just|indeed|clearly|equal to|given by)\b)?"
     r"\s{0,3}(?:\*\*)?[:=]?[ \t]{0,3}"
+    r"|^[ \t]*(?:#{1,6}[ \t]*(?:\*\*)?|\*\*)(?:final )?answer(?:\*\*)?[ \t]*\n\s{0,3}(?:\*\*)?"
+    r"(?=\(?[A-J](?:[.:)*]|[ \t]*(?:\n|\Z)))"
     r"|(?:答案|正解|答え)(?:是|为|為|は|：|:)[:：]?\s{0,3}|\b(?:[Оо]твет|답)\s?[:：]\s{0,3}",
-    re.IGNORECASE,
+    re.IGNORECASE | re.MULTILINE,
 )
 _NAMED_OPTION = re.compile(
     r"(?:^|[.:\n]\s{0,3}|\b(?:[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore|[Tt]hat),?\s{1,3})(?:\*\*)?(?:(?:[Tt]he\s)?"
     r"(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s{1,3}(?:\*\*)?\(?([A-J])\)?|\((?=[A-J]\))"
-    r"|([A-J])(?=(?:\*\*)?\sis\sthe\s(?:correct|right|best)\s(?:answer|option|choice)\b))(?:(?<=\()([A-J])\))?"
+    r"|([A-J])(?=(?:\*\*)?\sis\s(?:the\s(?:correct|right|best)\s(?:answer|option|choice)|correct)\b))(?:(?<=\()([A-J])\))?"
     r"(?:\*\*)?\sis\s(?:the\s)?(?:correct|right|best|answer)(?:\s(?:answer|option|choice|one))?(?:\*\*)?"
     r"(?=[.!]?\s{0,3}(?:\n|$|because|since))"
 )
@@ -147,7 +149,8 @@ def _after_phrase(text: str) -> Found | None:
     tail = text[-20_000:]
     last, named = _last_said(tail), last_match(_NAMED_OPTION, tail)
     if named is not None and (last is None or named.start() >= last.start()):
-        return Found(answer=next(filter(None, named.groups())), method="answer_is")
+        option = Found(answer=next(filter(None, named.groups())), method="answer_is")
+        return _thought_again(tail[named.end() :], option)
     if last is None:
         denied = any(_DENIED.search(tail, max(0, m.start() - 40), m.start()) for m in _PHRASE.finditer(tail))
         return Found(method="answer_is", problem="the text says what the answer is not") if denied else None
@@ -155,12 +158,12 @@ def _after_phrase(text: str) -> Found | None:
     rest = rest[2:].lstrip() if rest.startswith("- ") and tail[last.end() :].lstrip(" \t:*").startswith("\n") else rest
     delimited = _delimited_at_start(rest)
     if delimited is not None:
-        return Found(answer=delimited, method="answer_is")
+        return _thought_again(rest, Found(answer=delimited, method="answer_is"))
     end = _SENTENCE_END.search(rest)
     if end and end.group() == "?":
         return None  # it was only asked
     answer = trim(_NOT_ANOTHER.sub("", rest[: end.start()] if end else rest))
-    return Found(answer=answer, method="answer_is") if answer else None
+    return _thought_again(rest, Found(answer=answer, method="answer_is")) if answer else None
 
 
 _NOT_ANOTHER = re.compile(r"(?<=\S)(?:(?:,|\s+and|\s*\()\s*not|[\s,(]\s*(?:rather than|instead of))\b.*\Z", re.DOTALL)
@@ -177,18 +180,40 @@ _PLAIN = re.compile(
 )
 
 
-def _corrected(text: str, found: Found | None) -> Found | None:
-    """A box with something else that is said to be the answer behind it: two answers."""
+_SECOND_THOUGHT = re.compile(
+    r"\b(?:[Ww]ait|[Aa]ctually|[Cc]orrection|[Ss]orry|[Oo]ops|[Hh]mm|[Oo]n second thought|[Ss]cratch that|[Mm]y mistake"
+    r"|[Nn]o)[,.:;!…—-]{0,3}\s(?:[^\n]{0,200}?\s)?(?:answer|result|it|that)"
+    r"(?:['’]s|\s(?:is|was|equals|(?:should|must|would|has to|ought to)\sbe))\s(?:\*\*)?(?:\\?\$|\\\()?\(?"
+    r"(-?\d(?:[\d,]*\d)?(?:\.\d+)?|[A-J])\)?(?=(?:\$|\\\)|\*\*)*(?:[.!](?:\s|\Z)|\s{0,3}(?:\n|\Z)))"
+)
+"""`Wait, it should be 9.`, `Actually, it's C.`"""
+_SHORT = re.compile(r"\(?(-?\d(?:[\d,]*\d)?(?:\.\d+)?|[A-J])(?![\d.,/^*\\]\w|[A-Za-z]).*", re.DOTALL)
+
+
+def _corrected(behind: str, found: Found | None) -> Found | None:
+    """An answer with something else that is said to be the answer behind it: two answers."""
     if found is None or found.problem:
         return found
-    behind = text[text.rfind("boxed") :][:20_000]
+    behind = behind[:20_000]
     others = [other.answer for other in (_in_tag(behind), _after_hashes(behind)) if other is not None]
     if (said := _last_said(behind)) is not None:
         number = _PLAIN.match(behind, said.end()) if re.fullmatch(r"-?\d[\d,.]*", found.answer) else None
         others += [number.group(1)] if number else [_delimited_at_start(behind[said.end() :].lstrip()[:200]) or ""]
     bare = found.answer.replace(",", "")
     other = next((one for one in others if one and "boxed" not in one and one.replace(",", "") != bare), None)
-    return found if other is None else Found(answer=rf"{found.answer} \text{{ or }} {other}", method="boxed")
+    return _thought_again(behind, found) if other is None else _either(found, other)
+
+
+def _thought_again(behind: str, found: Found) -> Found:
+    """An answer with what the text then says it should be."""
+    one, second = _SHORT.fullmatch(found.answer.lstrip("\\$")), last_match(_SECOND_THOUGHT, behind)
+    if one is None or second is None or second[1].replace(",", "") == one[1].replace(",", ""):
+        return found
+    return _either(found, second[1])
+
+
+def _either(found: Found, other: str) -> Found:
+    return Found(answer=rf"{found.answer} \text{{ or }} {other}", method=found.method)
 
 
 def _last_said(text: str) -> re.Match[str] | None:

@@ -341,7 +341,8 @@ def foreign(prompt: str, said: Unit) -> bool:
         return False
     question = next((part for part in reversed(re.split(r"[.?!]\s|\?", prompt.casefold())) if part.strip()), "")
     asked = [parse_unit(unit).dimension for words, unit in _QUANTITIES if words.search(question)]
-    if len(asked) == 1 and asked[0] != said.dimension and not _OTHERWISE.search(question):
+    units_of_length = tuple(("length" if name == "unit" else name, power) for name, power in said.dimension)
+    if len(asked) == 1 and asked[0] != units_of_length and not _OTHERWISE.search(question):
         return True
     units = [parse_unit(piece) for found in _GIVEN.finditer(prompt) for piece in re.split(r"/|\bper\b", found[1])]
     units += [parse_unit(found[1]) for found in _GIVEN.finditer(prompt)]
