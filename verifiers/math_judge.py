@@ -194,8 +194,8 @@ def matches(gold: str, answer: str, *, prompt: str = "", choices: Sequence[str] 
         return False, f"the answer cannot be read: {right.problem}"
     if not isinstance(left.value, Chain) and (said := value_of_asked(right.text, prompt)) != right.text:
         right = read(said)
-        if right.value is None:
-            return False, f"the answer cannot be read: {right.problem}"
+    if right.value is None:
+        return False, f"the answer cannot be read: {right.problem}"
     right_one, why = _same_quantities(left, right, prompt)
     if right_one and asks_order(prompt) and not in_order(left.value, right.value):
         return False, "in another order"
@@ -243,7 +243,7 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
     if isinstance(one, Leaf) and one.ulp is not None and asks_exact(prompt):
         one = Leaf(one.expr, None, one.digits)
     if gold.split.percent != answer.split.percent and not ask_percent:
-        one, two = (_percent(value, side.split.percent) for value, side in ((one, gold), (two, answer)))  # type: ignore[arg-type]
+        one, two = (_percent(value, side.split.percent) for value, side in ((one, gold), (two, answer)))
     elif gold.split.percent != answer.split.percent:
         part = re.search(r"frac|/", gold.text) is not None
         decimal = re.search(r"\b(?:decimal|fraction)\b", prompt) is not None and not gold.split.percent
@@ -252,7 +252,7 @@ def _same_quantities(gold: Reading, answer: Reading, prompt: str) -> tuple[bool,
         number = isinstance(one, Leaf) and one.expr.is_Rational and not part and not decimal
         if not gold.split.percent and number:
             return False, "a different number of percent"  # 5000% is 50, but 50 was to be percent
-        one, two = (_percent(value, side.split.percent) for value, side in ((one, gold), (two, answer)))  # type: ignore[arg-type]
+        one, two = (_percent(value, side.split.percent) for value, side in ((one, gold), (two, answer)))
     if _in_degrees(gold) != _in_degrees(answer) and (_in_radians(gold) or _in_radians(answer)):
         one, two = (  # radians were said, so the other side's degree is no mere unit: 90 radians are not 90 degrees
             Leaf(side.expr.subs(DEGREE, pi / 180), side.ulp, side.digits) if isinstance(side, Leaf) else side
