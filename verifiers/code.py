@@ -4,17 +4,16 @@
 
 - `kind`: "asserts", "calls", "stdio" or "unittest"; guessed from the other keys where it is absent.
 - `tests`: a text, or a list of texts of which each is one test. MBPP's `test_list`, HumanEval's `test` are read too.
-- `setup`: test source that runs first (MBPP's `test_setup_code`). `helpers`: trusted source the prompt gave; with
-HumanEval's
-  `prompt` and `entry_point` it is derived.
-- `entry_point`: the program's function, `Class.method` for calls. `module`: what a test file imports (default
-`solution`).
+- `setup`: test source that runs first (MBPP's `test_setup_code`).
+- `helpers`: trusted source that both the program and the tests may use; with an `entry_point` it is by default what a
+  `prompt` that is code defines beside it (HumanEval, LeetCode). A method's program without any finds the usual imports.
+- `entry_point`: the program's function, `Class.method` or `Class().method`. `module`: what a test file imports (default
+  `solution`).
 - `calls`: `[{"args": [...], "kwargs": {...}, "expected": ...}]`. `cases`: `[{"stdin": "...", "stdout": "..."}]`.
 - `mutates`: true where the tests look at arguments a function changed *and* at what it returned; where it returned
-None,
-  changes are always carried back.
+  None, changes are always carried back.
 - `prefix`: source a completion goes on from (HumanEval's prompt), used where the completion does not define
-`entry_point`; where it does, it still finds what HumanEval's prompt defines beside it.
+  `entry_point`.
 
 Trust: see code_judge. Standard output is compared in this process, as text.
 """
@@ -30,7 +29,7 @@ from typing import Any, Literal
 from cabochon.types import Status, Task, Verdict
 from cabochon.verifiers.code_extract import MAX_PROGRAM, answer, block, defines, program
 from cabochon.verifiers.code_judge import Outcome, evidence, judge
-from cabochon.verifiers.code_tests import CasePlan, FunctionPlan, helpers_of, plan_of
+from cabochon.verifiers.code_tests import CasePlan, FunctionPlan, entry_of, helpers_of, plan_of
 from cabochon.verifiers.sandbox.base import Limits, Sandbox, SandboxError, as_bytes, python_program
 from cabochon.verifiers.sandbox.running import retried
 
@@ -123,17 +122,30 @@ class CodeVerifier:
         return outcome
 
 
+LEETCODE = """import bisect, collections, functools, heapq, itertools, math, random, re, string
+from bisect import *
+from collections import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import ceil, comb, factorial, floor, gcd, inf, isqrt, lcm, log, log2, perm, pi, prod, sqrt
+from typing import *
+"""
+"""What a method of a class may use without importing it, as on the site where such tasks come from; not math's `pow`,
+which takes no modulus."""
+
+
 def _source(task: Task, text: str, wanted: Collection[str]) -> str:
     """The program, with the prompt's own code in front where the completion only goes on from it; `wanted` are the
     names the tests use."""
     found = program(text, wanted)
-    prompt = str(task.payload.get("prompt") or "") if "entry_point" in task.payload else ""
-    prefix = str(task.payload.get("prefix") or prompt)
-    entry = str(task.payload.get("entry_point") or "").partition(".")[0]
-    if not prefix or not entry:
-        return found
-    if defines(found, (entry,)):
-        return _behind(helpers_of(prefix, entry), found)
+    entry, called = entry_of(task.payload)
+    prefix = str(task.payload.get("prefix") or (task.payload.get("prompt") if entry else "") or "")
+    given = str(task.payload.get("helpers") or helpers_of(prefix, entry))
+    if not given and "." in called:
+        given = LEETCODE
+    if not prefix or not entry or defines(found, (entry,)):
+        return _behind(given, found) if found.strip() else ""
     body = block(text) or answer(text)  # as it is indented: it goes on inside a function
     return f"{prefix}{'' if prefix.endswith(chr(10)) else chr(10)}{body}" if body.strip() else ""
 

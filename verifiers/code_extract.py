@@ -7,7 +7,12 @@ from collections.abc import Collection
 
 MAX_PROGRAM = 1 << 20
 """characters"""
-_FENCE = re.compile(r"^([ \t]{0,8})(```+|~~~+)[ \t]*([\w+.#-]*)[^\n]*$", re.MULTILINE)
+_FENCE = re.compile(
+    r"^(?:([ \t]{0,8})(?:<\w{1,20}>[ \t]*)?|[^\n`]{1,80}[ \t](?=```py(?:thon3?)?[ \t]*$))"
+    r"(```+|~~~+)[ \t]*([\w+.#-]*)[^\n]*$",
+    re.MULTILINE,
+)
+"""At the start of a line, behind a tag, or at the end of a line of prose where it says that Python follows."""
 _DEEPER = 3
 """columns a fence that closes may be right of the one that opened; beyond, it is text, as in a docstring"""
 _PYTHON = {"python", "py", "python3", "py3", "python2", "python3.11", "python3.12"}
@@ -22,7 +27,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
     opened: tuple[str, str, int] | None = None
     margin = 0
     for match in _FENCE.finditer(text):
-        indent, mark, language = len(match[1].expandtabs(4)), match[2], match[3].lower()
+        indent, mark, language = len((match[1] or "").expandtabs(4)), match[2], match[3].lower()
         if opened is None:
             opened, margin = (mark, language, match.end() + 1), indent
         elif mark[0] == opened[0][0] and len(mark) >= len(opened[0]) and not language and indent <= margin + _DEEPER:

@@ -10,6 +10,7 @@ import ast
 import builtins
 import functools
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -85,12 +86,12 @@ def plan_of(payload: Mapping[str, Any]) -> Plan:
     kind = payload.get("kind") or _guess(payload)
     if kind == "stdio":
         return _cases(payload)
-    text = {k: str(payload.get(k) or "") for k in ("helpers", "setup", "entry_point", "module")}
+    text = {k: str(payload.get(k) or "") for k in ("helpers", "setup", "module")}
+    entry, called = entry_of(payload)
     text["setup"] = text["setup"] or str(payload.get("test_setup_code") or "")
     tests = payload.get("tests", payload.get("test_list", payload.get("test")))
     if kind == "calls":
-        tests = _call_tests(payload.get("calls"), text["entry_point"])
-        text["entry_point"] = text["entry_point"].partition(".")[0]
+        tests = _call_tests(payload.get("calls"), called)
     if isinstance(tests, str):
         sources, listed = (tests,), False
     elif isinstance(tests, Sequence) and tests and all(isinstance(t, str) for t in tests):
@@ -103,11 +104,25 @@ def plan_of(payload: Mapping[str, Any]) -> Plan:
         return replace(plan, mutates=mutates)
     if kind not in ("asserts", "calls"):
         raise ValueError(f"payload['kind'] must be asserts, calls, stdio or unittest, got {kind!r}")
-    if not text["helpers"] and text["entry_point"] and payload.get("prompt"):
-        text["helpers"] = helpers_of(str(payload["prompt"]), text["entry_point"])
+    helpers = text["helpers"] or helpers_of(str(payload.get("prompt") or ""), entry)
     return _assert_plan(
-        sources, listed, text["setup"], text["helpers"], text["entry_point"], text["module"] or "solution", mutates
+        sources, listed, text["setup"], helpers, entry, called, text["module"] or "solution", mutates
     )
+
+
+_ENTRY = re.compile(r"([^\W\d]\w*)(?:(?:\(\))?\.([^\W\d]\w*))?")
+
+
+def entry_of(payload: Mapping[str, Any]) -> tuple[str, str]:
+    """The name a program has to define, and what tests call: `Solution` and `Solution().twoSum` for the entry points
+    `Solution.twoSum` and `Solution().twoSum`; empty where the task names none. Raises ValueError."""
+    entry = str(payload.get("entry_point") or "").strip()
+    found = _ENTRY.fullmatch(entry)
+    if entry and not found:
+        raise ValueError(f"payload['entry_point'] must be a function's name or Class.method, got {entry[:80]!r}")
+    if not found:
+        return "", ""
+    return found[1], f"{found[1]}().{found[2]}" if found[2] else found[1]
 
 
 def _guess(payload: Mapping[str, Any]) -> str:
@@ -155,13 +170,11 @@ def _told(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-def _call_tests(calls: Any, entry: str) -> list[str]:
+def _call_tests(calls: Any, called: str) -> list[str]:
     """`{"args": [...], "kwargs": {...}, "expected": value}` as assertions; values are JSON-like and written as
     literals."""
-    if not entry or not isinstance(calls, list | tuple) or not calls:
+    if not called or not isinstance(calls, list | tuple) or not calls:
         raise ValueError("payload['calls'] needs at least one call and payload['entry_point'], the function's name")
-    owner, _, method = entry.partition(".")
-    head = f"{owner}().{method}" if method else owner
     out = []
     for i, call in enumerate(calls):
         args, kwargs = (call.get("args", ()), call.get("kwargs", {})) if isinstance(call, Mapping) else (None, None)
@@ -171,7 +184,7 @@ def _call_tests(calls: Any, entry: str) -> list[str]:
                 f"got {json.dumps(call, default=repr)[:80]}"
             )
         words = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
-        out.append(f"assert {head}({', '.join(words)}) == {call['expected']!r}")
+        out.append(f"assert {called}({', '.join(words)}) == {call['expected']!r}")
     return out
 
 
@@ -184,7 +197,9 @@ def _parse(source: str, what: str) -> ast.Module:
 
 def helpers_of(prompt: str, entry: str) -> str:
     """What a HumanEval prompt defines beside the function asked for: the program may use it, the tests may too, and
-    must not take the program's."""
+    must not take the program's. Nothing where no function is named."""
+    if not entry:
+        return ""
     try:
         tree = ast.parse(prompt)
     except SyntaxError:
@@ -228,7 +243,8 @@ def _refuse(trees: Sequence[ast.AST], wanted: Iterable[str], modules: Iterable[s
 
 @functools.lru_cache(maxsize=512)
 def _assert_plan(
-    sources: tuple[str, ...], listed: bool, setup: str, helpers: str, entry: str, module: str, mutates: bool
+    sources: tuple[str, ...], listed: bool, setup: str, helpers: str, entry: str, called: str, module: str,
+    mutates: bool,
 ) -> FunctionPlan:
     trees = [_bare(_parse(s, "tests"), module) for s in sources]
     setup_tree, helper_tree = _bare(_parse(setup, "set-up"), module), _parse(helpers, "helpers")
@@ -251,7 +267,7 @@ def _assert_plan(
             label = ast.unparse(tree)
             units.append(Unit(label=label[:500], source=ast.unparse(Asserts().visit(tree))))
     else:
-        units += _split(trees[0], entry)
+        units += _split(trees[0], called)
     if not any(unit.label for unit in units):
         raise ValueError("the task's tests have no assertion and no call: nothing would be judged")
     classes = tuple(n for n in wanted if n[0].isupper() and (attributes or not contains))
@@ -259,9 +275,9 @@ def _assert_plan(
     return FunctionPlan(wanted=wanted, classes=classes, kept=kept, units=tuple(units), mutates=mutates)
 
 
-def _split(tree: ast.Module, entry: str) -> list[Unit]:
-    """One unit per top-level assertion, `with pytest.raises` or call; definitions are set-up. `check(candidate)` is
-    called if nobody does."""
+def _split(tree: ast.Module, candidate: str) -> list[Unit]:
+    """One unit per top-level assertion, `with pytest.raises` or call; definitions are set-up. `check` is called
+    with the candidate if nobody does."""
     units: list[Unit] = []
     called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
     checks = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"}
@@ -281,8 +297,8 @@ def _split(tree: ast.Module, entry: str) -> list[Unit]:
             else:
                 node = Asserts().visit(node)
             units.append(Unit(label="", source=ast.unparse(ast.fix_missing_locations(node)), tests=0))
-    if checks and "check" not in called and entry:
-        units.append(Unit(label=f"check({entry})", source=f"check({entry})", whole=False, tests=asserted))
+    if checks and "check" not in called and candidate:
+        units.append(Unit(label=f"check({candidate})", source=f"check({candidate})", whole=False, tests=asserted))
     return units
 
 

@@ -2,8 +2,8 @@
 
 A row has `prompt`, `verifier` and `payload`; without `payload` its other columns are that, as in TRL. Known shapes are
 recognised by their columns: GSM8K (`question`, `answer` ending in `#### 72`), MATH (`problem`, `solution` with a box,
-or `answer`), MBPP (`text` or `prompt`, `test_list`), HumanEval (`prompt`, `test`, `entry_point`). In Python, a
-`Columns` map reads anything else.
+or `answer`), MBPP (`text` or `prompt`, `test_list`), HumanEval (`prompt`, `test`, `entry_point`) and LeetCode's in that
+shape, which say in `query` what the model is asked. In Python, a `Columns` map reads anything else.
 """
 
 from __future__ import annotations
@@ -155,17 +155,18 @@ def task_of_row(where: str, row: Mapping[str, Any], name: str, verifier: str | N
     if "test_list" in row:
         return _mbpp(where, row, name)
     if {"prompt", "test", "entry_point"} <= set(row):
-        prompt = _text(where, row, "prompt")
-        payload = {"prompt": prompt, "test": _text(where, row, "test"), "entry_point": _text(where, row, "entry_point"),
-                   "reference": prompt + str(row.get("canonical_solution") or "")}
-        return Task(id=_named(row, "task_id", name), prompt=prompt, verifier="code", payload=payload)
+        code, asked = _text(where, row, "prompt"), _text(where, row, "query" if row.get("query") else "prompt")
+        solution = row.get("canonical_solution") or row.get("completion") or ""
+        payload = {"prompt": code, "test": _text(where, row, "test"), "entry_point": _text(where, row, "entry_point"),
+                   "reference": f"{code}{solution}"}
+        return Task(id=_named(row, "task_id", name), prompt=asked, verifier="code", payload=payload)
     if "prompt" in row:
         raise UserError(f"{where}: no column 'verifier', which says who judges the answer; the row has {sorted(row)}")
     if "verifier" in row:
         raise UserError(f"{where}: no column 'prompt'; the row has {sorted(row)}")
     raise UserError(
-        f"{where}: not a task: expected `prompt`, `verifier` and what that needs in `payload`, or a GSM8K, MATH, MBPP "
-        f"or HumanEval row; this one has the columns {sorted(row)}"
+        f"{where}: not a task: expected `prompt`, `verifier` and what that needs in `payload`, or a GSM8K, MATH, MBPP, "
+        f"HumanEval or LeetCode row; this one has the columns {sorted(row)}"
     )
 
 

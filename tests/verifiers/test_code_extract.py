@@ -44,6 +44,10 @@ CODE = "def f(x):\n    return x\n"
             f'def g():\n    """So:\n\n    ```python\n    g()\n    ```\n    """\n{CODE}',
         ),
         (f"```python\n{CODE}   ```\nSo it is.", CODE),
+        (f"<answer>```python\n{CODE}```</answer>", CODE),
+        (f"Here it is: ```python\n{CODE}```\nDone.", CODE),
+        (f"As in ```python``` or so.\n```python\n{CODE}```\nDone.", CODE),
+        (f'```python\nS = "a ```python"\n{CODE}```', f'S = "a ```python"\n{CODE}'),
     ],
 )
 def test_program(text, want):

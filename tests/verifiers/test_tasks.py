@@ -27,6 +27,15 @@ HUMANEVAL = {
     "test": "def check(f):\n    assert f(1) == 1",
 }
 
+LEETCODE = {
+    "task_id": "two-sum",
+    "prompt": "from typing import *\n\n",
+    "query": "Add two numbers.",
+    "entry_point": "Solution().add",
+    "completion": "class Solution:\n    def add(self, a: int, b: int) -> int:\n        return a + b\n",
+    "test": "def check(candidate):\n    assert candidate(a = 1, b = 2) == 3",
+}
+
 
 def write(path: pathlib.Path, *rows: object) -> pathlib.Path:
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
@@ -34,7 +43,8 @@ def write(path: pathlib.Path, *rows: object) -> pathlib.Path:
 
 
 def test_known_shapes(tmp_path: pathlib.Path) -> None:
-    gsm8k, mathematics, mbpp, human = read_tasks(write(tmp_path / "mixed.jsonl", GSM8K, MATH, MBPP, HUMANEVAL))
+    rows = (GSM8K, MATH, MBPP, HUMANEVAL, LEETCODE)
+    gsm8k, mathematics, mbpp, human, leetcode = read_tasks(write(tmp_path / "mixed.jsonl", *rows))
     assert (gsm8k.id, gsm8k.prompt, gsm8k.verifier) == ("mixed/0", "One and one?", "math")
     assert gsm8k.payload == {"answer": "2"}
     assert gsm8k.domain == "mixed"
@@ -44,6 +54,8 @@ def test_known_shapes(tmp_path: pathlib.Path) -> None:
     assert mbpp.prompt == "Write add.\nYour code should pass this test:\nassert add(1, 2) == 3"
     assert (human.id, human.payload["entry_point"]) == ("HumanEval/0", "f")
     assert human.payload["reference"] == "def f(x):\n    return x\n"
+    assert (leetcode.id, leetcode.prompt) == ("two-sum", "Add two numbers.")
+    assert leetcode.payload["reference"] == LEETCODE["prompt"] + LEETCODE["completion"]
 
 
 def test_our_own_rows(tmp_path: pathlib.Path) -> None:
