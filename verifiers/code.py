@@ -28,8 +28,9 @@ from typing import Any, Literal
 
 from cabochon.types import Status, Task, Verdict
 from cabochon.verifiers.code_extract import MAX_PROGRAM, answer, block, defines, program
+from cabochon.verifiers.code_given import behind, code_of, entry_of, given_of
 from cabochon.verifiers.code_judge import Outcome, evidence, judge
-from cabochon.verifiers.code_tests import CasePlan, FunctionPlan, entry_of, helpers_of, plan_of
+from cabochon.verifiers.code_tests import CasePlan, FunctionPlan, plan_of
 from cabochon.verifiers.sandbox.base import Limits, Sandbox, SandboxError, as_bytes, python_program
 from cabochon.verifiers.sandbox.running import retried
 
@@ -122,40 +123,17 @@ class CodeVerifier:
         return outcome
 
 
-LEETCODE = """import bisect, collections, functools, heapq, itertools, math, random, re, string
-from bisect import *
-from collections import *
-from functools import *
-from heapq import *
-from itertools import *
-from math import ceil, comb, factorial, floor, gcd, inf, isqrt, lcm, log, log2, perm, pi, prod, sqrt
-from typing import *
-"""
-"""What a method of a class may use without importing it, as on the site where such tasks come from; not math's `pow`,
-which takes no modulus."""
-
-
 def _source(task: Task, text: str, wanted: Collection[str]) -> str:
     """The program, with the prompt's own code in front where the completion only goes on from it; `wanted` are the
     names the tests use."""
     found = program(text, wanted)
-    entry, called = entry_of(task.payload)
-    prefix = str(task.payload.get("prefix") or (task.payload.get("prompt") if entry else "") or "")
-    given = str(task.payload.get("helpers") or helpers_of(prefix, entry))
-    if not given and "." in called:
-        given = LEETCODE
-    if not prefix or not entry or defines(found, (entry,)):
-        return _behind(given, found) if found.strip() else ""
-    body = block(text) or answer(text)  # as it is indented: it goes on inside a function
-    return f"{prefix}{'' if prefix.endswith(chr(10)) else chr(10)}{body}" if body.strip() else ""
-
-
-def _behind(helpers: str, source: str) -> str:
-    """`source` after what its prompt gave it; its own `from __future__` lines stay first."""
-    if not helpers:
-        return source
-    at = max((m.end() for m in re.finditer(r"^from __future__ import [^(\n]*(\n|$)", source, re.M)), default=0)
-    return f"{source[:at]}{helpers}\n{source[at:]}"
+    entry, _ = entry_of(task.payload)
+    code = code_of(task.payload)
+    if not found.strip():
+        return ""
+    if not code or not entry or defines(found, (entry,)):
+        return behind(given_of(task.payload), found)
+    return f"{code}{'' if code.endswith(chr(10)) else chr(10)}{block(text) or answer(text)}"  # as it is indented
 
 
 def same_output(got: str, want: str) -> bool:

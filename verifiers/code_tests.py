@@ -10,13 +10,13 @@ import ast
 import builtins
 import functools
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cabochon.verifiers.code_asserts import Asserts, reported
+from cabochon.verifiers.code_asserts import Asserts, called_in, checks_of, refuse_toothless, reported
+from cabochon.verifiers.code_given import UNPARSABLE, behind, entry_of, given_of, imported
 from cabochon.verifiers.code_pytest import count_tests, is_test_file, uncrossable, unsupported
 
 _COMMON_IMPORTS = {
@@ -86,9 +86,10 @@ def plan_of(payload: Mapping[str, Any]) -> Plan:
     kind = payload.get("kind") or _guess(payload)
     if kind == "stdio":
         return _cases(payload)
-    text = {k: str(payload.get(k) or "") for k in ("helpers", "setup", "module")}
+    setup = str(payload.get("setup") or payload.get("test_setup_code") or "")
+    module = str(payload.get("module") or "solution")
     entry, called = entry_of(payload)
-    text["setup"] = text["setup"] or str(payload.get("test_setup_code") or "")
+    helpers = given_of(payload)
     tests = payload.get("tests", payload.get("test_list", payload.get("test")))
     if kind == "calls":
         tests = _call_tests(payload.get("calls"), called)
@@ -100,29 +101,11 @@ def plan_of(payload: Mapping[str, Any]) -> Plan:
         raise ValueError(f"a code task needs payload['tests'], a text or a list of texts, got {type(tests).__name__}")
     mutates = bool(payload.get("mutates", False))
     if kind == "unittest":
-        plan = _file_plan("\n".join(sources), text["setup"], text["module"] or "solution")
+        plan = _file_plan("\n".join(sources), setup, helpers, module)
         return replace(plan, mutates=mutates)
     if kind not in ("asserts", "calls"):
         raise ValueError(f"payload['kind'] must be asserts, calls, stdio or unittest, got {kind!r}")
-    helpers = text["helpers"] or helpers_of(str(payload.get("prompt") or ""), entry)
-    return _assert_plan(
-        sources, listed, text["setup"], helpers, entry, called, text["module"] or "solution", mutates
-    )
-
-
-_ENTRY = re.compile(r"([^\W\d]\w*)(?:(?:\(\))?\.([^\W\d]\w*))?")
-
-
-def entry_of(payload: Mapping[str, Any]) -> tuple[str, str]:
-    """The name a program has to define, and what tests call: `Solution` and `Solution().twoSum` for the entry points
-    `Solution.twoSum` and `Solution().twoSum`; empty where the task names none. Raises ValueError."""
-    entry = str(payload.get("entry_point") or "").strip()
-    found = _ENTRY.fullmatch(entry)
-    if entry and not found:
-        raise ValueError(f"payload['entry_point'] must be a function's name or Class.method, got {entry[:80]!r}")
-    if not found:
-        return "", ""
-    return found[1], f"{found[1]}().{found[2]}" if found[2] else found[1]
+    return _assert_plan(sources, listed, setup, helpers, entry, called, module, mutates)
 
 
 def _guess(payload: Mapping[str, Any]) -> str:
@@ -191,39 +174,13 @@ def _call_tests(calls: Any, called: str) -> list[str]:
 def _parse(source: str, what: str) -> ast.Module:
     try:
         return ast.parse(source.replace("\r\n", "\n"))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+    except UNPARSABLE as e:
         raise ValueError(f"the task's {what} do not parse: {e}") from e
-
-
-def helpers_of(prompt: str, entry: str) -> str:
-    """What a HumanEval prompt defines beside the function asked for: the program may use it, the tests may too, and
-    must not take the program's. Nothing where no function is named."""
-    if not entry:
-        return ""
-    try:
-        tree = ast.parse(prompt)
-    except SyntaxError:
-        return ""  # a prompt in words
-    keep = [node for node in tree.body if getattr(node, "name", None) != entry and not isinstance(node, ast.Expr)]
-    return ast.unparse(ast.Module(body=keep, type_ignores=[])) if keep else ""
 
 
 def _refuse_lacking(tree: ast.Module, *, collected: bool = True) -> None:
     if lacking := unsupported(tree, collected=collected):
         raise ValueError(f"the task's tests need what is not there: {lacking}")
-
-
-def _refuse_toothless(trees: Sequence[ast.Module], entry: str) -> None:
-    """What looks like a test and would hold whatever the program does."""
-    top = [node for tree in trees for node in tree.body]
-    for node in top:
-        if isinstance(node, ast.Assert) and isinstance(node.test, ast.Tuple) and node.test.elts:
-            raise ValueError(f"the task's tests assert a tuple, which always holds: {ast.unparse(node)[:80]}")
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Compare):
-            raise ValueError(f"the task's tests compare without an assertion: {ast.unparse(node)[:80]}")
-    called = {n.func.id for t in trees for n in ast.walk(t) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    if not entry and "check" not in called and any(getattr(node, "name", "") == "check" for node in top):
-        raise ValueError("the task's tests define check and nobody calls it: it needs payload['entry_point']")
 
 
 def _bare(tree: ast.Module, module: str) -> ast.Module:
@@ -246,9 +203,11 @@ def _assert_plan(
     sources: tuple[str, ...], listed: bool, setup: str, helpers: str, entry: str, called: str, module: str,
     mutates: bool,
 ) -> FunctionPlan:
+    if listed and any(checks_of(_parse(s, "tests").body) for s in sources):
+        sources, listed = ("\n".join(sources),), False  # of which each one is not a test by itself
     trees = [_bare(_parse(s, "tests"), module) for s in sources]
     setup_tree, helper_tree = _bare(_parse(setup, "set-up"), module), _parse(helpers, "helpers")
-    _refuse_toothless(trees, entry)
+    refuse_toothless([*trees] if entry else [*trees, setup_tree], entry)
     wanted, imports = _names([*trees, setup_tree], _defined([helper_tree]), entry)
     if not wanted:
         raise ValueError("the task's tests use nothing of the program: they would hold whatever it does")
@@ -260,7 +219,9 @@ def _assert_plan(
         isinstance(n, ast.In | ast.NotIn) or getattr(n, "attr", "") in ("contains", "__contains__")
         for tree in (*trees, setup_tree, helper_tree) for n in ast.walk(tree)
     )  # fmt: skip
-    before = ("\n".join(imports), helpers, ast.unparse(setup_tree))
+    before = ["\n".join(imports), helpers, ast.unparse(setup_tree)]
+    if entry and any(before):  # which may bind the program's name to something else: a module's, a reference
+        before.append(f"globals().pop({entry!r}, None)\nfrom {module} import {entry}")
     units = [Unit(label="", source=s, tests=0) for s in before if s.strip()]
     if listed:
         for tree in trees:
@@ -270,18 +231,26 @@ def _assert_plan(
         units += _split(trees[0], called)
     if not any(unit.label for unit in units):
         raise ValueError("the task's tests have no assertion and no call: nothing would be judged")
-    classes = tuple(n for n in wanted if n[0].isupper() and (attributes or not contains))
+    named = {n.id for tree in (*trees, setup_tree) for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    own = () if named & {entry} or _is_plain_method(called) else (entry,)  # only a method of it is asked for
+    classes = tuple(n for n in wanted if n[0].isupper() and n not in own and (attributes or not contains))
     kept = classes if attributes else ()
     return FunctionPlan(wanted=wanted, classes=classes, kept=kept, units=tuple(units), mutates=mutates)
+
+
+def _is_plain_method(called: str) -> bool:
+    """Whether plain data has a method of that name: only of a class of the tests' may it be asked."""
+    _, dot, method = called.partition(".")
+    return bool(dot) and any(method in dir(kind) for kind in (str, bytes, list, dict, set, int, float))
 
 
 def _split(tree: ast.Module, candidate: str) -> list[Unit]:
     """One unit per top-level assertion, `with pytest.raises` or call; definitions are set-up. `check` is called
     with the candidate if nobody does."""
     units: list[Unit] = []
-    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    checks = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"}
-    asserted = max(1, sum(isinstance(n, ast.Assert) for n in checks["check"].body)) if checks else 1
+    checks = checks_of(tree.body)
+    asserted = max(1, sum(isinstance(n, ast.Assert) for n in checks[-1].body)) if checks else 1
+    calls_itself = "check" in called_in(tree.body)
     for node in tree.body:
         if isinstance(node, ast.Assert) or (isinstance(node, ast.With) and ".raises(" in ast.unparse(node.items[0])):
             label = ast.unparse(node)[:500]
@@ -297,7 +266,7 @@ def _split(tree: ast.Module, candidate: str) -> list[Unit]:
             else:
                 node = Asserts().visit(node)
             units.append(Unit(label="", source=ast.unparse(ast.fix_missing_locations(node)), tests=0))
-    if checks and "check" not in called and candidate:
+    if checks and not calls_itself and candidate:
         units.append(Unit(label=f"check({candidate})", source=f"check({candidate})", whole=False, tests=asserted))
     return units
 
@@ -309,7 +278,7 @@ def _defined(trees: Sequence[ast.AST]) -> set[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
             names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            names |= {(a.asname or a.name).partition(".")[0] for a in node.names}
+            names |= imported(node)
         elif isinstance(node, ast.arg):
             names.add(node.arg)
         elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -361,9 +330,9 @@ def _names(trees: Sequence[ast.AST], known: set[str], entry: str) -> tuple[tuple
 
 
 @functools.lru_cache(maxsize=512)
-def _file_plan(source: str, setup: str, module: str) -> FunctionPlan:
+def _file_plan(source: str, setup: str, helpers: str, module: str) -> FunctionPlan:
     """A unittest or pytest file that imports the program from `module`, or uses its names as globals."""
-    tree = _parse(f"{setup}\n{source}" if setup else source, "tests")
+    tree = _parse(behind("\n".join(filter(None, (helpers, setup))), source), "tests")
     _refuse_lacking(tree)
     tests = count_tests(tree)
     wanted: set[str] = set()

@@ -274,3 +274,100 @@ ATTRIBUTES = {
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_attributes_are_the_programs_own(verifier, name):
     check(verifier, *ATTRIBUTES[name])
+
+
+TREES = """class TreeNode:
+    def __init__(self, val=0, left=None, right=None): self.val, self.left, self.right = val, left, right
+def is_same_tree(p, q):
+    if not p and not q: return True
+    elif not p or not q: return False
+    elif p.val != q.val: return False
+    return is_same_tree(p.left, q.left) and is_same_tree(p.right, q.right)
+"""
+SHAPES = """def check(candidate):
+    assert is_same_tree(candidate([1, 2, 3]), TreeNode(1, None, TreeNode(2, None, TreeNode(3))))
+    assert is_same_tree(candidate([2, 1, 3]), TreeNode(2, TreeNode(1), TreeNode(3)))
+"""
+HEIGHTS = """def check(candidate):
+    def walk(t): return walk(t.left) + [t.val] + walk(t.right) if t else []
+    def height(t): return 1 + max(height(t.left), height(t.right)) if t else 0
+    assert walk(candidate([1, 2, 3])) == [1, 2, 3] and height(candidate([1, 2, 3])) == 2
+    one = candidate([1, 2, 3])
+    assert walk(one) == [1, 2, 3] and height(one) == 2
+"""
+BUILT = """class Solution:
+    def f(self, p): return TreeNode(1, None, TreeNode(2, None, TreeNode(3))) if p[0] == 1 else TreeNode(2, TreeNode(1), TreeNode(3))
+"""
+LAZY = """class Lazy:
+    def __init__(self, p): self.p, self.n = p, 0
+    def __bool__(self): self.n += 1; return self.n > 1
+    val = property(lambda self: self.p.pop(0))
+    left = right = property(lambda self: Lazy(self.p))
+class Solution:
+    def f(self, p): return Lazy(list(p))
+"""
+FORGETS = """class N:
+    left = None
+    def __init__(self, val, right): self.val, self.r, self.n = val, right, 0
+    @property
+    def right(self):
+        self.n += 1
+        return self.r if self.n % 2 or self.val == 2 else None
+class Solution:
+    def f(self, p): return N(1, N(2, N(3, None)))
+"""
+
+
+def test_an_object_says_the_same_of_itself_until_it_is_used(verifier):
+    task = {"prompt": TREES, "entry_point": "Solution().f"}
+    assert judged(verifier, BUILT, SHAPES, **task).status == "ok"
+    assert judged(verifier, LAZY, SHAPES, **task).score == 0.0, "a node that is false when asked first, then true"
+    balanced = BUILT.replace("if p[0] == 1", "if p[0] == 0")
+    assert judged(verifier, balanced, HEIGHTS, **task).status == "ok"
+    assert judged(verifier, FORGETS, HEIGHTS, **task).score == 0.0, "a child that is there at every other look"
+    stack = "class S:\n    def __init__(self): self.a = [1, 2, 3]\n    def __len__(self): return len(self.a)\n    def shrink(self): self.a.pop()\n    left = property(lambda self: len(self.a))\ndef f(): return S()"
+    shrinking = "def check(candidate):\n    s, n = candidate(), 0\n    while s:\n        assert s.left == len(s) == 3 - n\n        s.shrink()\n        n += 1\n    assert n == 3 and len(s) == 0\n"
+    assert judged(verifier, stack, shrinking, entry_point="f").status == "ok"
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert all(map(lambda t: f(t[0]) == t[1], [(1, 2), (2, 3)]))", "assert sum(map(f, [1, 2])) == 0",
+        "for x, y in zip(map(f, [1, 2]), [2, 3]): assert x == y", "assert not list(filter(f, [1]))",
+        "assert not any(f(1).val == 3 for _ in [1])", "assert [x for x, _ in zip(map(f, [1]), [2])] == []",
+    ],
+)  # fmt: skip
+def test_stop_iteration_out_of_the_program_ends_no_loop_of_the_tests(verifier, tests):
+    for source in ("def f(x): raise StopIteration", "class E(StopIteration): pass\ndef f(x): raise E(1)"):
+        found = judged(verifier, source, tests, entry_point="f")
+        assert (found.status, found.score) == ("wrong", 0.0), found
+
+
+def test_generators_end_as_ever(verifier):
+    source = "def f():\n    x = yield 1\n    yield x\nasync def g():\n    yield 1\n"
+    check(verifier, "import pytest\na = f()\nassert next(a) == 1 and a.send(5) == 5\nwith pytest.raises(StopIteration): a.send(1)\nassert list(f()) == [1, None] and next(a, 7) == 7",
+          source, source.replace("yield x", "yield 0"))  # fmt: skip
+    check(verifier, "async def all_of(): return [x async for x in g()]\nimport asyncio\nassert asyncio.run(all_of()) == [1]",
+          source, source.replace("yield 1\n", "yield 2\n"))  # fmt: skip
+
+
+def test_a_class_that_nobody_asked_for_is_no_data(verifier):
+    """Neither the class a method was asked of, nor one that was returned, judges for the tests."""
+    order = "def check(candidate):\n    order = candidate(4, [[1, 0]])\n    assert sorted(order) == [0, 1, 2, 3]\n    assert all(order.index(b) < order.index(a) for a, b in [[1, 0]])\n"
+    itself = "class Solution:\n    n = 0\n    def f(self, *a): return self\n    def __iter__(self): return iter([3, 2, 1, 0])\n    def index(self, x): self.n += 1; return self.n\n"
+    task = {"entry_point": "Solution().f"}
+    assert judged(verifier, itself, order, **task).score == 0.0
+    assert judged(verifier, "class Solution:\n    def f(self, *a): return [0, 1, 2, 3]", order, **task).status == "ok"
+    meta = "class M(type):\n    def __contains__(c, x): return True\n    def __len__(c): return 4\n    def __iter__(c): return iter([0, 1, 2, 3])\n    def index(c, x): return -x\nclass R(metaclass=M): pass\nclass Solution:\n    def f(self, *a): return R\n"
+    for tests in (order, "def check(c):\n    assert 7 in c(1) and 8 in c(1)", "def check(c):\n    assert len(c(1)) == 4"):
+        assert judged(verifier, meta, tests, **task).score == 0.0
+    count = {"entry_point": "Solution().count"}
+    check_count = "def check(candidate):\n    assert candidate(2) == 3"
+    assert judged(verifier, "class Solution:\n    def count(self, x): return x + 1", check_count, **count).status == "ok"
+
+
+def test_a_value_that_the_program_put_into_itself_is_its_own_fault(verifier):
+    tests = "def check(c):\n    path = [1]\n    for _ in range(2):\n        path.append(c(path))\n    assert path == [1, 2, 3]\n"
+    assert judged(verifier, "def f(*a): return a[0]", tests, entry_point="f").score == 0.0
+    assert judged(verifier, "def f(a): return len(a) + 1", tests, entry_point="f").status == "ok"

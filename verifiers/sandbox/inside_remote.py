@@ -48,7 +48,7 @@ class Link:
         self.carries_out, self.carries_in = carries_out, carries_in
         """Whether changes to arguments are told, and believed, where a value was returned as well."""
         self.turn = RLock()  # one thread talks at a time
-        self.seq = 0
+        self.seq, self.lent = 0, False  # questions; whether an answer held something that was asked with
         self.objects: list[Any] = []
         self.numbers: dict[int, int] = {}
         self.passed: set[int] = set()
@@ -153,6 +153,7 @@ class Link:
                 refill(asked[number], parts)
             Writer(self.number).whole((given, asked))  # within the limits, and not within itself
         if reader.borrowed:
+            self.lent = True
             Writer(self.number).whole(value)
         return how, value
 

@@ -8,16 +8,15 @@ may be held, handed back and asked, and it equals nothing but itself. How the ho
 
 from __future__ import annotations
 
-import _operator as operator
 import builtins
 import sys
 
-from cabochon.verifiers.sandbox.inside_remote import COMPARING, FORWARD, OPERATORS, Link, Remote, RemoteClass
+from cabochon.verifiers.sandbox.inside_guard import GUARDED, READS, Guarded, refuse_class
+from cabochon.verifiers.sandbox.inside_remote import Link, RemoteClass
 from cabochon.verifiers.sandbox.wire import ITSELF, WireError, Writer, pack, unpack
 
 TYPE_CHECKING = False  # see wire
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import FunctionType, ModuleType
     from typing import Any, NoReturn
 
@@ -27,9 +26,6 @@ else:
 
 MODULE = "test_solution"
 """The name of the module the tests run in."""
-_PLAIN_METHODS = {n for t in (str, bytes, list, tuple, dict, set, frozenset, int, float) for n in dir(t)} - set(
-    dir(object)
-)
 _SHOWN = 300
 """characters of a value in the evidence"""
 
@@ -50,6 +46,12 @@ class Host(Link):
         """The program's functions and classes, for people."""
         self.own: dict[int, Any] = {}
         """By the id of what this side made of a coroutine function, the program's: handed back, it is that again."""
+        self.resuming: set[int] = set()
+        """The program's `send` and `throw` of generators."""
+        self.expects_end = False
+        """The tests speak of StopIteration."""
+        self.said: dict[tuple[Any, ...], Any] = {}
+        """What closed objects said of themselves since something of the program was used."""
         self.bytes = 0
         """of answers"""
         self.asked = False
@@ -66,19 +68,28 @@ class Host(Link):
 
     def ask(self, target: Any, op: str, /, *args: Any, **kwargs: Any) -> Any:
         self.last_error = ""
+        refuse_class(self.remotes.get(target), op, args)
+        if op not in READS:
+            self.said.clear()
         if op == "call":
             self.last_call = _call_text(self.names.get(target, "object"), args, kwargs)
         try:
-            return super().ask(target, op, *args, **kwargs)
+            answer = super().ask(target, op, *args, **kwargs)
         except Exception as e:
             self.last_error = type(e).__name__
+            ends = isinstance(e, StopIteration) and op != "__next__" and target not in self.resuming
+            if ends and not self.expects_end:  # it would end a map or a zip of the tests
+                raise RuntimeError(f"the program raised {self.last_error}") from None
             raise
+        if op == "get" and args[0] in ("send", "throw") and type(type(answer)) is RemoteClass:
+            self.resuming.add(answer._cabochon_number)
+        return answer
 
     def question(self, writer: Writer, message: Any) -> bytes:
         try:
             return super().question(writer, message)
         except WireError as e:
-            own = not self.asked or str(e) == ITSELF  # else something of the program's may be in it
+            own = not self.asked or (str(e) == ITSELF and not self.lent)  # else something of the program's may be in it
             self.verdict("unusable" if own else "malformed", f"the tests pass what cannot cross: {e}")
         finally:
             self.asked = self.asked or message[2] not in ("class", "itself")
@@ -147,99 +158,6 @@ def _may_touch(thing: Any, op: str, name: Any) -> bool:
     if kind.__module__ == "unittest.mock":
         return name not in dir(kind)  # not what tells it what to say, nor what the tests ask it
     return _is_own(kind) or kind.__module__ in _LIBRARY or isinstance(thing, BaseException)
-
-
-class Guarded(Remote):
-    """An object of the program. It is asked about plain data only where the tests are of its class ("open"): else
-    `abs(f(x) - 3) < 1e-6` would hand it 3 and let it decide. Closed, it equals nothing but itself."""
-
-    _cabochon_open = False
-    _cabochon_met = False
-    """It has met plain data in an operator."""
-    _cabochon_plain = False
-    """It is plain data with something on top, which is compared with plain data here."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _PLAIN_METHODS and not self._cabochon_open:
-            raise AttributeError(f"{_name(self)} is not plain data and has no .{name} here")
-        return self._cabochon_ask("get", name)
-
-    def __eq__(self, other: Any) -> Any:
-        if type(type(other)) is not RemoteClass:
-            return bool(self._cabochon_plain and not self._cabochon_met and self._cabochon_ask("plain") == other)
-        if self._cabochon_open and other._cabochon_open:
-            return super().__eq__(other)
-        return bool(self._cabochon_number == other._cabochon_number)
-
-    def __hash__(self) -> int:
-        asked = super().__hash__()  # which it may not have
-        return asked if self._cabochon_open else id(self)
-
-    def __repr__(self) -> str:
-        return super().__repr__() if self._cabochon_open else f"<{_name(self)}>"
-
-    def __copy__(self, how: str = "copy") -> Any:
-        made = self._cabochon_ask(how)
-        if self._cabochon_met:
-            _mark_met(made, how)
-        return made
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self.__copy__("deepcopy")
-
-
-def _mark_met(thing: Any, by: str) -> None:
-    if type(type(thing)) is not RemoteClass:
-        raise TypeError(f"an object of the program may not turn plain data into plain by {by}")
-    object.__setattr__(thing, "_cabochon_met", True)
-
-
-def _name(thing: Guarded) -> str:
-    return f"the program's {type(thing).__name__} object"
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    """An operator of Guarded. An object that has met plain data in one may not turn into plain data in the next, nor
-    compare itself with any: `abs(f(x) - 3) < 1e-6` would let the program answer for the number it should have given."""
-
-    def method(self: Any, *args: Any) -> Any:
-        plain = any(type(type(a)) is not RemoteClass for a in args)
-        if (not args or name == "__round__") and not self._cabochon_met:  # nothing of what is expected is in it
-            return self._cabochon_ask(name, *args)
-        if plain and name in COMPARING and self._cabochon_plain and not self._cabochon_met:
-            return getattr(operator, name.strip("_"))(self._cabochon_ask("plain"), *args)
-        if not self._cabochon_open:
-            raise TypeError(f"{_name(self)} is not plain data and has no {name} here")
-        if plain and name in COMPARING:
-            raise TypeError(f"{_name(self)} may not judge plain data by {name}")
-        result = self._cabochon_ask(name, *args)
-        if args and name in COMPARING:  # two objects of the program, as with ==
-            return result
-        met = self._cabochon_met or plain or any(a._cabochon_met for a in args)
-        for one in (result if type(result) is tuple else (result,)) if met and result is not NotImplemented else ():
-            _mark_met(one, name)
-        return result
-
-    return method
-
-
-def _contains(self: Any, item: Any) -> bool:
-    if self._cabochon_open:
-        return self._cabochon_ask("__contains__", item) is True
-    return any(x is item or x == item for x in self)
-
-
-def _exit(self: Any, kind: Any, error: Any, trace: Any) -> bool:
-    """No program may put a failed assertion of the tests away."""
-    return bool(self._cabochon_ask("__exit__", kind, error, None)) and not isinstance(error, AssertionError)
-
-
-async def _aexit(self: Any, kind: Any, error: Any, trace: Any) -> bool:
-    return bool(await self._cabochon_ask("__aexit__", kind, error, None)) and not isinstance(error, AssertionError)
-
-
-GUARDED = FORWARD | {n: _operator(n) for n in (*COMPARING, *OPERATORS)}
-GUARDED |= {"__contains__": _contains, "__exit__": _exit, "__aexit__": _aexit}
 
 
 def _call_text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -365,14 +283,13 @@ def _judge(order: dict[str, Any], host: Host) -> None:
         host.asked = True
     if order["bare_names"]:
         space.update((name, solution.__dict__[name]) for name in order["wanted"] if name not in missing)
-    else:
-        sys.modules[order["module"]] = solution
-        sys.modules[MODULE] = module
+    sys.modules[order["module"]], sys.modules[MODULE] = solution, module
     space.update(__builtins__=builtins, _cabochon_=recorder)
     if order["collect"] or any("pytest" in source for _, source, _ in order["units"]):
         from cabochon.verifiers.sandbox.inside_pytest import install
 
         install()
+    host.expects_end = any("StopIteration" in source for _, source, _ in order["units"])
     for label, source, whole in order["units"]:
         _unit(label, source, space, recorder, whole=whole)
     if order["collect"]:

@@ -151,7 +151,7 @@ def agent_files() -> dict[str, bytes]:
         "cabochon/verifiers/__init__.py": b"",
         "cabochon/verifiers/sandbox/__init__.py": b"",
     }
-    for name in ("wire", "inside", "inside_tests", "inside_remote", "inside_pytest"):
+    for name in ("wire", "inside", "inside_tests", "inside_guard", "inside_remote", "inside_pytest"):
         files[f"cabochon/verifiers/sandbox/{name}.py"] = (here / f"{name}.py").read_bytes()
     return files
 
