@@ -90,7 +90,9 @@ def write_whole(path: Path, text: str) -> None:
                 out.write(text)
             return
         place = path.resolve()
-        temporary = place.with_name(f".{place.name}.partial")
+        short = len(os.fsencode(place.name)) < 240  # of the 255 that most file systems take
+        name = place.name if short else hashlib.sha256(os.fsencode(place.name)).hexdigest()
+        temporary = place.with_name(f".{name}.partial")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("w", encoding="utf-8") as file:

@@ -6,6 +6,7 @@ A row has `prompt` and `completion`, which SFT reads, and `verifier`, `payload`,
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +94,9 @@ def make(cfg: TasksConfig, *, overwrite: bool = False) -> tuple[int, int]:
         tasks += puzzle_tasks(Puzzles(name=each.name, size=each.size, seed=each.seed, config=each.config))
     for programs in cfg.programs:
         tasks += word_programs(programs.size, programs.seed, most_steps=programs.most_steps)
+    ids = Counter(task.id for task in tasks)
+    if twice := next((task for task in tasks if ids[task.id] > 1), None):
+        raise UserError(f"{twice.domain} is made twice with the same settings and seed; give one of them another seed")
     training, held = split(tasks, cfg.held_out)
     unique = list({str(task.prompt): task for task in held}.values())
     if not training or not unique:

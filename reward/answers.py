@@ -53,8 +53,9 @@ def parse(text: str, choices: Sequence[str]) -> int | None:
 
 
 def _whole(name: str) -> str:
-    """Its pattern; of a number with no sign or point right before it, which would make it another: "<5", ".5"."""
-    return (r"(?<![-−+.,<>≤≥~≈])" if name[:1].isdigit() else "") + re.escape(name)
+    """Its pattern; of a number with no sign or point right before it, which would make it another: "<5", ".5"; before
+    none what denies it."""
+    return (r"(?<![-−+.,<>≤≥~≈≠¬!])" if name[:1].isdigit() else r"(?<![≠¬!~])") + re.escape(name)
 
 
 def spelled(top: Mapping[str, float], choices: Sequence[str]) -> list[float]:

@@ -14,6 +14,12 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
+def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path):
+    place = tmp_path / ("n" * 254)
+    write_whole(place, "all of it")
+    assert (place.read_text(), names(tmp_path)) == ("all of it", [place.name])
+
+
 def test_it_appears_at_the_end_with_everything_in_it(tmp_path):
     place = tmp_path / "deep" / "er"
     with replaced_directory(place, overwrite=False) as temporary:

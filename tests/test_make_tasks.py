@@ -59,6 +59,11 @@ def test_what_cannot_be_made_is_said_and_nothing_is_written(tmp_path):
     place = tmp_path / "out"
     with pytest.raises(UserError, match="has no dataset 'chain_sums'; the nearest is 'chain_sum'"):
         make(config(place, puzzles=[{"name": "chain_sums", "size": 3}]))
+    with pytest.raises(UserError, match="made twice with the same settings and seed"):
+        make(config(place, puzzles=[WORDS | {"size": 8}, WORDS | {"size": 9}], programs=[]))
+    enormous = {"min_numbers": 10**9, "max_numbers": 10**9}
+    with pytest.raises(UserError, match=r"3 items of gcd cannot be made with .*1000000000"):
+        make(config(place, puzzles=[{"name": "gcd", "size": 3, "config": enormous}], programs=[]))
     with pytest.raises(UserError, match=r"leave 1 to train on and 0 held out|leave 0 to train on and 1 held out"):
         make(config(place, puzzles=[WORDS | {"size": 1}], programs=[]))
     assert not place.exists()
@@ -68,6 +73,14 @@ def test_what_cannot_be_made_is_said_and_nothing_is_written(tmp_path):
     before = (place / "test.jsonl").read_bytes()
     make(config(place), overwrite=True)
     assert (place / "test.jsonl").read_bytes() == before
+
+
+def test_one_dataset_at_several_difficulties_is_one_file_of_tasks(tmp_path):
+    levels = [{"name": "gcd", "size": 20, "config": {"min_numbers": n, "max_numbers": n}} for n in (2, 3)]
+    made = make(config(tmp_path / "out", puzzles=levels, programs=[]))
+    train, held = (read_tasks(tmp_path / "out" / name) for name in ("train.jsonl", "test.jsonl"))
+    assert (len(train), len(held)) == made
+    assert len({task.id for task in train + held}) == sum(made) == 40
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ import json
 import math
 import os
 import pathlib
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cabochon.errors import UserError
+from cabochon.errors import MachineError, UserError
 from cabochon.files import write_whole
 
 if TYPE_CHECKING:
@@ -48,10 +49,16 @@ def verify_command(
     )
     with pool:
         verdicts = pool.verify(tasks, texts)
-    print(_table(tasks, verdicts), flush=True)  # before the file: a full disk takes nobody's result away
-    if out is not None:
-        rows = (_row(task, verdict) for task, verdict in zip(tasks, verdicts, strict=True))
-        write_whole(out, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    failure = None
+    try:
+        if out is not None:
+            rows = (_row(task, verdict) for task, verdict in zip(tasks, verdicts, strict=True))
+            write_whole(out, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    except MachineError as error:
+        failure = error  # a full disk does not take the table away, nor a full terminal the file
+    say(_table(tasks, verdicts))
+    if failure is not None:
+        raise failure
     if any(verdict.status == "infra_error" for verdict in verdicts):
         raise typer.Exit(1)
 
@@ -80,7 +87,7 @@ def reward_test_command(
         findings.append(item)
         score = "-" if item.score is None else f"{item.score:g}"
         line = f"{item.task[:24]:24} {item.probe:26} {score:>6} {item.status:12} {item.seconds:8.3f}  {item.suspicious}"
-        print(line, flush=True)
+        say(" ".join(line.splitlines()))
     if reason := enough(findings):
         print(f"the other probes were left out: {reason}")
     bad = [item for item in findings if item.suspicious]
@@ -89,6 +96,18 @@ def reward_test_command(
     print(f"\n{len(findings)} probes, {len(bad)} suspicious" + ("" if bad else f": {sound}"))
     if bad:
         raise typer.Exit(1)
+
+
+def say(text: str) -> None:
+    """To standard output, at once; what its encoding lacks is escaped. Raises MachineError, BrokenPipeError."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it is tried again at the end
+        raise MachineError(f"standard output: cannot be written: {error.strerror or error}") from error
 
 
 def _sandbox(name: str) -> Literal["bubblewrap", "docker"]:
@@ -179,5 +198,5 @@ def _table(tasks: list[Task], verdicts: list[Verdict]) -> str:
         time_ms = 1000 * sum(verdict.seconds for verdict in mine) / len(mine)
         lines.append(f"{name[:20]:20} {len(mine):7d} {len(scores):7d} {mean:>7} {time_ms:8.2f}  {counts}")
         failures = Counter(verdict.detail for verdict in mine if verdict.status == "infra_error")
-        lines += [f"  {count} x {detail}" for detail, count in failures.most_common(3)]
+        lines += [f"  {count} x {' '.join(detail.split())}" for detail, count in failures.most_common(3)]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from cabochon.protocols import Verifier
@@ -32,8 +33,8 @@ class WeightedSum:
 
     def __post_init__(self) -> None:
         _distinct(self.parts)
-        if any(not part.weight > 0 for part in self.parts):
-            raise ValueError("WeightedSum needs weights > 0; leave a part out instead of giving it none")
+        if any(not part.weight > 0 for part in self.parts) or not isfinite(sum(part.weight for part in self.parts)):
+            raise ValueError("WeightedSum needs finite weights > 0; leave a part out instead of giving it none")
 
     def verify(self, task: Task, text: str) -> Verdict:
         """Every part is judged."""

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from cabochon.types import Task, Verdict
+from cabochon.verifiers.text import blank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +47,9 @@ class ThinkingFormat:
             return f"text before {opening}"
         if not closed:
             return f"{closing} before {opening}"
-        if not thought.strip():
+        if blank(thought):
             return "the thinking part is empty"
-        if not answer.strip():
+        if blank(answer):
             return f"nothing after {closing}"
         if self.answer_tag:
             start, end = f"<{self.answer_tag}>", f"</{self.answer_tag}>"
@@ -56,6 +57,6 @@ class ThinkingFormat:
             enclosed = answer.startswith(start) and answer.endswith(end)
             if not enclosed or answer.count(start) != 1 or answer.count(end) != 1:
                 return f"the answer is not one {start}...{end}"
-            if not answer[len(start) : -len(end)].strip():
+            if blank(answer[len(start) : -len(end)]):
                 return f"{start} is empty"
         return ""

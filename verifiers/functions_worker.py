@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -92,7 +92,7 @@ def trl(
         "log_metric": lambda name, value: extra.update({str(name): _plain(value)}),
     }
     rewards = _finished(function(**_accepted(function, offered)))
-    if rewards is None or isinstance(rewards, str | int | float):
+    if rewards is None or isinstance(rewards, str | bytes | int | float | Mapping | Set):
         raise ValueError(f"{address} returned {rewards!r}; expected a list with one reward for each completion")
     rewards = list(rewards)
     if len(rewards) != 1:

@@ -16,6 +16,7 @@ from cabochon.types import Task, Verdict
 from cabochon.verifiers.base import verdict_of_outcome
 from cabochon.verifiers.instructions_arguments import checked
 from cabochon.verifiers.math_extract import Extraction, final_part
+from cabochon.verifiers.text import blank
 from cabochon.verifiers.workers import WorkerConfig, shared_pool
 
 INSTRUCTION_WORKERS = WorkerConfig(preload=("cabochon.verifiers.instructions_check:warm",), memory_mib=1024)
@@ -44,7 +45,7 @@ class InstructionVerifier:
         if self.think_close:
             thinks = self.think_close in text or text.lstrip().startswith(self.think_close.replace("/", "", 1))
             text = final_part(text, Extraction(think_close=self.think_close, require_final_part=thinks)).strip()
-        if not text.strip():
+        if blank(text):
             return Verdict(score=0.0, status="no_answer", detail="an empty response")
         if len(text) > LENGTH_LIMIT:
             return Verdict(score=0.0, status="malformed", detail=f"the response is {len(text)} characters long")

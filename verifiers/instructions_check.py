@@ -8,8 +8,10 @@ Names with IFEval's spelling take IFEval's arguments. Our own kinds: `length:cha
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 import jsonschema
@@ -18,6 +20,7 @@ from referencing.exceptions import Unresolvable
 
 from cabochon.verifiers import instructions_ifeval as ifeval
 from cabochon.verifiers.instructions_arguments import OWN_KINDS
+from cabochon.verifiers.text import blank, visible
 
 
 def follows(kind: str, arguments: Mapping[str, Any], text: str) -> bool:
@@ -85,7 +88,7 @@ def _ifeval(kind: str, given: Mapping[str, Any], text: str) -> bool:
 def _own(kind: str, given: Mapping[str, Any], text: str) -> bool:
     match kind:
         case "length:characters":
-            return _within(len(text), given)
+            return _within(len(visible(text)), given)
         case "length:words":
             return _within(len(ifeval.words(text)), given)
         case "length:sentences":
@@ -102,7 +105,7 @@ def _own(kind: str, given: Mapping[str, Any], text: str) -> bool:
             parsed, value = ifeval.json_value(text, strict=True)
             return parsed and _fits(value, given["schema"])
         case "format:regex":
-            return re.fullmatch(given["pattern"], text.strip(), re.DOTALL) is not None
+            return any(re.fullmatch(given["pattern"], whole) is not None for whole in (text, text.strip()))
         case "format:contains":
             return re.search(given["pattern"], text) is not None
         case "language:is":
@@ -114,9 +117,16 @@ def _within(count: int, given: Mapping[str, Any]) -> bool:
     return bool(given.get("minimum", 0) <= count <= given.get("maximum", count))
 
 
+def _multiple(_: Any, factor: Any, value: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
+    """Of decimals as they are written: 19.99 is a multiple of 0.01, which it is not in binary."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and (not math.isfinite(value) or Fraction(str(value)) % Fraction(str(factor))):
+        yield jsonschema.ValidationError(f"{value!r} is not a multiple of {factor}")
+
+
 def _fits(value: Any, schema: Any) -> bool:
     """Whether a value is one of a schema's, of the `format`s that need no further package too. Nothing is fetched."""
-    form = jsonschema.validators.validator_for(schema)
+    form = jsonschema.validators.extend(jsonschema.validators.validator_for(schema), {"multipleOf": _multiple})
     try:
         return bool(form(schema, registry=Registry(), format_checker=form.FORMAT_CHECKER).is_valid(value))
     except Unresolvable as error:
@@ -136,7 +146,7 @@ def judge(text: str, constraints: list[list[Any]], loose: bool, partial: bool) -
     kept: list[bool] = []
     for kind, arguments in constraints:
         try:
-            kept.append(any(bool(reading.strip()) and follows(kind, arguments, reading) for reading in readings))
+            kept.append(any(not blank(reading) and follows(kind, arguments, reading) for reading in readings))
         except ValueError as error:
             return {"unusable": f"constraint {kind}: {error}"}
     broken = [kind for (kind, _), fine in zip(constraints, kept, strict=True) if not fine]

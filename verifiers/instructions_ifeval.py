@@ -23,7 +23,7 @@ _ABBREVIATION = re.compile(
 )
 _NUMBERED = re.compile(r"\b(?:No|Fig)\.$")
 """An abbreviation only before a number."""
-_SENTENCE_END = re.compile(r"[.!?…。！？]+[\"')\]”’]*(?=\s|$)|(?<=[。！？])")
+_SENTENCE_END = re.compile(r"[.!?…。！？؟।]+[\"')\]”’]*(?=\s|$)|(?<=[。！？])")
 
 
 def compares(count: int, relation: str, threshold: int) -> bool:
@@ -91,6 +91,9 @@ _UNSPACED = re.compile(
 """Letters of scripts that put no spaces between words, or endings onto them: Thai to Han, kana, Hangul."""
 
 
+_MARKS = str.maketrans("\u2018\u2019\u02bc\u2010\u2011", "'''--")
+
+
 def has_word(text: str, phrase: str) -> bool:
     """Whether a word or phrase stands in a text, however it is spaced, capitalised and encoded, also as `_word_` and
     with invisible characters inside; no part of a longer word."""
@@ -98,7 +101,7 @@ def has_word(text: str, phrase: str) -> bool:
     def edge(letter: str, mark: str) -> str:
         return mark if re.match(r"[^\W_]", letter) and not _UNSPACED.match(letter) else ""
 
-    text, phrase = visible(text).casefold(), visible(phrase).casefold()
+    text, phrase = (visible(side).translate(_MARKS).casefold() for side in (text, phrase))
     spaced = r"\s+".join(map(re.escape, phrase.split()))
     pattern = edge(phrase[0], r"(?<![^\W_])") + spaced + edge(phrase[-1], r"(?![^\W_])")
     return re.search(pattern, text) is not None

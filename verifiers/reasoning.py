@@ -54,10 +54,12 @@ def puzzle_tasks(puzzles: Puzzles) -> list[Task]:
         {"name": puzzles.name, "size": puzzles.size, "seed": puzzles.seed, "config": config}, deadline=600.0,
     )
     if outcome.status != "done":
-        raise RuntimeError(f"making {puzzles.size} items of {puzzles.name} failed: {outcome.status}: {outcome.detail}")
+        why = f"{outcome.status}: {outcome.detail}"
+        raise UserError(f"{puzzles.size} items of {puzzles.name} cannot be made with {dict(puzzles.config)}: {why}")
     if "unusable" in outcome.value:
         raise UserError(outcome.value["unusable"])
     tasks = []
+    settings = f"-{zlib.crc32(repr(config).encode()):08x}" if config else ""
     for index, (question, answer) in enumerate(outcome.value["items"]):
         if answer is not None and "Integral(" in answer:
             continue  # sympy could not do it: the oracle is the question
@@ -71,7 +73,7 @@ def puzzle_tasks(puzzles: Puzzles) -> list[Task]:
             "config": config, "answer": answer, "question": fingerprint(question),
         }
         tasks.append(Task(
-            id=f"{puzzles.name}/{puzzles.seed}/{index}", prompt=question + PROMPT_ENDING,
+            id=f"{puzzles.name}{settings}/{puzzles.seed}/{index}", prompt=question + PROMPT_ENDING,
             verifier="reasoning", payload=payload, domain=puzzles.name,
         ))
     return tasks

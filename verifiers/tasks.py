@@ -46,6 +46,15 @@ class Columns:
     domain: str | None = None
 
 
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered from 1, none longer than the limit and a byte. Raises UserError where they cannot be read."""
+    try:
+        with path.open("rb") as lines:
+            yield from enumerate(iter(lambda: lines.readline(LINE_LIMIT + 1), b""), start=1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
 def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """`FILE:LINE` and object of each line. Raises UserError naming both for one that is not a JSON object."""
     path = pathlib.Path(path)
@@ -60,23 +69,22 @@ def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix in (".csv", ".tsv", ".parquet", ".xlsx"):
         raise UserError(f"{path}: expected JSON lines, one object a line; pandas writes them from such a file: "
                         "frame.to_json('tasks.jsonl', orient='records', lines=True)")
-    with path.open("rb") as lines:
-        for number, raw in enumerate(iter(lambda: lines.readline(LINE_LIMIT + 1), b""), start=1):
-            where = f"{path}:{number}"
-            if not raw.strip():
-                continue
-            if len(raw) > LINE_LIMIT:
-                raise UserError(f"{where}: the line is longer than {LINE_LIMIT} bytes, which is the most that is read")
-            try:
-                row = json.loads(raw)
-            except (ValueError, RecursionError) as error:
-                hint = ""
-                if raw.strip() in (b"[", b"{", b"[{"):
-                    hint = "; a line holds one whole object (jq -c '.[]' makes such lines of an array)"
-                raise UserError(f"{where}: not JSON: {str(error)[:200]}{hint}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}; each line holds one")
-            yield where, row
+    for number, raw in _lines(path):
+        where = f"{path}:{number}"
+        if not raw.strip():
+            continue
+        if len(raw) > LINE_LIMIT:
+            raise UserError(f"{where}: the line is longer than {LINE_LIMIT} bytes, which is the most that is read")
+        try:
+            row = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            hint = ""
+            if raw.strip() in (b"[", b"{", b"[{"):
+                hint = "; a line holds one whole object (jq -c '.[]' makes such lines of an array)"
+            raise UserError(f"{where}: not JSON: {str(error)[:200]}{hint}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}; each line holds one")
+        yield where, row
 
 
 def read_tasks(

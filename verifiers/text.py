@@ -19,6 +19,11 @@ def visible(text: str) -> str:
     return "".join(c for c in _UNSEEN.sub("", text) if unicodedata.category(c) != "Cf")
 
 
+def blank(text: str) -> bool:
+    """Whether a reader sees nothing."""
+    return all(c.isspace() or not c.isprintable() or c == "\u2800" for c in visible(text))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known name most like `name`; empty where there is none."""
     return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)), "")

@@ -47,5 +47,6 @@ def label_and_choices(task: Task) -> tuple[str, list[str]]:
 
 
 def _whole(name: str) -> str:
-    """As in `cabochon.reward.answers`: right before a number no sign or point, which would make it another."""
-    return (r"(?<![-−+.,<>≤≥~≈])" if name[:1].isdigit() else "") + re.escape(name)
+    """As in `cabochon.reward.answers`: right before a number no sign or point, which would make it another, and before
+    none what denies it."""
+    return (r"(?<![-−+.,<>≤≥~≈≠¬!])" if name[:1].isdigit() else r"(?<![≠¬!~])") + re.escape(name)

@@ -141,14 +141,18 @@ def _work(connection: socket.socket, prepare: list[str], memory_bytes: int, zygo
     os.setpgid(0, 0)  # what a grader starts dies with it: the owner kills the group
     if prepare:
         resolve(prepare[0])(*prepare[1:])
-    connection.sendall(encode({"ready": os.getpid()}))
+    worker = os.getpid()
+    connection.sendall(encode({"ready": worker}))
     while True:
         try:
             (length,) = HEADER.unpack(read_exactly(connection, HEADER.size))
             body = read_exactly(connection, length)
         except EOFError:
             return
-        connection.sendall(_reply(body))
+        reply = _reply(body)
+        if os.getpid() != worker:
+            return  # a child that a grader forked and did not end: it does not answer in our place
+        connection.sendall(reply)
 
 
 def _fork_worker(control: socket.socket, connection: socket.socket, prepare: list[str], memory_bytes: int) -> int:

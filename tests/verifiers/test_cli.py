@@ -1,7 +1,10 @@
 """`cabochon verify` and `cabochon reward test` as a user runs them."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -9,10 +12,12 @@ from typer.testing import CliRunner
 
 from cabochon.errors import MachineError, UserError
 from cabochon.verifiers.cli import reward_test_command, verify_command
+from cabochon.verifiers.sandbox.cli import attack_command
 
 APP = typer.Typer()
 APP.command("verify")(verify_command)
 APP.command("reward-test")(reward_test_command)
+APP.command("attack")(attack_command)
 RUN = CliRunner()
 
 ROWS = [
@@ -257,3 +262,43 @@ def test_probing_with_ones_own_tasks(tmp_path: pathlib.Path) -> None:
     done = RUN.invoke(APP, ["reward-test", "math", "--tasks", path, "--limit", "2"])
     assert done.exit_code == 0, done.output
     assert "another task's gold" in done.output
+
+
+SAYS = "def score(completions, **kwargs): raise ValueError(f'no number in\\n{completions[0]}')\n"
+
+
+def test_what_a_terminal_cannot_show_costs_no_verdict(tmp_path: pathlib.Path) -> None:
+    reward = tmp_path / "odd.py"
+    reward.write_text(SAYS)
+    rows, out = write(tmp_path / "rows.jsonl", [{**ROWS[0], "completion": "\ud83d é"}]), tmp_path / "out.jsonl"
+    words = [sys.executable, "-m", "cabochon", "verify", rows, "--reward", f"{reward}:score", "--out", str(out)]
+    done = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=120)
+    assert (done.returncode, done.stderr) == (1, b""), done
+    assert b"no number in \\ud83d \\xe9" in done.stdout
+    assert json.loads(out.read_text())["status"] == "infra_error"
+
+
+@pytest.mark.parametrize("where", ["full", "closed"])
+def test_a_terminal_that_takes_nothing_costs_no_verdict(tmp_path: pathlib.Path, where: str) -> None:
+    rows, out = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "out.jsonl"
+    words = [sys.executable, "-m", "cabochon", "verify", rows, "--out", str(out)]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "wb") if where == "full" else open(writing, "wb") as stdout:
+        done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, timeout=120)
+    said = b"cabochon: standard output: cannot be written: No space left on device\n" if where == "full" else b""
+    assert (done.returncode, done.stderr) == (1, said)
+    assert len(out.read_text().splitlines()) == len(ROWS)
+
+
+def test_a_file_that_breaks_while_it_is_read_is_named() -> None:
+    done = RUN.invoke(APP, ["verify", "/proc/self/mem"])
+    assert isinstance(done.exception, UserError)
+    assert str(done.exception) == "/proc/self/mem: cannot be read: Input/output error"
+
+
+def test_what_is_dockers_is_refused_elsewhere() -> None:
+    for option in ("--image", "--runtime"):
+        done = RUN.invoke(APP, ["attack", option, "x"])
+        assert isinstance(done.exception, UserError)
+        assert f"{option} is of --sandbox docker, got --sandbox bubblewrap" in str(done.exception)

@@ -98,6 +98,8 @@ def test_they_nest() -> None:
     "make",
     [
         lambda: WeightedSum(parts=(part("a", OK, 0.0),)),
+        lambda: WeightedSum(parts=(part("a", OK, float("inf")),)),
+        lambda: WeightedSum(parts=(part("a", OK, 1e308), part("b", OK, 1e308))),
         lambda: AllOf(parts=()),
         lambda: AllOf(parts=(part("a", OK), part("a", OK))),
         lambda: ByTask(routes=()),

@@ -23,6 +23,8 @@ TASK = Task(id="f", prompt="", verifier="thinking")
         ("</think>a<think>b", 0),
         ("<think>a", 0),
         ("<THINK>a</THINK>b", 0),
+        ("<think>\u200b</think>b", 0),
+        ("<think>a</think>\u2060\u2800", 0),
     ],
 )
 def test_one_thought_then_an_answer(text: str, score: float) -> None:

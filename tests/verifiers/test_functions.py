@@ -29,6 +29,9 @@ def minus_half(completions, **kwargs): return [-0.5]
 def not_a_number(completions, **kwargs): return [float("nan")]
 def two(completions, **kwargs): return [1.0, 0.0]
 def number(completions, **kwargs): return 1.0
+def mapping(completions, **kwargs): return {0.5: "x"}
+def byte(completions, **kwargs): return b"\\x01"
+def forks(completions, **kwargs): return [1.0] if os.fork() else [0.0]
 def wants(prompts, answers, scale=2, **kwargs): return [1.0]
 def wants_tokens(completion_ids, **kwargs): return [1.0]
 def raises(completions, **kwargs): raise ConnectionError("judge is down")
@@ -91,6 +94,12 @@ def test_chat_completions_and_columns(rewards: str) -> None:
 
 def test_async_and_only_the_columns_it_names(rewards: str) -> None:
     assert FunctionVerifier(address=f"{rewards}:slow_but_async").verify(task(weight=0.25, unused=1), "x").score == 0.25
+
+
+def test_a_child_that_a_function_leaves_does_not_answer_in_its_place(rewards: str) -> None:
+    verifier = FunctionVerifier(address=f"{rewards}:forks")
+    found = [verifier.verify(task(), "x") for _ in range(20)]
+    assert {(one.score, one.status) for one in found} == {(1.0, "ok")}, found
 
 
 def test_a_function_may_abstain(rewards: str) -> None:

@@ -103,6 +103,18 @@ OWN = [
         '{"a": "1"}',
     ),
     ("format:regex", {"pattern": r"\d+-\d+"}, "12-34", "12-34x"),
+    ("format:regex", {"pattern": r"Answer: .*"}, " Answer: 4\n", "Answer: 4\nand more"),
+    ("format:regex", {"pattern": r"(?s)Answer: .*"}, "Answer: 4\nand more", "4\nAnswer: 4"),
+    ("format:regex", {"pattern": r"  - item"}, "  - item", "- item"),
+    ("format:json_schema", {"schema": {"multipleOf": 0.01}}, "19.99", "19.995"),
+    ("format:json_schema", {"schema": {"multipleOf": 0.01}}, "0.07", "1e-3"),
+    ("format:json_schema", {"schema": {"items": {"multipleOf": 3}}}, "[6, 9]", "[6, 7]"),
+    ("words:required", {"words": ["don't"]}, "I don\u2019t.", "I do not."),
+    ("words:forbidden", {"words": ["don\u2019t", "e-mail"]}, "I do not mail.", "I don't."),
+    ("words:forbidden", {"words": ["e-mail"]}, "Mail.", "An e\u2011mail"),
+    ("length:characters", {"minimum": 3}, "abc", "a\u200b\u200b\u200b"),
+    ("length:sentences", {"maximum": 1}, "यह एक है।", "यह एक है। यह दो है।"),
+    ("length:sentences", {"minimum": 2}, "هل هذا؟ نعم هذا.", "نعم هذا."),
     ("format:contains", {"pattern": r"\bID-\d+"}, "see ID-7.", "see ID."),
     (
         "language:is",
@@ -127,6 +139,17 @@ def task(*wanted: tuple[str, dict], **payload: object) -> Task:
             **payload,
         },
     )
+
+
+UNSEEN = ["\u200b", "\ufeff", "\x00", "\u3164", "\u2800", "\u00ad \u200e", "<think>a</think>\u2060"]
+
+
+@pytest.mark.parametrize("unseen", UNSEEN)
+def test_what_nobody_sees_is_no_response(unseen: str) -> None:
+    for reading in ("strict", "loose"):
+        found = InstructionVerifier(reading=reading).verify(task(("punctuation:no_comma", {})), unseen)
+        assert (found.score, found.status) == (0.0, "no_answer")
+    assert VERIFIER.verify(task(("punctuation:no_comma", {})), unseen + "a").score == 1.0
 
 
 def test_the_lists_are_complete() -> None:

@@ -24,6 +24,8 @@ def judged(text, label="Yes", choices=CHOICES):
         ("Verdict: Yes or No", 0.0, "no_answer"),
         ("Verdict: Yes\nbecause it is so", 0.0, "no_answer"),
         ("yes", 0.0, "no_answer"),
+        ("Verdict: ≠Yes", 0.0, "no_answer"),
+        ("Verdict: !Yes", 0.0, "no_answer"),
         ("I say Verdict: Yes", 0.0, "no_answer"),
         ("", 0.0, "no_answer"),
         ("<think>Verdict: Yes", 0.0, "no_answer"),
@@ -48,6 +50,7 @@ def test_a_task_without_a_usable_label_is_refused():
     [
         *((text, CHOICES) for text in ("Verdict: Yes", "verdict:no", "a\n*Verdict: No.*", "Verdict: maybe", "No", "",
                                        "x: Verdict: No")),
+        *((f"Verdict: {sign}No", CHOICES) for sign in "≠¬!~*_"),
         *((f"*Verdict: {grade}*", ["-1", "0", "1"]) for grade in ("-1", "0", "1")),
         *((f"Verdict: {grade}.", ["B", "A", "A+"]) for grade in ("B", "A", "A+")),
     ],

@@ -30,6 +30,8 @@ def attack_command(
     """
     from cabochon.verifiers.sandbox import attacks
 
+    if sandbox != "docker" and (image or runtime):
+        raise UserError(f"--{'image' if image else 'runtime'} is of --sandbox docker, got --sandbox {sandbox}")
     wanted = [a for a in attacks.suite() if not group or a.group in group]
     if not wanted:
         raise UserError(
