@@ -243,17 +243,25 @@ def _mbpp(where: str, row: Mapping[str, Any], name: str) -> Task:
 
 
 def _words(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content", "")) for message in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(_said(message.get("content", "")) for message in prompt)
 
 
-_OPERATORS = {"times": "*", "cdot": "*", "div": "/"}
+def _said(content: Any) -> str:
+    """A message's text, which may be in parts."""
+    if isinstance(content, list | tuple):
+        return "\n".join(str(part.get("text", part)) if isinstance(part, Mapping) else str(part) for part in content)
+    return str(content)
+
+
+_OPERATORS = {"times": "*", "cdot": "*", "div": "/", "dfrac": "\\frac", "tfrac": "\\frac", "left": "", "right": ""}
 _SIGNS = str.maketrans({"×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "∕": "/", "−": "-", "–": "-", "—": "-"})
 
 
 def normalised(prompt: Prompt) -> str:
     """A prompt's words and numbers without case, spacing, punctuation, invisible letters, Unicode's and LaTeX's ways to
-    write an operator, or commas between thousands; operators and signs stay."""
-    text = re.sub(r"\\(times|cdot|div)(?![a-z])", lambda sign: _OPERATORS[sign[1]], visible(_words(prompt)).casefold())
+    write an operator, or commas between thousands; without LaTeX's sizes; operators and signs stay."""
+    text = visible(_words(prompt)).casefold()
+    text = re.sub(r"\\(times|cdot|div|[dt]frac|left|right)(?![a-z])", lambda sign: _OPERATORS[sign[1]], text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.translate(_SIGNS))
     return " ".join(re.findall(r"\w+|[-+*/^=<>%]", text))
 

@@ -206,10 +206,13 @@ def test_the_split_depends_on_the_words_of_the_prompt_alone() -> None:
         "What is ３ + ４?",
         "What is 3\u200b + 4?",
         [{"role": "user", "content": "What is 3 + 4?"}],
+        [{"role": "user", "content": [{"type": "text", "text": "What is 3 + 4?"}]}],
+        "What is \\left(3 + 4\\right)?",
     ]
     assert len({content_hash(copy) for copy in copies}) == 1
     signs = ["2 * 3 - 1,000 / 4", "2 \\times 3 − 1000 ÷ 4".replace("÷", "/"), "2 × 3 – 1000 / 4", "2·3 - 1,000/4"]
     assert len({content_hash(text) for text in signs}) == 1
+    assert content_hash(r"\frac{1}{2}") == content_hash(r"\dfrac{1}{2}") == content_hash(r"\tfrac{1}{2}")
     for different in ("What is 3 - 4?", "What is 34?", "What is 3 + 5?", "What is 3 * 4?"):
         assert normalised(different) != normalised(copies[0])
     for share in (0.05, 0.5, 0.95):
