@@ -153,11 +153,21 @@ def test_a_prompt_that_no_parser_takes_is_words(verifier, prompt):
         ({"entry_point": "f", "tests": "def check(c):\n    assert (c(1) == 2, 'msg')"}, "assert a tuple"),
         ({"entry_point": "f", "tests": "def check(c):\n    for i in (1, 2):\n        c(i) == 2"}, "compare without"),
         ({"entry_point": "f", "tests": "def check(c):\n    return c(1) == 2"}, "check asserts nothing"),
+        ({"entry_point": "f", "tests": "def check(c):\n    'All of it.'\n    return c(1) == 2"}, "check asserts nothing"),
     ],
 )
 def test_tasks_that_would_not_judge_the_program(payload, words):
     with pytest.raises(ValueError, match=words):
         plan_of(payload)
+
+
+def test_a_check_may_try_or_call_what_asserts(verifier):
+    tries = "def check(c):\n    try:\n        c(1)\n    except ValueError:\n        return\n    raise AssertionError\n"
+    assert judged(verifier, "def f(x): raise ValueError", tries, entry_point="f").status == "ok"
+    assert judged(verifier, "def f(x): return x", tries, entry_point="f").score == 0.0
+    calls = "def same(a, b):\n    assert a == b\ndef check(c):\n    same(c(1), 2)\n"
+    assert judged(verifier, "def f(x): return 2", calls, entry_point="f").status == "ok"
+    assert judged(verifier, "def f(x): return x", calls, entry_point="f").score == 0.0
 
 
 def test_comparing_for_its_exception_is_a_test(verifier):
