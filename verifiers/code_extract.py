@@ -70,7 +70,7 @@ def answer(text: str) -> str:
 def block(text: str, wanted: Collection[str] = ()) -> str:
     """The last block marked Python, else the last unmarked one, else the last of any kind, else ""; as it is indented.
     Where that one neither defines a `wanted` name nor goes on inside a function, it is an example of use: then the last
-    of its kind that does define one."""
+    that does define one, of its kind or else of the next."""
     found = [(language, content) for language, content in blocks(answer(text)) if content.strip()]
     kinds = [[content for language, content in found if language in _PYTHON],
              [content for language, content in found if not language], [content for _, content in found]]  # fmt: skip

@@ -15,8 +15,6 @@ UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 """What the parser raises for a text that is no program."""
 _ENTRY = re.compile(r"([^\W\d]\w*)(?:(?:\(\))?\.([^\W\d]\w*))?")
 _FUTURE = re.compile(r"^from __future__ import (?:\([^)]*\)|[^(\n]*)[^\n]*(?:\n|\Z)", re.MULTILINE)
-
-
 _MODULES = ("bisect", "collections", "copy", "datetime", "functools", "heapq", "itertools", "math", "operator",
             "random", "string", "typing")  # fmt: skip
 

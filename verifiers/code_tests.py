@@ -18,6 +18,7 @@ from typing import Any, Literal
 from cabochon.verifiers.code_asserts import Asserts, called_in, checks_of, refuse_toothless, reported
 from cabochon.verifiers.code_given import UNPARSABLE, behind, entry_of, given_of, imported
 from cabochon.verifiers.code_pytest import count_tests, is_test_file, uncrossable, unsupported
+from cabochon.verifiers.sandbox.inside_guard import PLAIN_METHODS
 
 _COMMON_IMPORTS = {
     **dict.fromkeys(("isclose", "sqrt", "inf", "nan", "pi", "floor", "ceil", "fabs"), "math"),
@@ -232,16 +233,11 @@ def _assert_plan(
     if not any(unit.label for unit in units):
         raise ValueError("the task's tests have no assertion and no call: nothing would be judged")
     named = {n.id for tree in (*trees, setup_tree) for n in ast.walk(tree) if isinstance(n, ast.Name)}
-    own = () if named & {entry} or _is_plain_method(called) else (entry,)  # only a method of it is asked for
+    # only a method is asked of a class that the tests do not name; closed, it has those that no plain data has
+    own = () if entry in named or called.partition(".")[2] in PLAIN_METHODS else (entry,)
     classes = tuple(n for n in wanted if n[0].isupper() and n not in own and (attributes or not contains))
     kept = classes if attributes else ()
     return FunctionPlan(wanted=wanted, classes=classes, kept=kept, units=tuple(units), mutates=mutates)
-
-
-def _is_plain_method(called: str) -> bool:
-    """Whether plain data has a method of that name: only of a class of the tests' may it be asked."""
-    _, dot, method = called.partition(".")
-    return bool(dot) and any(method in dir(kind) for kind in (str, bytes, list, dict, set, int, float))
 
 
 def _split(tree: ast.Module, candidate: str) -> list[Unit]:
